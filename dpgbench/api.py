@@ -1,0 +1,181 @@
+"""The few types everybody speaks: what a task is, what a method is, and what passes between them and the harness.
+
+Nothing here imports torch, so that `list`, `--dry-run` and rejected commands answer at once. A plug-in file may import torch at
+its top unless its class defines `__init__` or `supports`: those two run before anything heavy is loaded, to reject bad options
+and to explain skipped cells, and such a file imports torch inside the functions that need it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch import Tensor, nn
+
+    from dpgbench.workbench import Workbench
+    from dpgbench.data import World
+
+Prompt = str | list[dict[str, str]]
+"""What a generator is asked: rendered text, or chat messages for a model with a chat template."""
+
+
+class Options(Mapping):
+    """A read-only view of one section of the configuration; `options.lr` and `options["lr"]` are the same."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self._values = dict(values)
+
+    def __getattr__(self, key: str) -> Any:
+        try:
+            return self[key]
+        except KeyError:
+            raise AttributeError(f"no option {key!r}; there are: {', '.join(self._values)}") from None
+
+    def __getitem__(self, key: str) -> Any:
+        value = self.__dict__["_values"][key]
+        return Options(value) if isinstance(value, dict) else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"Options({self._values})"
+
+    def plain(self) -> dict[str, Any]:
+        """The same as nested plain dicts."""
+        return json.loads(json.dumps(self._values))
+
+
+class Task(ABC):
+    """A target: a differentiable metric of the trained target model, and what people read instead of that number.
+
+    Only `signal` is required. `version` enters every cell's hash: raise it when the numbers change. `headline` names the entry of
+    `measure` (or "phi") that tables and plots lead with.
+    """
+
+    version: int = 1
+    headline: str = "phi"
+    higher_is_better: bool = True
+
+    def __init__(self, options: Options):
+        """Override to reject bad options with a `UserError`; runs before torch is imported."""
+        self.options = options
+
+    def supports(self, scale: Options) -> str | None:
+        """None, or the one-line reason why this task cannot run at this scale (its cells are then skipped, not failed)."""
+
+    def prepare(self, world: World) -> None:
+        """Called once per cell before anything else; `world` gives the initial target, tokenizers and held-out texts."""
+        self.world = world
+
+    @abstractmethod
+    def signal(self, model: nn.Module) -> Tensor:
+        """Phi: a finite scalar, higher is better, differentiable in the parameters of `model`, the trained target."""
+
+    def measure(self, model: nn.Module, texts: Sequence[str]) -> dict[str, float]:
+        """What people read: numbers about the trained target and the deployment texts it was trained on. Only the harness calls it."""
+        return {}
+
+    def score(self, texts: Sequence[str]) -> list[float] | None:
+        """A black-box score of each text, higher is better, where a natural one exists. Define it only then."""
+
+    def hint(self) -> str | None:
+        """The instruction that states the goal in words, for methods that steer with a prompt."""
+
+    def draw(self, model: nn.Module, texts: Sequence[str], axes: Axes) -> None:
+        """A picture of the outcome for the report. Define it only if there is something to see."""
+
+
+class TaskView:
+    """What a method may see of a task: the signal on the dev split, and never `measure` nor the test split."""
+
+    def __init__(self, task: Task):
+        self.signal, self.score, self.hint = task.signal, task.score, task.hint
+        self.options = task.options
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What `Method.supports` may ask about a task, known without importing it."""
+
+    name: str
+    options: Options
+    defines: frozenset[str]
+    """The names the task's class body defines: "score" in task.defines tells whether it has a black-box score."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A method's answer so far: how it would write a deployment dataset now."""
+
+    step: int
+    """The method's own counter: policy updates, or the size of its search."""
+    sample: Callable[[Sequence[Prompt]], list[str]]
+    """One text per prompt. The harness calls it on held-out prompts, right away, and charges what it spends to the method."""
+
+
+class Method(ABC):
+    """A way of producing training text. `version` enters every cell's hash: raise it when the numbers change."""
+
+    version: int = 1
+
+    def __init__(self, options: Options):
+        """Override to reject bad options with a `UserError`; runs before torch is imported."""
+        self.options = options
+
+    def supports(self, task: TaskInfo) -> str | None:
+        """None, or the one-line reason why this method cannot do this task (the cell is then skipped, not failed)."""
+
+    @abstractmethod
+    def run(self, bench: Workbench) -> Iterator[Snapshot]:
+        """Work, yielding a snapshot whenever there is a new answer. The harness scores some of them and always the last."""
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One cell: a task, a method, a seed and every setting that changes its numbers, resolved."""
+
+    config: Mapping[str, Any]
+    """Sections `task`, `method`, `training`, `scale` (plain dicts with `name` and `version` in the first two) and `seed`."""
+
+    @property
+    def task(self) -> Options:
+        return Options(self.config["task"])
+
+    @property
+    def method(self) -> Options:
+        return Options(self.config["method"])
+
+    @property
+    def training(self) -> Options:
+        return Options(self.config["training"])
+
+    @property
+    def scale(self) -> Options:
+        return Options(self.config["scale"])
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def hash(self) -> str:
+        """Ten hex digits over everything that changes the numbers, and over nothing else."""
+        relevant = {section: dict(values) if isinstance(values, dict) else values for section, values in self.config.items()}
+        for section in ("task", "method"):
+            relevant[section].pop("label", None)
+        return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:10]
+
+    @property
+    def folder(self) -> str:
+        """The cell's folder name under `results/runs/`."""
+        return f"{self.task.label}.{self.method.label}.s{self.seed}.{self.hash}"

@@ -1,0 +1,250 @@
+"""The command line: run | sweep | status | report | list. The only file that prints, and the only one that ends the process."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dpgbench import config, store
+from dpgbench.config import Cell, Request
+from dpgbench.errors import UserError, did_you_mean
+from dpgbench.registry import Registry
+
+USAGE = """\
+usage: python -m dpgbench COMMAND [key=value ...]
+
+  run     task=sixseven method=dpg seed=0      one cell; `run spec=RUN/spec.yaml` replays a stored one
+  sweep   method=dpg,base task=all seed=0,1    a grid of cells, or a stored one with suite=NAME; runs what is not done
+  status  [the same words]                     where each cell stands; without words, every run folder
+  report  suite=NAME                           table, figures and page of a sweep, from its run folders or its parquet
+  list                                         every method, task, scale and suite
+
+  --dry-run      with run and sweep: print the grid, what is done, what is skipped and why, what it would cost
+  results=DIR    where results go (default: results)        plugins=DIR    your own methods/, tasks/ and configs/
+  launcher=local launcher.workers=2    worker processes     name=NAME      what to call a sweep without a suite
+
+A bare key such as steps=2 or lang=es sets the one option of that name; task=all and method=all mean every one there is.
+"""
+
+COMMANDS = ("run", "sweep", "status", "report", "list")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, 1 if a cell failed, 2 on bad input (one line on standard error), 130 on an interrupt."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _command(words)
+    except UserError as error:
+        print(f"dpgbench: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        print(f"dpgbench: {error.filename or 'results'}: {error.strerror}; free some space or give another folder with results=DIR", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("dpgbench: interrupted; finished cells are kept, the same command goes on with the rest", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    return 2
+
+
+def _command(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    command, words = words[0], words[1:]
+    if command not in COMMANDS:
+        raise UserError(f"{command!r} is not a command; {did_you_mean(command, COMMANDS)}")
+    if "-h" in words or "--help" in words:
+        print(USAGE, end="")
+        return 0
+    dry_run = "--dry-run" in words
+    words = [word for word in words if word != "--dry-run"]
+    if command == "list":
+        return _list(words)
+    if command == "status":
+        return _status(words)
+    if command == "report":
+        return _report(words)
+    if command == "run" and any(word.startswith("spec=") for word in words):
+        request = _replay(words)
+    else:
+        request = config.read(words, sweep=command == "sweep")
+    return _dry_run(request) if dry_run else _launch(request, save=command == "sweep")
+
+
+def _launch(request: Request, save: bool) -> int:
+    """Run what is not done; tell what was skipped and what failed, and why."""
+    from dpgbench.display import Display
+    from dpgbench.launch import launch
+
+    store.check_writable(request.results)
+    if save:
+        _save_words(request)
+    console = _console()
+    todo = []
+    for cell in request.cells:
+        if cell.skip:
+            console.print(f"[yellow]skipped[/] {cell.spec.folder}: {cell.skip}", highlight=False, soft_wrap=True)
+            continue
+        folder = store.RunFolder.of(request.results, cell.spec)
+        state = folder.state()
+        if state.name == "damaged":
+            raise UserError(f"{folder.path}: {state.detail}; delete the folder to run the cell again")
+        if state.name != "done":
+            todo.append(cell.spec)
+    done = sum(not cell.skip for cell in request.cells) - len(todo)
+    if done:
+        console.print(f"{done} of {len(request.cells)} cells are done already", highlight=False)
+    with Display(console, len(todo)) as display:
+        launch(todo, request.launcher, request.results, request.plugins, display)
+    for spec in display.failed:
+        folder = store.RunFolder.of(request.results, spec)
+        console.print(f"[red]failed[/] {folder.path}: {store.last_line(folder.path / 'error.txt')}", highlight=False, soft_wrap=True)
+    if not save and len(request.cells) == 1 and not display.failed and not request.cells[0].skip:
+        console.print(f"results in {store.RunFolder.of(request.results, request.cells[0].spec).path}", highlight=False, soft_wrap=True)
+    return 1 if display.failed else 0
+
+
+def _dry_run(request: Request) -> int:
+    """The grid, without importing torch."""
+    console = _console()
+    table = Table("cell", "state", "cost", box=None, pad_edge=False)
+    states = [_state(cell, request.results) for cell in request.cells]
+    seconds = _measured_seconds(request, states)
+    to_run = 0.0
+    for cell, (name, detail) in zip(request.cells, states, strict=True):
+        known = seconds.get((cell.spec.task.label, cell.spec.method.label))
+        waiting = name not in ("done", "skipped")
+        to_run += known or 0.0 if waiting else 0.0
+        cost = "" if not waiting else f"about {known:.0f} s" if known else "not measured yet"
+        table.add_row(cell.spec.folder, f"{name}{': ' + detail if detail else ''}", cost)
+    console.print(table)
+    counts = {name: sum(state == name for state, _ in states) for name in dict.fromkeys(state for state, _ in states)}
+    console.print(f"{len(states)} cells: {', '.join(f'{count} {name}' for name, count in counts.items())}", highlight=False)
+    if to_run:
+        console.print(f"about {to_run:.0f} s of computing left, by the median of finished cells of the same task and method", highlight=False)
+    return 0
+
+
+def _measured_seconds(request: Request, states: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
+    """Median seconds of the finished cells of each (task, method) of the grid."""
+    measured: dict[tuple[str, str], list[float]] = {}
+    for cell, (name, _) in zip(request.cells, states, strict=True):
+        if name == "done":
+            total = store.RunFolder.of(request.results, cell.spec).result()["seconds_total"]
+            measured.setdefault((cell.spec.task.label, cell.spec.method.label), []).append(total)
+    return {labels: statistics.median(values) for labels, values in measured.items()}
+
+
+def _status(words: list[str]) -> int:
+    """Where every cell stands, from files alone."""
+    console = _console()
+    table = Table("cell", "state", "", box=None, pad_edge=False)
+    results = Path(next((word.split("=", 1)[1] for word in words if word.startswith("results=")), "results"))
+    if all(word.startswith("results=") for word in words):
+        folders = sorted(path for path in (results / "runs").glob("*") if path.is_dir())
+        rows = [(folder.name, store.RunFolder(folder).state()) for folder in folders]
+        rows = [(name, (state.name, state.detail)) for name, state in rows]
+    else:
+        request = config.read(words, sweep=True)
+        rows = [(cell.spec.folder, _state(cell, request.results)) for cell in request.cells]
+    for name, (state, detail) in rows:
+        table.add_row(name, state, detail)
+    console.print(table if rows else f"no runs in {results / 'runs'}")
+    return 0
+
+
+def _state(cell: Cell, results: Path) -> tuple[str, str]:
+    if cell.skip:
+        return "skipped", cell.skip
+    state = store.RunFolder.of(results, cell.spec).state()
+    return state.name, state.detail
+
+
+def _report(words: list[str]) -> int:
+    """Collect a sweep into its parquet (where there are run folders) and build the page from it."""
+    results = Path(next((word.split("=", 1)[1] for word in words if word.startswith("results=")), "results"))
+    name = next((word.split("=", 1)[1] for word in words if word.startswith(("suite=", "name="))), "sweep")
+    parquet, saved = results / f"{name}.parquet", results / "runs" / f"{name}.sweep.json"
+    only_names = all(word.startswith(("suite=", "name=", "results=")) for word in words)
+    if only_names and saved.exists():
+        words = [*json.loads(saved.read_text()), f"results={results}"]
+    is_suite = name in config.suites(Registry())
+    request = config.read(words, sweep=True) if not only_names or saved.exists() or is_suite else None
+    runs = request is not None and any((results / "runs" / cell.spec.folder).exists() for cell in request.cells)
+    if not runs and not parquet.exists():
+        raise UserError(f"suite={name}: nothing to report: no run folders of it under {results / 'runs'} and no {parquet}; run `sweep` first")
+    from dpgbench import collect
+    from dpgbench.report import build
+
+    if runs:
+        store.check_writable(results)
+        command = f"python -m dpgbench sweep {shlex.join(word for word in request.arguments if not word.startswith(('results=', 'launcher')))}"
+        frame = collect.frame_of(request.cells, results)
+        collect.write_parquet(frame, parquet, suite=name, title=request.title, command=command)
+    frame, about = collect.read_parquet(parquet)
+    page = build(frame, results / name, suite=about["suite"], command=about["command"], title=about["title"] or None)
+    print(f"report: {page}")
+    return 0
+
+
+def _list(words: list[str]) -> int:
+    """Every plug-in, the broken ones named, and every scale and suite."""
+    plugins = next((word.split("=", 1)[1] for word in words if word.startswith("plugins=")), None)
+    unknown = [word for word in words if not word.startswith("plugins=")]
+    if unknown:
+        raise UserError(f"{unknown[0]!r}: list takes no argument but plugins=DIR")
+    registry = Registry(Path(plugins) if plugins else None)
+    console = _console()
+    for kind in ("method", "task"):
+        table = Table(f"{kind}s", "", box=None, pad_edge=False, title_justify="left")
+        for file in registry.files(kind):
+            table.add_row(file.name, f"[red]unusable: {file.error}[/]" if file.error else file.summary)
+        console.print(table, highlight=False)
+        console.print()
+    table = Table("scales and suites", "", box=None, pad_edge=False)
+    for path in sorted(config.files(registry, "scale").values()):
+        table.add_row(f"scale={path.stem}", _first_comment(path))
+    for name, title in config.suites(registry).items():
+        table.add_row(f"suite={name}", title)
+    console.print(table, highlight=False)
+    return 0
+
+
+def _console() -> Console:
+    """Colours and the terminal's width on a terminal; plain unwrapped lines into a file or a pipe."""
+    return Console() if sys.stdout.isatty() else Console(width=240)
+
+
+def _first_comment(path: Path) -> str:
+    lines = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#") and "@package" not in line]
+    return lines[0] if lines else ""
+
+
+def _replay(words: list[str]) -> Request:
+    values = dict(word.split("=", 1) for word in words if "=" in word)
+    unknown = set(values) - {"spec", "results", "plugins"}
+    if unknown or len(values) != len(words):
+        raise UserError(f"{' '.join(sorted(unknown)) or words}: a replay runs the stored settings; only results= and plugins= go with spec=")
+    from dpgbench.api import Options
+
+    plugins = Path(values["plugins"]) if "plugins" in values else None
+    cell = config.replay(Path(values["spec"]), plugins)
+    return Request([cell], "replay", "", Path(values.get("results", "results")), plugins, Options({"name": "inline", "workers": 1}))
+
+
+def _save_words(request: Request) -> None:
+    """So that `report` knows the grid later, without being told again."""
+    words = [word for word in request.arguments if not word.startswith("results=")]
+    store.write_atomically(request.results / "runs" / f"{request.suite}.sweep.json", json.dumps(words))
+
+

@@ -1,0 +1,110 @@
+"""What a method spends, in FLOPs, tokens and seconds, by phase.
+
+FLOPs are counted from shapes, so they are deterministic. With N the weights of all matrix products (the LM head included, embedding
+look-ups not), H layers of width D and a batch of B sequences of length L, one forward pass costs
+
+    F(B, L) = 2 N B L + 4 H B L^2 D          (products with weights; attention scores and their product with the values)
+
+and training on the batch 3 F. Padding is computed, so it is counted. The same convention as `torch.utils.flop_counter`, which the
+tests hold these formulas against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PHASES = ("generate", "training", "metagradient", "policy_update", "scoring", "deployment")
+
+
+@dataclass
+class Meter:
+    """Running totals. Everything a method does through its workbench is charged here; the harness's own scoring is not."""
+
+    flops: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    tokens_generated: int = 0
+    tokens_trained: int = 0
+    seconds: float = 0.0
+    _deployment: Meter | None = field(default=None, repr=False)
+
+    def charge(self, phase: str, flops: float, *, generated: int = 0, trained: int = 0) -> None:
+        """Add FLOPs to a phase, and the tokens that were sampled or trained on."""
+        if phase not in PHASES:
+            raise ValueError(f"phase={phase!r}: not a phase of the budget; one of {', '.join(PHASES)}")
+        if self._deployment is not None:
+            phase = "deployment"
+        meter = self._deployment or self
+        meter.flops[phase] += flops
+        meter.tokens_generated += generated
+        meter.tokens_trained += trained
+
+    @contextmanager
+    def deployment(self) -> Iterator[Meter]:
+        """Inside, all charges go to the yielded meter as "deployment".
+
+        A snapshot's price is what was spent so far plus one deployment dataset; the datasets drawn at earlier snapshots were drawn
+        for the plot's sake and are nobody's cost.
+        """
+        self._deployment = Meter()
+        try:
+            yield self._deployment
+        finally:
+            self._deployment = None
+
+    def __add__(self, other: Meter) -> Meter:
+        return Meter(
+            {phase: self.flops[phase] + other.flops[phase] for phase in PHASES},
+            self.tokens_generated + other.tokens_generated,
+            self.tokens_trained + other.tokens_trained,
+            self.seconds + other.seconds,
+        )
+
+    @property
+    def total_flops(self) -> float:
+        return sum(self.flops.values())
+
+
+def matmul_weights(model: nn.Module) -> int:
+    """N: the number of weights that multiply activations, once per module (a tied head counts, an embedding look-up does not)."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, (nn.Linear, Conv1D)))
+
+
+def attention_flops_per_pair(model: nn.Module) -> int:
+    """4 H D: what one (query, key) pair costs over all layers."""
+    config = model.config
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return 4 * config.num_hidden_layers * width
+
+
+def forward_flops(model: nn.Module, batch: int, length: int) -> float:
+    """F(B, L) of the module docstring."""
+    return 2.0 * matmul_weights(model) * batch * length + float(attention_flops_per_pair(model)) * batch * length**2
+
+
+def sampling_flops(model: nn.Module, batch: int, prompt_length: int, new_tokens: int) -> float:
+    """Sampling `new_tokens` after a prompt with a key-value cache: the prompt once (logits of its last position only), then a token at a time."""
+    if new_tokens == 0:
+        return 0.0
+    head = model.get_output_embeddings().weight.numel()
+    prompt = forward_flops(model, batch, prompt_length) - 2.0 * head * batch * (prompt_length - 1)
+    steps = new_tokens - 1  # the last token is sampled but never read
+    contexts = steps * prompt_length + steps * (steps + 1) / 2
+    return prompt + 2.0 * matmul_weights(model) * batch * steps + float(attention_flops_per_pair(model)) * batch * contexts
+
+
+def counted_flops(function: Callable[[], object]) -> float:
+    """FLOPs of calling `function` once, by torch's own counter; for code whose shapes only it knows, such as a user's signal."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return float(counter.get_total_flops())

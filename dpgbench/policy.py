@@ -1,0 +1,188 @@
+"""The policy-gradient loop on TRL's GRPOTrainer, shared by every method that trains its generator. The only file that imports trl.
+
+A method differs from the next in one function: rollouts in, one reward per completion out. The advantage of the DPG paper
+(arXiv 2604.08423, section 3) is (reward - group mean) / group std. TRL adds 1e-4 to that divisor, which is far larger than a
+metagradient, so advantages are computed here and handed to TRL as rewards with `scale_rewards="none"`; TRL's own subtraction of the
+group mean then changes nothing, because every scaling here leaves groups with mean zero.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import greenlet
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
+from trl import GRPOConfig, GRPOTrainer
+
+from dpgbench import compute
+from dpgbench.api import Options, Prompt, Snapshot
+from dpgbench.errors import CellError
+from dpgbench.seeds import derive
+from dpgbench.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """One step's completions; those of one prompt are adjacent."""
+
+    step: int
+    prompts: list[Prompt]
+    completions: list[str]
+
+
+Reward = Callable[[Rollouts], Sequence[float]]
+
+
+def train_policy(bench: Workbench, reward: Reward) -> Iterator[Snapshot]:
+    """GRPO with one batch-level reward call per step; yields the untrained generator (step 0) and then every step.
+
+    Cost per step: sampling, whatever `reward` spends, and 3F of the generator on prompts and completions.
+    Raises CellError if a reward is not finite or has the wrong count, and whatever `reward` raises: never a batch of zeros.
+    """
+    policy = bench.options.policy
+
+    def snapshot(step: int) -> Snapshot:
+        return Snapshot(step, lambda prompts: bench.sample(prompts, "deployment"))
+
+    yield snapshot(0)
+    with tempfile.TemporaryDirectory() as scratch, _quiet():
+        loop = _Loop(bench, reward, policy)
+        trainer = GRPOTrainer(
+            model=bench.generator.model,
+            processing_class=bench.generator.tokenizer,
+            args=_trl_settings(bench, policy, scratch),
+            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in bench.prompts(policy.steps * loop.prompts_per_step, "policy")]),
+            reward_funcs=loop.advantages_of,
+            callbacks=[loop],
+        )
+        trainer.remove_callback(PrinterCallback)
+        loop.trainer = trainer
+        for step in loop.steps():
+            yield snapshot(step)
+
+
+def advantages(rewards: torch.Tensor, group_size: int, scaling: str) -> torch.Tensor:
+    """(reward - group mean), divided by the group's std ("group"), the batch's std ("batch") or nothing ("none").
+
+    rewards: (P * G,), groups adjacent, any unit. A group (batch) whose rewards are all equal gets zeros. Standard deviations have
+    ddof=1, as TRL's.
+    """
+    groups = rewards.double().view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    if scaling == "none":
+        return centred.flatten().float()
+    deviation = groups.std(1, keepdim=True) if scaling == "group" else groups.std().expand(len(groups), 1)
+    # Equal rewards differ in the last bits after centring; a divisor of that size would blow them up to advantages of order one.
+    noise = 1e-12 * groups.abs().amax(1, keepdim=True)
+    return torch.where(deviation > noise, centred / deviation, 0.0).flatten().float()
+
+
+class _Loop(TrainerCallback):
+    """Stands between TRL and the bench: seeds each step, turns rewards into advantages, records, and hands steps out one by one."""
+
+    trainer: GRPOTrainer
+
+    def __init__(self, bench: Workbench, reward: Reward, policy: Options):
+        self.bench, self.reward, self.policy = bench, reward, policy
+        self.prompts_per_step = policy.completions // policy.group_size
+        self.updates_per_step = policy.completions // (policy.minibatch or policy.completions)
+        self.step = 0
+        self.line: dict = {}
+        self.__name__ = "advantages"  # TRL names its logs after the reward function
+
+    def steps(self) -> Iterator[int]:
+        """Run the trainer in a greenlet, so that `for step in loop.steps()` pauses it after each step, where its stack stands."""
+        self._outside = greenlet.getcurrent()
+        training = greenlet.greenlet(lambda: self.trainer.train() and None)
+        try:
+            while (step := training.switch()) is not None:
+                yield step
+        finally:
+            if not training.dead:
+                training.throw()  # unwinds the trainer when the consumer stops early
+
+    def advantages_of(self, prompts: list[Prompt], completions: list, completion_ids: list[list[int]], **_: object) -> list[float]:
+        """TRL's reward function: called once per step with all its completions."""
+        texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
+        self._charge(prompts, completion_ids)
+        rewards = torch.as_tensor(self.reward(Rollouts(self.step, prompts, texts)), dtype=torch.float64).cpu()
+        if rewards.shape != (len(texts),):
+            raise CellError(f"the reward function returned shape {tuple(rewards.shape)} for {len(texts)} completions; it must return one reward each")
+        if not rewards.isfinite().all():
+            raise CellError(f"{int((~rewards.isfinite()).sum())} of {len(texts)} rewards are not finite; training on them would be training on noise")
+        result = advantages(rewards, self.policy.group_size, self.policy.scale_advantages)
+        groups = rewards.view(-1, self.policy.group_size)
+        self.line = {
+            "reward_mean": float(rewards.mean()), "reward_std": float(rewards.std()), "reward_min": float(rewards.min()), "reward_max": float(rewards.max()),
+            "groups_without_signal": int((groups.amax(1) == groups.amin(1)).sum()),
+            "completion_tokens": sum(map(len, completion_ids)) / len(texts),
+            "texts": texts[:: max(1, len(texts) // 4)][:4],
+            "rollouts": {"texts": texts, "rewards": rewards.tolist(), "advantages": result.tolist()},
+        }  # fmt: skip
+        return result.tolist()
+
+    def on_step_begin(self, args, state, control, **_: object) -> None:
+        """Rollouts draw from torch's default generator: give each step its own seed, so that a step does not depend on the ones before."""
+        torch.manual_seed(derive(self.bench.seed("rollouts"), state.global_step))
+        start, final = self.policy.entropy_bonus, self.policy.entropy_bonus_final
+        if start and final is not None:
+            progress = min(1.0, self.step / max(1, self.policy.steps - 1))
+            self.trainer.entropy_coef = start + (final - start) * progress
+
+    def on_log(self, args, state, control, logs=None, **_: object) -> None:
+        """After each update TRL logs; the update that completes a step completes its record, and the step is handed out."""
+        if "loss" not in logs or state.global_step % self.updates_per_step:
+            return
+        self.step += 1
+        self.bench.record({"step": self.step, "entropy": logs["entropy"], "gradient_norm": float(logs["grad_norm"]), **self.line})
+        self._outside.switch(self.step)
+
+    def _charge(self, prompts: list[Prompt], completion_ids: list[list[int]]) -> None:
+        batch = len(prompts)
+        prompt_length = self.bench.generator.tokenize(prompts)["input_ids"].shape[1]
+        new_tokens = max(map(len, completion_ids))
+        self.bench.charge_generation(batch, prompt_length, new_tokens)
+        update = 3 * compute.forward_flops(self.bench.generator.model, batch, prompt_length + new_tokens)
+        self.bench.meter.charge("policy_update", update, trained=sum(map(len, completion_ids)))
+
+
+def _trl_settings(bench: Workbench, policy: Options, scratch: str) -> GRPOConfig:
+    """The paper's GRPO (no KL term, temperature 1, one pass) in TRL's words."""
+    updated = policy.minibatch or policy.completions
+    forward = policy.micro_batch or updated
+    on_cpu = not torch.cuda.is_available()
+    return GRPOConfig(
+        output_dir=scratch, use_cpu=on_cpu, bf16=False, gradient_checkpointing=False, report_to=[], disable_tqdm=True, save_strategy="no",
+        logging_steps=1, logging_nan_inf_filter=False, seed=bench.seed("trainer") % 2**31, shuffle_dataset=False, dataloader_num_workers=0,
+        max_steps=policy.steps * (policy.completions // updated),
+        per_device_train_batch_size=forward, gradient_accumulation_steps=updated // forward, steps_per_generation=policy.completions // forward,
+        num_generations=policy.group_size, num_iterations=1, beta=0.0, scale_rewards="none", loss_type=policy.loss_type,
+        temperature=1.0, top_p=1.0, top_k=0, max_completion_length=bench.generator.max_completion_tokens,
+        learning_rate=policy.lr, lr_scheduler_type=policy.lr_schedule, warmup_steps=0, weight_decay=0.0, max_grad_norm=policy.max_grad_norm,
+        entropy_coef=policy.entropy_bonus,
+    )  # fmt: skip
+
+
+class _quiet:
+    """TRL and transformers narrate on standard error; a cell's progress has its own display."""
+
+    def __enter__(self) -> None:
+        self._verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        self._trl_level = logging.getLogger("trl").level
+        logging.getLogger("trl").setLevel(logging.ERROR)
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.simplefilter("ignore")
+
+    def __exit__(self, *error: object) -> None:
+        self._warnings.__exit__(*error)
+        logging.getLogger("trl").setLevel(self._trl_level)
+        transformers_logging.set_verbosity(self._verbosity)

@@ -1,0 +1,257 @@
+"""The self-contained HTML page: data shaped for the template, which autoescapes everything that is not `Markup` made here."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+import struct
+from collections import Counter
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from dpgbench.report import tables
+from dpgbench.report.figures import FAINT, INK, DrawnFigure
+from dpgbench.report.frame import SuiteResults, TaskResults
+from dpgbench.report.writing import DASH, and_more, decimals_for, interval, number, plural
+from dpgbench.stats import mean_interval
+
+TEMPLATES = Path(__file__).parent / "template"
+TEXTS_SHOWN = 12
+COLUMNS = ("method", "n", "mean", "difference to base", "p", "FLOPs", "tokens generated", "tokens trained", "time")  # intervals stand below
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def render_page(results: SuiteResults, figures: dict[str, list[DrawnFigure]], *, command: str, title: str) -> str:
+    """The page as one string: no resource is loaded from anywhere, all images are inside."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    rows = {task.label: tables.method_rows(task) for task in results.tasks}
+    return environment.get_template("page.html").render(
+        title=title,
+        suite=results.name,
+        command=command,
+        css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
+        script=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
+        explanation=_explanation(results),
+        statuses=list(results.cells_by_status.items()),
+        methods=[{"label": label, "style": style} for label, style in results.styles.items()],
+        summary=_summary(results, rows),
+        tasks=[_task(task, rows[task.label], figures[task.label], results, number) for number, task in enumerate(results.tasks)],
+        versions=_versions(results),
+    )
+
+
+def _explanation(results: SuiteResults) -> str:
+    competing = [label for label, style in results.styles.items() if style.role == "method"]
+    references = [label for label, style in results.styles.items() if style.role != "method"]
+    seeds = results.frame["seed"].nunique()
+    done, total = results.cells_by_status.get("done", 0), sum(results.cells_by_status.values())
+    beside = f" beside the reference{'s' if len(references) > 1 else ''} {' and '.join(references)}" if references else ""
+    return (
+        f"{plural(len(competing), 'way')} of producing training text{beside}, on {plural(len(results.tasks), 'task')} with "
+        f"{plural(seeds, 'seed')}: {done} of {plural(total, 'cell')} finished. Every method ends with a dataset of texts; a fresh copy of "
+        f"the target model is trained on it and scored on data the method never saw. All compute a method spends is charged to it, drawing "
+        f"that dataset included. The seed is the unit: intervals are 95% Student t over seeds, and differences are paired by seed."
+    )
+
+
+def _summary(results: SuiteResults, rows: dict[str, list[tables.MethodRow]]) -> dict:
+    """Methods x tasks. Each scored cell carries its numeric value for sorting and a bar from base (0) to the best shown (1)."""
+    best = {label: tables.best_label(task_rows) for label, task_rows in rows.items()}
+    body = []
+    for method, style in results.styles.items():
+        cells = []
+        for task in results.tasks:
+            row = next((row for row in rows[task.label] if row.label == method and row.score.n), None)
+            decimals = tables.table_decimals(rows[task.label])
+            if row is None:
+                cells.append({"text": tables.summary_text(task, rows[task.label], method), "interval": "", "value": "", "n": "", "best": False, "bar": None})
+                continue
+            cells.append({
+                "text": number(row.score.mean, decimals), "interval": interval(row.score.low, row.score.high, decimals).replace(DASH, ""),
+                "value": _sortable(row.score.mean), "n": row.n, "best": best[task.label] == method, "bar": _bar(row, rows[task.label], task),
+            })  # fmt: skip
+        body.append({"label": method, "style": style, "cells": cells})
+    return {"tasks": results.tasks, "body": body}
+
+
+def _bar(row: tables.MethodRow, rows: list[tables.MethodRow], task: TaskResults) -> int | None:
+    """How far from base (0) towards the best mean of the table (100); None without a base or a spread."""
+    base = next((other.score.mean for other in rows if other.label == task.base_label), math.nan)
+    signed = [(other.score.mean - base) * (1 if task.higher_is_better else -1) for other in rows if np.isfinite(other.score.mean)]
+    top = max(signed, default=0.0)
+    if not (math.isfinite(base) and math.isfinite(row.score.mean) and top > 0):
+        return None
+    return round(100 * min(max((row.score.mean - base) * (1 if task.higher_is_better else -1) / top, 0), 1))
+
+
+def _task(task: TaskResults, rows: list[tables.MethodRow], figures: list[DrawnFigure], results: SuiteResults, position: int) -> dict:
+    decimals = tables.table_decimals(rows)
+    best = tables.best_label(rows)
+    table = []
+    for row in rows:
+        d = row.difference if row.difference is not None and row.difference.n else None
+        values = [row.score.n, row.score.mean, d.mean if d else math.nan, d.p if d else math.nan,
+                  row.flops, row.tokens_generated, row.tokens_trained, row.seconds]  # fmt: skip
+        _, n, mean, spread, difference, difference_spread, p, smallest_p, *compute = tables.row_texts(row, decimals)
+        texts = [(n, ""), (mean, spread), (difference, difference_spread), (p, f"smallest {smallest_p}" if d else ""), *((text, "") for text in compute)]
+        cells = [{"text": text, "small": small.replace(DASH, ""), "value": _sortable(value)} for (text, small), value in zip(texts, values)]
+        table.append({"label": row.label, "remark": row.remark, "style": results.styles[row.label], "best": row.label == best, "cells": cells})
+    present = [label for label in results.styles if (task.finals["method_label"] == label).any()]
+    seeds = sorted(int(seed) for seed in task.finals["seed"].unique())
+    return {
+        "anchor": f"task-{position}", "task": task, "header": COLUMNS, "table": table, "notes": tables.notes_on(task, rows),
+        "figures": [{"svg": _inline_svg(figure.svg, f"f{position}{kind}-", figure.alt), "caption": figure.caption, "file": figure.file_name}
+                    for kind, figure in zip("ab", figures)],
+        "metrics": _all_metrics(task, present), "phases": _phases(task, present), "seeds": seeds,
+        "gallery": [_samples(task, label, results, seeds) for label in present],
+        "has_pictures": task.finals["picture"].map(_is_png).any(), "has_texts": task.finals["texts"].map(lambda t: bool(_texts(t))).any(),
+        "gaps": [{"gap": gap, "seeds": and_more(gap.seeds), "short": tables.shortened(gap.reason),
+                  "full": gap.reason if tables.shortened(gap.reason) != " ".join(gap.reason.split()) else None,
+                  "style": results.styles[gap.method_label]} for gap in tables.gaps(task)],
+        "specs": _specs(task, present),
+    }  # fmt: skip
+
+
+def _samples(task: TaskResults, label: str, results: SuiteResults, seeds: list[int]) -> dict:
+    """One method's picture and texts for every seed of the task; a seed it lacks is shown as such."""
+    rows = task.finals[task.finals["method_label"] == label].set_index("seed")
+    shown = []
+    for seed in seeds:
+        row = rows.loc[seed] if seed in rows.index else None
+        picture = row["picture"] if row is not None else None
+        texts = _texts(row["texts"]) if row is not None else []
+        broken = row is not None and isinstance(picture, bytes) and not _is_png(picture)
+        shown.append({
+            "seed": seed, "finished": row is not None, "picture": _picture(picture) if _is_png(picture) else None, "broken": broken,
+            "texts": texts[:TEXTS_SHOWN], "total": len(texts),
+            "score": number(float(row["value"]), decimals_for(task.finals["value"])) if row is not None else DASH,
+        })  # fmt: skip
+    return {"label": label, "style": results.styles[label], "seeds": shown}
+
+
+def _all_metrics(task: TaskResults, present: list[str]) -> dict | None:
+    """Everything measured at the final snapshot: methods x metrics, mean and interval; metrics nobody has are left out."""
+    columns = ["phi", *sorted(column for column in task.finals.columns if column.startswith("metric:"))]
+    columns = [column for column in columns if task.finals[column].notna().any()]
+    if not columns or columns == ["phi"] == [task.headline]:
+        return None
+    body = []
+    for label in present:
+        finals = task.finals[task.finals["method_label"] == label]
+        cells = []
+        for column in columns:
+            score = mean_interval(finals[column])
+            decimals = decimals_for(task.finals[column].groupby(task.finals["method_label"]).mean())
+            missing = f" (n={score.n})" if score.n and score.missing else ""
+            cells.append({"text": number(score.mean, decimals) + missing, "value": _sortable(score.mean),
+                          "interval": interval(score.low, score.high, decimals).replace(DASH, "")})  # fmt: skip
+        body.append({"label": label, "cells": cells})
+    return {"header": [column.removeprefix("metric:") for column in columns], "body": body}
+
+
+def _phases(task: TaskResults, present: list[str]) -> list[dict]:
+    """Where each method's FLOPs went: the share of every phase in the sum over its seeds, largest first."""
+    shares = []
+    for label in present:
+        total: Counter[str] = Counter()
+        for text in task.finals.loc[task.finals["method_label"] == label, "flops_by_phase"]:
+            phases = _json(text)
+            if isinstance(phases, dict):
+                total.update({str(k): float(v) for k, v in phases.items() if isinstance(v, (int, float)) and math.isfinite(v) and v > 0})
+        if total:
+            sum_of_all = sum(total.values())
+            parts = [{"phase": phase, "share": 100 * value / sum_of_all} for phase, value in sorted(total.items(), key=lambda kv: (-kv[1], kv[0]))]
+            shares.append({"label": label, "parts": parts})
+    return shares
+
+
+def _specs(task: TaskResults, present: list[str]) -> list[dict]:
+    """The exact configuration of every finished cell, texts that differ in nothing but the line `seed: ...` shown once."""
+    shown = []
+    for label in present:
+        rows = task.finals[task.finals["method_label"] == label]
+        groups: dict[str, list[tuple[int, str, str]]] = {}
+        for seed, cell, spec in zip(rows["seed"], rows["cell"], rows["spec"]):
+            text = spec if isinstance(spec, str) else ""
+            groups.setdefault(re.sub(r"(?m)^(\s*seed:).*$", r"\1", text), []).append((int(seed), cell, text))
+        for group in groups.values():
+            shown.append({"label": label, "seeds": and_more(seed for seed, _, _ in group), "several": len(group) > 1,
+                          "cells": [cell for _, cell, _ in group], "text": group[0][2].strip() or "no specification recorded"})  # fmt: skip
+    return shown
+
+
+def _versions(results: SuiteResults) -> list[dict]:
+    """Every setting of the environments with its distinct values; how many cells have each where they differ."""
+    finals = results.frame[results.frame["status"] == "done"].drop_duplicates("cell", keep="last")
+    counts: dict[str, Counter[str]] = {}
+    for text in finals["env"].dropna():
+        parsed = _json(text)
+        for key, value in _flat(parsed if isinstance(parsed, dict) else {"unreadable": str(text)}):
+            counts.setdefault(key, Counter())[value] += 1
+    total = len(finals)
+    lines = []
+    for key in sorted(counts):
+        values = sorted(counts[key].items(), key=lambda item: (-item[1], item[0]))
+        same = len(values) == 1 and values[0][1] == total
+        lines.append({"key": key, "value": values[0][0] if same else and_more((f"{v} ({plural(c, 'cell')})" for v, c in values), limit=6), "same": same})
+    return lines
+
+
+def _flat(tree: dict, prefix: str = "") -> list[tuple[str, str]]:
+    pairs = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        pairs += _flat(value, name + ".") if isinstance(value, dict) else [(name, value if isinstance(value, str) else json.dumps(value))]
+    return pairs
+
+
+def _texts(text: object) -> list[str]:
+    """The sample texts; a field that is not a JSON list is shown as the one text it is."""
+    if not isinstance(text, str) or not text:
+        return []
+    parsed = _json(text)
+    return [str(item) for item in parsed] if isinstance(parsed, list) else [text]
+
+
+def _json(text: object) -> object:
+    try:
+        return json.loads(text) if isinstance(text, str) else None
+    except json.JSONDecodeError:
+        return None
+
+
+def _is_png(data: object) -> bool:
+    return isinstance(data, bytes) and data.startswith(PNG_SIGNATURE) and len(data) >= 24
+
+
+def _picture(data: bytes) -> dict:
+    """A data URI; small pictures are enlarged with hard pixel edges, because their pixels are the content."""
+    width, height = struct.unpack(">II", data[16:24])
+    return {"uri": "data:image/png;base64," + base64.b64encode(data).decode("ascii"), "width": width, "height": height, "small": width <= 120}
+
+
+def _inline_svg(svg: bytes, prefix: str, alt: str) -> Markup:
+    """The figure as an SVG element: ids made unique on the page, methods marked for the filter, ink and paper left to the page."""
+    text = svg.decode("utf-8")
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'<g id="method-(\d+)-\d+"', r'<g data-method="\1"', text)
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\1"', text)
+    text = re.sub(r'(xlink:href="#|url\(#)', rf"\1{prefix}", text)
+    text = text.replace("xlink:href", "href").replace(INK, "var(--ink)").replace(FAINT, "var(--rule)")
+    text = re.sub(r"(fill|stroke): #ffffff", r"\1: var(--paper)", text)
+    size = re.search(r'viewBox="([^"]+)"', text)
+    label = Markup('<svg class="plot" viewBox="{}" role="img" aria-label="{}">').format(size.group(1), alt)
+    return Markup(label + Markup(text[text.index(">") + 1 :]))
+
+
+def _sortable(value: float) -> str:
+    """What the page's script sorts by: empty (always last) for NaN."""
+    return "" if math.isnan(value) else repr(float(value)) if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")

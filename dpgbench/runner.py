@@ -1,0 +1,195 @@
+"""One cell from start to finish: build the bench, let the method work, score its snapshots on held-out data, leave a result."""
+
+from __future__ import annotations
+
+import io
+import math
+import platform
+import subprocess
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dpgbench import __version__
+from dpgbench.api import RunSpec, Snapshot, Task, TaskView
+from dpgbench.errors import CellError, UserError
+from dpgbench.registry import Registry, home
+from dpgbench.seeds import stream
+from dpgbench.store import RunFolder
+
+Watch = Callable[[dict[str, Any]], None]
+SAMPLE_TEXTS = 12  # deployment texts kept for the report
+
+
+def run_cell(spec: RunSpec, results: Path, plugins: Path | None = None, watch: Watch = lambda event: None) -> str:
+    """Run a cell unless it is done. Returns "done" or "failed"; the reason of a failure is in the folder's `error.txt`.
+
+    `watch` is told about every step, for a progress display. An interrupt (Ctrl-C) passes through and leaves the cell interrupted.
+    """
+    folder = RunFolder.of(results, spec)
+    with folder.owned():
+        if folder.state().name == "done":
+            return "done"
+        folder.begin(environment())
+        try:
+            _Cell(spec, folder, Registry(plugins), watch).run()
+        except (UserError, CellError) as error:
+            folder.fail(f"{type(error).__name__}: {error}")
+            return "failed"
+        except Exception:
+            folder.fail(traceback.format_exc())
+            return "failed"
+    return "done"
+
+
+class _Cell:
+    """The work of `run_cell`, with its parts at hand."""
+
+    def __init__(self, spec: RunSpec, folder: RunFolder, registry: Registry, watch: Watch):
+        import torch
+
+        from dpgbench import compute, data, models
+        from dpgbench.workbench import Workbench
+
+        torch.set_num_threads(spec.scale.threads)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.spec, self.folder, self.watch = spec, folder, watch
+        self.started = time.perf_counter()
+        self.method = registry.load("method", spec.method.name)(spec.method)
+        self.task: Task = registry.load("task", spec.task.name)(spec.task)
+        generator = models.load_generator(spec.scale)
+        generator.model.to(device)
+        target, tokenizer = models.load_target(spec.scale)
+        self.world = data.World(spec.scale, spec.training, data.corpus(spec.scale), target.to(device), tokenizer)
+        self.task.prepare(self.world)
+        self.meter = compute.Meter()
+        self.bench = Workbench(spec, TaskView(self.task), self.world, generator, self.meter, self._record)
+        # Held-out prompts: one fixed list per seed, whatever the method.
+        self.prompts = self.world.corpus.prompts("test", spec.scale.deployment_texts, stream(spec.seed, "deployment prompts"))
+
+    def run(self) -> None:
+        last_step = (self.spec.method.get("policy") or {}).get("steps")
+        schedule = snapshot_steps(last_step, self.spec.scale.snapshots) if last_step else None
+        snapshots, texts, final = [], [], None
+        clock = time.perf_counter()
+        for snapshot in self.method.run(self.bench):
+            self.meter.seconds += time.perf_counter() - clock
+            if schedule is None or snapshot.step in schedule:
+                scored, texts, params = self._score(snapshot)
+                snapshots.append(scored)
+                final = snapshot.step, params
+            pending = None if schedule is None or snapshot.step in schedule else snapshot
+            clock = time.perf_counter()
+        if pending is not None:  # a method that stopped before its schedule did
+            scored, texts, params = self._score(pending)
+            snapshots.append(scored)
+            final = pending.step, params
+        if final is None:
+            raise CellError(f"method {self.spec.method.name} yielded no snapshot; `run` must yield at least one")
+        self.folder.finish(
+            {
+                "headline": self.task.headline,
+                "higher_is_better": self.task.higher_is_better,
+                "snapshots": snapshots,
+                "texts": texts[:SAMPLE_TEXTS],
+                "seconds_total": round(time.perf_counter() - self.started, 3),
+            },
+            self._picture(final[1], texts),
+        )
+
+    def _record(self, line: dict[str, Any]) -> None:
+        """A step of the method: into the metrics file and to whoever watches."""
+        line = {**line, "flops": self.meter.total_flops, "tokens_generated": self.meter.tokens_generated, "tokens_trained": self.meter.tokens_trained}
+        self._append(line)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        bad = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
+        if bad:
+            raise CellError(f"{bad[0]} is {line[bad[0]]} at step {line.get('step', line.get('snapshot'))}; nothing that follows would mean anything")
+        self.folder.append(line, time.perf_counter() - self.started)
+        self.watch({key: value for key, value in line.items() if key != "rollouts"})
+
+    def _score(self, snapshot: Snapshot) -> tuple[dict[str, Any], list[str], dict]:
+        """Draw the deployment dataset (charged), train a fresh target on it and measure that (not charged)."""
+        from dpgbench.training import loaded, train
+        from dpgbench.workbench import optimizer_of
+
+        clock = time.perf_counter()
+        with self.meter.deployment() as price:
+            texts = snapshot.sample(self.prompts)
+            price.seconds = time.perf_counter() - clock
+        if len(texts) != len(self.prompts) or not all(isinstance(text, str) for text in texts):
+            raise CellError(f"snapshot {snapshot.step}: sample returned {len(texts)} texts for {len(self.prompts)} prompts; it must return one string each")
+        target, training = self.world.target, self.spec.training
+        batches, _ = self.bench.batches(texts, "deployment")
+        params = train(target, batches, optimizer_of(training), micro_batch=training.micro_batch, reduction=training.reduction)
+        with loaded(target, params):
+            import torch
+
+            with torch.no_grad():
+                phi = float(self.task.signal(target))
+                measures = {name: float(value) for name, value in self.task.measure(target, texts).items()}
+        total = self.meter + price
+        line = {
+            "snapshot": snapshot.step, "phi": phi, "measures": measures, "flops": total.total_flops, "flops_by_phase": total.flops,
+            "tokens_generated": total.tokens_generated, "tokens_trained": total.tokens_trained,
+        }  # fmt: skip
+        self._append(line)
+        return {**line, "seconds": round(total.seconds, 3)}, texts, params
+
+    def _picture(self, params: dict, texts: list[str]) -> bytes | None:
+        """What the task draws of the final target, as PNG; None for tasks that do not draw."""
+        if type(self.task).draw is Task.draw:
+            return None
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        from dpgbench.training import loaded
+
+        figure = Figure(figsize=(2.4, 2.4), dpi=100)
+        FigureCanvasAgg(figure)
+        with loaded(self.world.target, params):
+            self.task.draw(self.world.target, texts, figure.add_axes((0.04, 0.04, 0.92, 0.92)))
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def snapshot_steps(last: int, count: int) -> set[int]:
+    """About `count` steps from 0 to `last`, evenly spaced on a log scale: 0, 1, ... `last`."""
+    if count == 1:
+        return {last}
+    return {0, last} | {round(math.exp(math.log(last) * k / (count - 2))) for k in range(count - 1)} if count > 2 else {0, last}
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers were made with: versions, git commit, device."""
+    from importlib.metadata import version
+
+    import torch
+
+    packages = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "numpy")
+    return {
+        "dpgbench": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def _commit() -> str:
+    """The checkout's commit, with "+changes" if the tree is not clean; "" outside a checkout of dpgbench."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(home()), *words], capture_output=True, text=True, timeout=20).stdout.strip()
+
+    try:
+        if not (home() / ".git").exists():
+            return ""
+        changed = git("status", "--porcelain", "--", "dpgbench", "methods", "tasks", "configs")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

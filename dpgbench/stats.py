@@ -1,0 +1,126 @@
+"""Statistics over few seeds: the seed is the unit, n is always carried along, nothing is averaged silently over holes.
+
+Student's t and an exact permutation test, because at 3 to 8 seeds percentile bootstraps cover 75-88% instead of 95%
+(the coverage of the interval used here is simulated in tests/test_stats.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats as scipy_stats
+
+ENUMERATE_UP_TO = 12  # 2**12 = 4096 sign patterns: exact and instant; above it the sign-flip test draws patterns
+MONTE_CARLO_DRAWS = 20_000  # ours: the standard error of an estimated p of 0.05 is then 0.0015
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and its confidence interval, in the unit of the values.
+
+    `n` counts the values used, `missing` the NaNs left out. `low` and `high` are NaN where no interval exists (n < 2).
+    """
+
+    n: int
+    mean: float
+    low: float
+    high: float
+    missing: int = 0
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """The mean of a - b over the seeds both have, its t interval, and a two-sided sign-flip permutation test.
+
+    `unpaired` counts seeds that only one side has (a NaN is a seed not had). `smallest_p` is the least p that n pairs can reach
+    in this test whatever the data: 2 / 2**n for an enumerated test. `exact` says whether p was enumerated.
+    """
+
+    n: int
+    mean: float
+    low: float
+    high: float
+    p: float
+    smallest_p: float
+    unpaired: int = 0
+    exact: bool = True
+
+
+def mean_interval(values: Sequence[float] | np.ndarray | pd.Series, level: float = 0.95) -> Interval:
+    """Mean and Student t interval (ddof=1) of independent values, one per seed.
+
+    NaNs are counted in `missing` and left out. One value has a mean and a NaN interval; none has NaN throughout. An infinite
+    value is a value (a diverged loss, say): it makes the mean infinite and leaves no interval. ValueError unless 0 < level < 1.
+    """
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level is {level}, but a confidence level lies strictly between 0 and 1")
+    given = np.asarray(values, dtype=float).ravel()
+    present = given[~np.isnan(given)]
+    n, missing = len(present), len(given) - len(present)
+    if n == 0:
+        return Interval(0, np.nan, np.nan, np.nan, missing)
+    if not np.isfinite(present).all():
+        with np.errstate(invalid="ignore"):  # +inf and -inf together have no mean, and say so as NaN
+            return Interval(n, float(present.mean()), np.nan, np.nan, missing)
+    mean = float(present.mean())
+    if n == 1:
+        return Interval(n, mean, np.nan, np.nan, missing)
+    half_width = float(scipy_stats.t.ppf(0.5 + level / 2, n - 1) * present.std(ddof=1) / np.sqrt(n))
+    return Interval(n, mean, mean - half_width, mean + half_width, missing)
+
+
+def paired_difference(
+    values_by_seed_a: pd.Series,
+    values_by_seed_b: pd.Series,
+    *,
+    level: float = 0.95,
+    generator: np.random.Generator | None = None,
+) -> PairedDifference:
+    """Compare a with b on the seeds both have; each Series holds one value per seed and is indexed by seed.
+
+    The test asks how often the mean difference would be at least this far from 0 if every pair's sign were a coin flip. All
+    2**n patterns are enumerated for n <= 12; above, `generator` draws them and p = (1 + hits) / (1 + draws).
+    ValueError for a seed listed twice, or for n > 12 without a generator. Where a difference is infinite, p is NaN.
+    """
+    for side, series in (("a", values_by_seed_a), ("b", values_by_seed_b)):
+        if not series.index.is_unique:
+            twice = sorted(set(series.index[series.index.duplicated()]))
+            raise ValueError(f"side {side} has more than one value for seed {', '.join(map(str, twice))}; a pair needs exactly one")
+    a, b = values_by_seed_a.dropna().astype(float), values_by_seed_b.dropna().astype(float)
+    seeds = a.index.intersection(b.index).sort_values()
+    unpaired = len(a.index.union(b.index)) - len(seeds)
+    with np.errstate(invalid="ignore"):
+        differences = a.loc[seeds].to_numpy() - b.loc[seeds].to_numpy()
+    interval = mean_interval(differences, level)
+    p, smallest_p, exact = _sign_flip_test(differences, generator)
+    return PairedDifference(len(seeds), interval.mean, interval.low, interval.high, p, smallest_p, unpaired, exact)
+
+
+def smallest_sign_flip_p(n: int) -> float:
+    """The least two-sided p that the exact sign-flip test can reach with n pairs; NaN for n = 0.
+
+    Only two of the 2**n patterns (all kept, all flipped) are always as extreme as the data, so 6 pairs are the first with p < 0.05.
+    """
+    return 2.0 ** (1 - n) if n else np.nan
+
+
+def _sign_flip_test(differences: np.ndarray, generator: np.random.Generator | None) -> tuple[float, float, bool]:
+    """(p, smallest reachable p, whether enumerated) of the two-sided sign-flip test on the mean of the differences."""
+    n = len(differences)
+    exact = n <= ENUMERATE_UP_TO
+    if not exact and generator is None:
+        raise ValueError(f"{n} pairs: above {ENUMERATE_UP_TO} the sign-flip test draws its patterns and needs `generator`")
+    smallest = smallest_sign_flip_p(n) if exact else max(smallest_sign_flip_p(n), 1 / (1 + MONTE_CARLO_DRAWS))
+    if n == 0 or not np.isfinite(differences).all():
+        return np.nan, smallest, exact
+    if exact:
+        patterns = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
+    else:
+        patterns = generator.integers(0, 2, size=(MONTE_CARLO_DRAWS, n))
+    sums = np.abs((1 - 2 * patterns) @ differences)
+    # Sums of the same numbers in another order differ in the last bits; without the slack a tie would count as "less extreme".
+    hits = int((sums >= abs(differences.sum()) - 1e-12 * np.abs(differences).sum()).sum())
+    return (hits / len(patterns) if exact else (1 + hits) / (1 + len(patterns))), smallest, exact
