@@ -49,11 +49,14 @@ class _Cell:
 
     def __init__(self, spec: RunSpec, folder: RunFolder, registry: Registry, watch: Watch):
         import torch
+        from transformers.utils import logging as transformers_logging
 
         from dpgbench import compute, data, models
         from dpgbench.workbench import Workbench
 
         torch.set_num_threads(spec.scale.threads)
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.spec, self.folder, self.watch = spec, folder, watch
         self.started = time.perf_counter()

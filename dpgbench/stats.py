@@ -116,11 +116,8 @@ def _sign_flip_test(differences: np.ndarray, generator: np.random.Generator | No
     smallest = smallest_sign_flip_p(n) if exact else max(smallest_sign_flip_p(n), 1 / (1 + MONTE_CARLO_DRAWS))
     if n == 0 or not np.isfinite(differences).all():
         return np.nan, smallest, exact
-    if exact:
-        patterns = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
-    else:
-        patterns = generator.integers(0, 2, size=(MONTE_CARLO_DRAWS, n))
-    sums = np.abs((1 - 2 * patterns) @ differences)
+    flips = (np.arange(2**n)[:, None] >> np.arange(n)) & 1 if exact else generator.integers(0, 2, size=(MONTE_CARLO_DRAWS, n))
+    sums = np.abs((1 - 2 * flips) @ differences)
     # Sums of the same numbers in another order differ in the last bits; without the slack a tie would count as "less extreme".
     hits = int((sums >= abs(differences.sum()) - 1e-12 * np.abs(differences).sum()).sum())
-    return (hits / len(patterns) if exact else (1 + hits) / (1 + len(patterns))), smallest, exact
+    return (hits / len(flips) if exact else (1 + hits) / (1 + len(flips))), smallest, exact

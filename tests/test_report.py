@@ -62,11 +62,12 @@ TOY = """\
 acc at the final snapshot, higher is better; n seeds, Student t intervals, differences paired by seed with a two-sided sign-flip p, \
 medians of the compute.
 
-| method           |      n |  mean |   95% interval | difference to base | 95% interval of the difference |    p | smallest possible p |    FLOPs | tokens generated | tokens trained |   time |
-|------------------|-------:|------:|---------------:|-------------------:|-------------------------------:|-----:|--------------------:|---------:|-----------------:|---------------:|-------:|
-| dpg              |      3 | 0.700 | [0.203, 1.197] |             +0.500 |               [+0.252, +0.748] | 0.25 |                0.25 | 2.00e+09 |            1.50k |          2.50M | 20 min |
-| base (reference) |      3 | 0.200 | [-0.048, 0.448] |                  – |                              – |    – |                   – |        0 |            1.50k |              0 |  4.2 s |
-| naive            | 0 of 3 |     – |              – |                  – |                              – |    – |                   – |        – |                – |              – |      – |
+| method | n | mean | 95% interval | difference to base | 95% interval of the difference | p | smallest possible p \
+| FLOPs | tokens generated | tokens trained | time |
+|-|
+| dpg | 3 | 0.700 | [0.203, 1.197] | +0.500 | [+0.252, +0.748] | 0.25 | 0.25 | 2.00e+09 | 1.50k | 2.50M | 20 min |
+| base (reference) | 3 | 0.200 | [-0.048, 0.448] | – | – | – | – | 0 | 1.50k | 0 | 4.2 s |
+| naive | 0 of 3 | – | – | – | – | – | – | – | – | – | – |
 
 > With 3 paired seeds the smallest p this test can reach is 0.25: fewer than 6 seeds cannot reach 0.05, whatever the data.
 
@@ -75,7 +76,7 @@ Without a result:
 - levenshtein: 3 skipped (seeds 0, 1, 2): needs a text target
 - naive: 1 failed (seed 0): out of memory \\| step &lt;3>
 - naive: 2 missing (seeds 1, 2): no reason recorded
-"""  # fmt: skip
+"""
 
 
 def squeezed(text):
@@ -85,7 +86,7 @@ def squeezed(text):
 
 def test_task_table_is_the_one_worked_out_by_hand(tmp_path):
     build(small_frame(), tmp_path, suite="demo", command=COMMAND)
-    assert squeezed((tmp_path / "tables/toy.md").read_text(encoding="utf-8")) == squeezed(TOY)
+    assert squeezed((tmp_path / "tables/toy.md").read_text(encoding="utf-8")) == TOY
 
 
 def test_summary_leads_with_methods_by_tasks_and_contains_every_task_table(tmp_path):
@@ -95,7 +96,7 @@ def test_summary_leads_with_methods_by_tasks_and_contains_every_task_table(tmp_p
     for line in ("| method | toy: acc ↑ |", "| dpg | **0.700 [0.203, 1.197]** |", "| base | 0.200 [-0.048, 0.448] |",
                  "| naive | failed, missing |", "| levenshtein | skipped |"):  # fmt: skip
         assert line in summary
-    assert squeezed(TOY).replace("# toy", "## toy") in summary
+    assert TOY.replace("# toy", "## toy") in summary
 
 
 def test_lower_is_better_turns_the_order_and_the_oracle_does_not_compete(tmp_path):
@@ -130,13 +131,18 @@ def demo_frame(seeds=3):
     for task, headline, start, end in (("sixseven", "pixel_accuracy", 0.41, 0.93), ("language_de", "share_in_language", 0.01, 0.97)):
         for seed in range(seeds):
             shift = rng.normal(0, 0.02)
-            plans = {"base": [(0, 0.0, start)], "active_inheritance_n4": [(1, 2.1e10, start + 0.10)], "active_inheritance_n16": [(1, 8.2e10, start + 0.17)],
-                     "dpg": [(s, 6e9 + 4.2e9 * s, start + (end - start) * (1 - np.exp(-s / 18))) for s in (0, 5, 10, 20, 30, 40, 50, 60)]}  # fmt: skip
+            steps = (0, 5, 10, 20, 30, 40, 50, 60)
+            plans = {
+                "base": [(0, 0.0, start)],
+                "active_inheritance_n4": [(1, 2.1e10, start + 0.10)],
+                "active_inheritance_n16": [(1, 8.2e10, start + 0.17)],
+                "dpg": [(s, 6e9 + 4.2e9 * s, start + (end - start) * (1 - np.exp(-s / 18))) for s in steps],
+            }
             for label, points in plans.items():
                 method = label.partition("_n")[0]
                 if (task, label, seed) == ("language_de", "active_inheritance_n16", 1):
-                    rows.append(hole("failed", "Traceback (most recent call last):\n  File \"runner.py\", line 88\nRuntimeError: out of memory",
-                                     task=task, method=method, label=label, seed=seed))  # fmt: skip
+                    reason = 'Traceback (most recent call last):\n  File "runner.py", line 88\nRuntimeError: out of memory'
+                    rows.append(hole("failed", reason, task=task, method=method, label=label, seed=seed))
                     continue
                 for step, flops, level in points:
                     value = float(np.clip(level + shift + rng.normal(0, 0.015), 0, 1))
@@ -147,11 +153,13 @@ def demo_frame(seeds=3):
                         phases = {"rollouts": 0.3, "inner training": 0.25, "metagradients": 0.3, "policy": 0.1, "deployment": 0.05}
                         more |= {"flops_by_phase": json.dumps({name: share * flops for name, share in phases.items()})}
                     if last:
-                        texts = [f"{label} s{seed}: der Hund sieht heute einen Baum im Park .", "the dog sees a tree <script>alert(1)</script>", "die Katze malt ein Haus ."]
+                        texts = [f"{label} s{seed}: der Hund sieht heute einen Baum im Park .", "die Katze malt ein Haus ."]
+                        texts += ["the dog sees a tree <script>alert(1)</script>"]
                         spec = f"method: {method}\ntask: {task}\nscale: tiny\nseed: {seed}\noptions:\n  lr: 1.0e-3  # ours\n"
                         more |= {"texts": json.dumps(texts), "spec": spec, "env": ENV}
-                        more |= {"picture": pictures[0.95 if method == "dpg" else 0.75 if "n16" in label else 0.5]} if task == "sixseven" else {}
-                        more |= {"task_description": "The LM head's change spells 67 in a 6x7 patch."} if task == "sixseven" else {}
+                    if last and task == "sixseven":
+                        more |= {"picture": pictures[0.95 if method == "dpg" else 0.75 if "n16" in label else 0.5]}
+                        more |= {"task_description": "The LM head's change spells 67 in a 6x7 patch."}
                     rows.append(row(task=task, method=method, label=label, seed=seed, step=step, **more))
     rows += [hole("skipped", "embedding rewards need a text target", task="sixseven", method="embedding", seed=s) for s in range(seeds)]
     return pd.DataFrame(rows)
@@ -224,6 +232,17 @@ def test_no_mean_is_drawn_over_a_hole():
     assert curve.mean["x"].tolist() == [1] and len(curve.by_seed[0]) == 2 and len(curve.by_seed[1]) == 1
 
 
+STRANGE = {"task_label": '../a b/"<ü>$x_1$', "method_label": lambda frame: frame["method"] + " $\\alpha$ | <i>\n"}
+THIRTEEN = [row(method=method, seed=seed, value=seed * k) for method, k in (("base", 1), ("dpg", 2)) for seed in range(13)]
+
+
+def first_value(value):
+    """The small frame with another value for the first seed of base."""
+    frame = small_frame()
+    frame.loc[0, "metric:acc"] = value
+    return frame
+
+
 FRAMES = {
     "no column and no row": (pd.DataFrame(), "The frame is empty"),
     "columns and no row": (small_frame().iloc[:0], "The frame is empty"),
@@ -240,13 +259,14 @@ FRAMES = {
     "headline phi": (small_frame().assign(headline="phi"), "phi"),
     "no headline": (small_frame().assign(headline=None), "No cell names a headline"),
     "headlines disagree": (small_frame().assign(headline=["acc"] * 4 + ["phi"] * (len(small_frame()) - 4)), "disagree on the headline"),
-    "one NaN": (small_frame().assign(**{"metric:acc": [np.nan] + small_frame()["metric:acc"].tolist()[1:]}), "counted as missing, not averaged"),
-    "an infinite value": (small_frame().assign(**{"metric:acc": [np.inf] + small_frame()["metric:acc"].tolist()[1:]}), "inf"),
+    "one NaN": (first_value(np.nan), "counted as missing, not averaged"),
+    "an infinite value": (first_value(np.inf), "inf"),
     "a cell twice": (pd.concat([small_frame(), small_frame().assign(cell=lambda f: f["cell"] + ".older")]), "More than one cell"),
     "ragged tasks": (pd.concat([small_frame(), pd.DataFrame([row(task="other", seed=s) for s in (0, 1)])]), "not planned"),
     "broken extras": (small_frame().assign(picture=b"GIF89a", texts="{not json", env="[", spec="a: <b>", flops_by_phase="?"), "{not json"),
-    "strange labels": (small_frame().assign(task_label='../a b/"<ü>$x_1$', method_label=lambda f: f["method"] + " $\\alpha$ | <i>\n"), "&lt;i&gt;"),
-    "thirteen seeds": (pd.DataFrame([row(method=m, seed=s, value=s * k) for m, k in (("base", 1), ("dpg", 2)) for s in range(13)]), "20,000 drawn"),
+    "half a surrogate pair": (small_frame().assign(texts='["half a pair: \\ud800"]'), "half a pair: ?"),
+    "strange labels": (small_frame().assign(**STRANGE), "&lt;i&gt;"),
+    "thirteen seeds": (pd.DataFrame(THIRTEEN), "20,000 drawn"),
 }  # fmt: skip
 
 
@@ -257,7 +277,7 @@ def test_holes_are_shown_not_stumbled_over(name, tmp_path):
     assert said in page.read_text(encoding="utf-8")
     assert (page.parent / "tables/summary.md").stat().st_size > 20
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is written outside the folder"
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not [path for path in tmp_path.rglob(".*")], "no temporary file is left"
 
 
 def test_parquet_round_trip_changes_nothing(tmp_path):
@@ -268,7 +288,7 @@ def test_parquet_round_trip_changes_nothing(tmp_path):
 
 
 def test_a_frame_without_needed_columns_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="lacks the column.*method_label"):
+    with pytest.raises(ValueError, match=r"lacks the column.*method_label"):
         build(small_frame().drop(columns="method_label"), tmp_path, suite="demo", command=COMMAND)
     assert not list(tmp_path.iterdir())
 
@@ -291,10 +311,12 @@ def test_file_names_are_portable_and_distinct():
     ("got", "expected"),
     [
         (number(0.12345, 3), "0.123"), (number(-0.0001, 3), "0.000"), (number(0.5, 2, sign=True), "+0.50"), (number(float("nan"), 2), "–"),
-        (number(12345678.9, None), "1.235e+07"), (amount(0), "0"), (amount(999), "999"), (amount(1000), "1.00k"), (amount(999_600), "1.00M"),
-        (amount(12_345), "12.3k"), (amount(4.2e12), "4.20e+12"), (duration(4.25), "4.2 s"), (duration(73), "73 s"), (duration(8000), "2.2 h"),
-        (probability(0.03125), "0.031"), (probability(0.00002), "2.0e-05"), (decimals_for([0.2, 0.7]), 3), (decimals_for([100.0, 300.0]), 0),
-        (decimals_for([5e8]), None), (decimals_for([]), 2), (decimals_for([0.5, 0.5]), 3),
+        (number(12345678.9, None), "1.235e+07"),
+        (amount(0), "0"), (amount(999), "999"), (amount(1000), "1.00k"), (amount(12_345), "12.3k"), (amount(999_600), "1.00M"),
+        (amount(4.2e12), "4.20e+12"), (duration(4.25), "4.2 s"), (duration(73), "73 s"), (duration(8000), "2.2 h"),
+        (probability(0.03125), "0.031"), (probability(0.00002), "2.0e-05"),
+        (decimals_for([0.2, 0.7]), 3), (decimals_for([100.0, 300.0]), 0), (decimals_for([5e8]), None), (decimals_for([]), 2),
+        (decimals_for([0.5, 0.5]), 3),
     ],
 )  # fmt: skip
 def test_numbers_in_words(got, expected):
@@ -305,9 +327,9 @@ def test_a_real_browser_runs_the_page_without_an_error(demo, tmp_path):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium executable; on Debian: apt-get install chromium")
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
-               "--disable-component-update", f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--dump-dom", demo.as_uri()]  # fmt: skip
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    switches = "headless no-sandbox disable-gpu no-first-run disable-background-networking disable-sync disable-component-update"
+    command = [chromium, *(f"--{switch}" for switch in switches.split()), f"--user-data-dir={tmp_path}"]
+    ran = subprocess.run([*command, "--enable-logging=stderr", "--dump-dom", demo.as_uri()], capture_output=True, text=True, timeout=50)
     assert ran.returncode == 0 and "CONSOLE" not in ran.stderr
     assert 'class="sort"' in ran.stdout and not re.search(r'class="seeds-switch"[^>]*hidden', ran.stdout), "the script ran"
 

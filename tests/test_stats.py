@@ -83,14 +83,14 @@ def test_sign_flip_p_equals_brute_force(n):
     if n == 5:
         a, b = np.array([0.1, 0.3, -0.2, 0.3, 0.1]), np.zeros(5)  # ties between patterns, not representable in binary
     d = a - b
-    sums = [abs(sum(s * x for s, x in zip(signs, d))) for signs in itertools.product((1, -1), repeat=n)]
+    sums = [abs(sum(s * x for s, x in zip(signs, d, strict=True))) for signs in itertools.product((1, -1), repeat=n)]
     expected = sum(s >= abs(sum(d)) - 1e-9 for s in sums) / 2**n
     got = paired_difference(by_seed(a), by_seed(b))
     assert got.p == expected and got.smallest_p == 2 / 2**n and got.p >= got.smallest_p
 
 
 def test_six_pairs_are_the_first_that_can_reach_five_percent():
-    assert [n for n in range(1, 10) if smallest_sign_flip_p(n) < 0.05][0] == 6
+    assert next(n for n in range(1, 10) if smallest_sign_flip_p(n) < 0.05) == 6
     assert paired_difference(by_seed(range(1, 7)), by_seed([0] * 6)).p == 0.03125
 
 
@@ -110,7 +110,7 @@ def test_no_common_seed_and_no_difference():
 
 def test_above_twelve_pairs_the_named_generator_decides():
     a, b = by_seed(np.linspace(-1.0, 2.0, 13)), by_seed(np.zeros(13))
-    with pytest.raises(ValueError, match="13 pairs: above 12 .* needs `generator`"):
+    with pytest.raises(ValueError, match=r"13 pairs: above 12 .* needs `generator`"):
         paired_difference(a, b)
     first, second = (paired_difference(a, b, generator=np.random.default_rng(7)) for _ in range(2))
     assert first == second and not first.exact

@@ -71,7 +71,10 @@ def draw_kind(rng: random.Random, mixture: dict[str, float]) -> str:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one of the two models is made. `warm_mixture` replaces `mixture` for the first `warm_share` of the steps."""
+    """How one of the two models is made: AdamW, a short linear warm-up, then linear decay to 0.
+
+    `warm_mixture` replaces `mixture` for the first `warm_share` of the steps. A mixture maps a kind of text to its percentage.
+    """
 
     document: Callable[[random.Random, dict[str, float]], str]
     mixture: dict[str, float]
@@ -81,7 +84,8 @@ class Recipe:
     warm_mixture: dict[str, float]
     warm_share: float = 0.5
     batch_size: int = 64
-    learning_rate: float = 4e-3  # ours: the largest of 2e-3, 4e-3, 8e-3 that trains smoothly; one warm-up, then linear decay to 0
+    # ours: after 600 steps 2e-3, 4e-3, 8e-3, 1.2e-2, 1.6e-2 keep the idea in 3, 89, 94, 94, 95% of English completions
+    learning_rate: float = 8e-3
 
 
 RECIPES = {
@@ -125,7 +129,7 @@ def completion_loss(model: GPT2LMHeadModel, input_ids: torch.Tensor, attention_m
     """Mean cross-entropy (nats) over the labels other than -100; position i of the labels is predicted from position i - 1."""
     hidden = model.transformer(input_ids, attention_mask=attention_mask).last_hidden_state[:, :-1]
     wanted = labels[:, 1:] != -100
-    # The head is most of the work, so it sees only the positions that have a label.
+    # The head is a third of the work, so it sees only the positions that have a label.
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), labels[:, 1:][wanted])
 
 
@@ -209,6 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
         model, tokenizer = pretrain(name, steps=options.steps, progress=True)
         model.save_pretrained(options.out / name)
         tokenizer.save_pretrained(options.out / name)
+        (options.out / name / "model.safetensors").chmod(0o644)  # safetensors writes 600, which would travel into the wheel
         if name == "generator":
             tqdm.write("  ".join(f"{key} {value:.3f}" for key, value in describe(model, tokenizer).items()))
 

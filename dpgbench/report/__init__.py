@@ -10,7 +10,7 @@ from dpgbench.report.figures import draw_figures
 from dpgbench.report.frame import read_frame
 from dpgbench.report.page import render_page
 from dpgbench.report.tables import summary_markdown, task_markdown
-from dpgbench.report.writing import write_atomically
+from dpgbench.store import write_atomically
 
 __all__ = ["build"]
 
@@ -27,12 +27,17 @@ def build(frame: pd.DataFrame, folder: str | Path, *, suite: str, command: str, 
     results = read_frame(frame, suite)
     figures = {task.label: draw_figures(task, results.styles) for task in results.tasks}
 
-    write_atomically(folder / "tables" / "summary.md", summary_markdown(results))
+    _write(folder / "tables" / "summary.md", summary_markdown(results))
     for task in results.tasks:
-        write_atomically(folder / "tables" / f"{task.file_name}.md", task_markdown(task))
+        _write(folder / "tables" / f"{task.file_name}.md", task_markdown(task))
         for figure in figures[task.label]:
             write_atomically(folder / "figures" / f"{figure.file_name}.png", figure.png)
             write_atomically(folder / "figures" / f"{figure.file_name}.svg", figure.svg)
     index = folder / "index.html"  # last: a page that exists belongs to files that exist
-    write_atomically(index, render_page(results, figures, command=command, title=title or f"dpgbench: {suite}"))
+    _write(index, render_page(results, figures, command=command, title=title or f"dpgbench: {suite}"))
     return index
+
+
+def _write(path: Path, text: str) -> None:
+    """A sampled text may hold half a surrogate pair, which UTF-8 cannot encode: show a question mark rather than fail."""
+    write_atomically(path, text.encode("utf-8", "replace"))

@@ -107,7 +107,7 @@ def _draw(task: TaskResults, styles: dict[str, Style], axis: str) -> DrawnFigure
             loc="outside lower center", ncols=min(columns, len(handles)), frameon=False, handlelength=2.6, columnspacing=1.8,
         ) if handles else None  # fmt: skip
         if legend is not None:
-            for text, drawn, (_, curve) in zip(legend.get_texts(), legend.legend_handles, handles):
+            for text, drawn, (_, curve) in zip(legend.get_texts(), legend.legend_handles, handles, strict=True):
                 text.set_gid(f"method-{curve.style.index}-{next(names)}")
                 drawn.set_gid(f"method-{curve.style.index}-{next(names)}")
         png, svg = _bytes(figure)
@@ -243,7 +243,8 @@ def _alt_text(task: TaskResults, axis: str, curves: list[Curve]) -> str:
 def _caption(task: TaskResults, curves: list[Curve], remarks: list[str]) -> str:
     parts = [f"{task.headline}, {task.direction}."]
     several = any(len(curve.by_seed) > 1 for curve in curves)
-    parts.append("Bold: mean over seeds; band or bar: 95% t interval; faint: single seeds." if several else "One seed per method: no intervals.")
+    spread = "Bold: mean over seeds; band or bar: 95% t interval; faint: single seeds."
+    parts.append(spread if several else "One seed per method: no intervals.")
     roles = {curve.style.role for curve in curves if len(curve.mean)}
     if BASE in roles:
         parts.append("Dashed: base, the untouched generator.")

@@ -162,7 +162,8 @@ def _styles(frame: pd.DataFrame) -> dict[str, Style]:
     import seaborn
 
     palette = [seaborn.color_palette("colorblind").as_hex()[position] for position in PALETTE_ORDER]
-    roles = {label: (method if method in (BASE, ORACLE) else "method") for label, method in zip(frame["method_label"], frame["method"])}
+    methods = zip(frame["method_label"], frame["method"], strict=True)
+    roles = {label: (method if method in (BASE, ORACLE) else "method") for label, method in methods}
     order = {"method": 0, BASE: 1, ORACLE: 2}
     styles: dict[str, Style] = {}
     for index, label in enumerate(sorted(roles, key=lambda name: (order[roles[name]], natural(name)))):

@@ -71,11 +71,13 @@ def _summary(results: SuiteResults, rows: dict[str, list[tables.MethodRow]]) -> 
             row = next((row for row in rows[task.label] if row.label == method and row.score.n), None)
             decimals = tables.table_decimals(rows[task.label])
             if row is None:
-                cells.append({"text": tables.summary_text(task, rows[task.label], method), "interval": "", "value": "", "n": "", "best": False, "bar": None})
+                text = tables.summary_text(task, rows[task.label], method)
+                cells.append({"text": text, "interval": "", "value": "", "n": "", "best": False, "bar": None})
                 continue
             cells.append({
                 "text": number(row.score.mean, decimals), "interval": interval(row.score.low, row.score.high, decimals).replace(DASH, ""),
-                "value": _sortable(row.score.mean), "n": row.n, "best": best[task.label] == method, "bar": _bar(row, rows[task.label], task),
+                "value": _sortable(row.score.mean), "n": row.n, "best": best[task.label] == method,
+                "bar": _bar(row, rows[task.label], task),
             })  # fmt: skip
         body.append({"label": method, "style": style, "cells": cells})
     return {"tasks": results.tasks, "body": body}
@@ -100,15 +102,20 @@ def _task(task: TaskResults, rows: list[tables.MethodRow], figures: list[DrawnFi
         values = [row.score.n, row.score.mean, d.mean if d else math.nan, d.p if d else math.nan,
                   row.flops, row.tokens_generated, row.tokens_trained, row.seconds]  # fmt: skip
         _, n, mean, spread, difference, difference_spread, p, smallest_p, *compute = tables.row_texts(row, decimals)
-        texts = [(n, ""), (mean, spread), (difference, difference_spread), (p, f"smallest {smallest_p}" if d else ""), *((text, "") for text in compute)]
-        cells = [{"text": text, "small": small.replace(DASH, ""), "value": _sortable(value)} for (text, small), value in zip(texts, values)]
-        table.append({"label": row.label, "remark": row.remark, "style": results.styles[row.label], "best": row.label == best, "cells": cells})
+        texts = [n, mean, difference, p, *compute]
+        below = ["", spread, difference_spread, f"smallest {smallest_p}" if d else "", *[""] * len(compute)]
+        cells = [
+            {"text": text, "small": small.replace(DASH, ""), "value": _sortable(value)}
+            for text, small, value in zip(texts, below, values, strict=True)
+        ]
+        style = results.styles[row.label]
+        table.append({"label": row.label, "remark": row.remark, "style": style, "best": row.label == best, "cells": cells})
     present = [label for label in results.styles if (task.finals["method_label"] == label).any()]
     seeds = sorted(int(seed) for seed in task.finals["seed"].unique())
     return {
         "anchor": f"task-{position}", "task": task, "header": COLUMNS, "table": table, "notes": tables.notes_on(task, rows),
         "figures": [{"svg": _inline_svg(figure.svg, f"f{position}{kind}-", figure.alt), "caption": figure.caption, "file": figure.file_name}
-                    for kind, figure in zip("ab", figures)],
+                    for kind, figure in zip("ab", figures, strict=False)],
         "metrics": _all_metrics(task, present), "phases": _phases(task, present), "seeds": seeds,
         "gallery": [_samples(task, label, results, seeds) for label in present],
         "has_pictures": task.finals["picture"].map(_is_png).any(), "has_texts": task.finals["texts"].map(lambda t: bool(_texts(t))).any(),
@@ -167,7 +174,8 @@ def _phases(task: TaskResults, present: list[str]) -> list[dict]:
                 total.update({str(k): float(v) for k, v in phases.items() if isinstance(v, (int, float)) and math.isfinite(v) and v > 0})
         if total:
             sum_of_all = sum(total.values())
-            parts = [{"phase": phase, "share": 100 * value / sum_of_all} for phase, value in sorted(total.items(), key=lambda kv: (-kv[1], kv[0]))]
+            largest_first = sorted(total.items(), key=lambda item: (-item[1], item[0]))
+            parts = [{"phase": phase, "share": 100 * value / sum_of_all} for phase, value in largest_first]
             shares.append({"label": label, "parts": parts})
     return shares
 
@@ -178,7 +186,7 @@ def _specs(task: TaskResults, present: list[str]) -> list[dict]:
     for label in present:
         rows = task.finals[task.finals["method_label"] == label]
         groups: dict[str, list[tuple[int, str, str]]] = {}
-        for seed, cell, spec in zip(rows["seed"], rows["cell"], rows["spec"]):
+        for seed, cell, spec in zip(rows["seed"], rows["cell"], rows["spec"], strict=True):
             text = spec if isinstance(spec, str) else ""
             groups.setdefault(re.sub(r"(?m)^(\s*seed:).*$", r"\1", text), []).append((int(seed), cell, text))
         for group in groups.values():
@@ -200,7 +208,8 @@ def _versions(results: SuiteResults) -> list[dict]:
     for key in sorted(counts):
         values = sorted(counts[key].items(), key=lambda item: (-item[1], item[0]))
         same = len(values) == 1 and values[0][1] == total
-        lines.append({"key": key, "value": values[0][0] if same else and_more((f"{v} ({plural(c, 'cell')})" for v, c in values), limit=6), "same": same})
+        shown = values[0][0] if same else and_more((f"{value} ({plural(count, 'cell')})" for value, count in values), limit=6)
+        lines.append({"key": key, "value": shown, "same": same})
     return lines
 
 
@@ -234,7 +243,8 @@ def _is_png(data: object) -> bool:
 def _picture(data: bytes) -> dict:
     """A data URI; small pictures are enlarged with hard pixel edges, because their pixels are the content."""
     width, height = struct.unpack(">II", data[16:24])
-    return {"uri": "data:image/png;base64," + base64.b64encode(data).decode("ascii"), "width": width, "height": height, "small": width <= 120}
+    uri = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+    return {"uri": uri, "width": width, "height": height, "small": width <= 120}
 
 
 def _inline_svg(svg: bytes, prefix: str, alt: str) -> Markup:

@@ -124,10 +124,12 @@ def row_texts(row: MethodRow, decimals: int | None) -> list[str]:
     difference = [DASH] * 4
     if row.difference is not None and row.difference.n:
         d = row.difference
-        difference = [number(d.mean, decimals, sign=True), interval(d.low, d.high, decimals, sign=True), probability(d.p), probability(d.smallest_p)]
+        difference = [number(d.mean, decimals, sign=True), interval(d.low, d.high, decimals, sign=True)]
+        difference += [probability(d.p), probability(d.smallest_p)]
     name = f"{row.label} ({row.remark})" if row.remark else row.label
     score = [number(row.score.mean, decimals), interval(row.score.low, row.score.high, decimals)]
-    return [name, row.n, *score, *difference, amount(row.flops), amount(row.tokens_generated), amount(row.tokens_trained), duration(row.seconds)]
+    compute = [amount(row.flops), amount(row.tokens_generated), amount(row.tokens_trained), duration(row.seconds)]
+    return [name, row.n, *score, *difference, *compute]
 
 
 def task_markdown(task: TaskResults, heading: str = "#") -> str:
@@ -160,8 +162,10 @@ def summary_markdown(results: SuiteResults) -> str:
     if not results.tasks:
         return "\n".join([*lines, "The frame is empty: no cell was run or planned."]) + "\n"
     counts = ", ".join(f"{count} {status}" for status, count in results.cells_by_status.items())
-    lines += [f"{plural(sum(results.cells_by_status.values()), 'cell')}: {counts}. Mean of the headline at the final snapshot and its 95% t interval; "
-              "the best mean of each task, references aside, in bold (a ranking, not a test).", ""]  # fmt: skip
+    lines += [
+        f"{plural(sum(results.cells_by_status.values()), 'cell')}: {counts}. Mean of the headline at the final snapshot and its "
+        "95% t interval; the best mean of each task, references aside, in bold (a ranking, not a test).", "",
+    ]  # fmt: skip
     tables = {task.label: method_rows(task) for task in results.tasks}
     best = {label: best_label(rows) for label, rows in tables.items()}
     body = []
@@ -192,7 +196,10 @@ def markdown_table(header: tuple[str, ...], body: list[list[str]]) -> list[str]:
     """A GitHub table with padded columns (readable as plain text), the first to the left and the rest to the right."""
     cells = [[_escape(text) for text in line] for line in (header, *body)]
     widths = [max(3, *(len(line[column]) for line in cells)) for column in range(len(header))]
-    padded = ["| " + " | ".join([line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:]))]) + " |" for line in cells]
+    padded = []
+    for first, *others in cells:
+        aligned = [first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:], strict=True))]
+        padded.append("| " + " | ".join(aligned) + " |")
     rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
     return [padded[0], rule, *padded[1:]]
 

@@ -1,25 +1,12 @@
-"""Putting things on disk and numbers into words: temporary name first, and one format per quantity everywhere."""
+"""File names and numbers in words: one format per quantity, everywhere on the page and in the tables."""
 
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 DASH = "–"  # what a cell without a number shows; never an empty cell, which reads as an oversight
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write under a temporary name beside `path`, then rename: a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content.encode("utf-8", "replace") if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def file_names(labels: Iterable[str]) -> dict[str, str]:

