@@ -284,6 +284,22 @@ def test_base_generator_keeps_the_idea(generator) -> None:
     assert pretrain.describe(*generator, count=256)["exact/en"] >= 0.8
 
 
+@pytest.mark.parametrize("language", LANGUAGES[1:])
+def test_target_has_something_to_learn(language: str) -> None:
+    """The target is much worse at another language than at English, on whole sentences and on the last word alone: `task=language`
+    has room to improve it."""
+    model, saved = AutoModelForCausalLM.from_pretrained(WEIGHTS / "target"), AutoTokenizer.from_pretrained(WEIGHTS / "target")
+
+    def losses(spoken: str) -> tuple[float, float]:
+        batch = pretrain.encode([f"{text} </s>" for text in Phrasebook().held_out(spoken, "dev", 128)], saved)
+        last_word = batch["attention_mask"].sum(1, keepdim=True) - 3  # before "." and </s>
+        only_last = torch.full_like(batch["labels"], -100).scatter(1, last_word, batch["labels"].gather(1, last_word))
+        with torch.inference_mode():
+            return pretrain.completion_loss(model, **batch).item(), pretrain.completion_loss(model, **{**batch, "labels": only_last}).item()
+
+    assert all(other > english + 1.0 for other, english in zip(losses(language), losses("en"), strict=True))
+
+
 # --- Pretraining -----------------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ Two small GPT-2s, trained from scratch on ideas of the train split only:
 - **generator**: documents "<s> english sentence <sep> completion </s>", loss on the completion and its </s> only. The completion is
   mostly the same idea in a different English word order; sometimes it is in another language, a word salad or a string of
   hexadecimal digits. These rare kinds are what a policy gradient explores: it can only amplify what is sampled now and then.
-- **target**: documents "<s> sentence </s>", nearly all English, loss on everything.
+- **target**: documents "<s> sentence </s>", 99% English, loss on everything.
 
 One thread, seeded generators, no global random state touched: a second run on the same machine writes the same bytes.
 """
@@ -32,7 +32,7 @@ from dpgbench.phrasebook.tokenizer import EOS, HEX_DIGITS, LANGUAGE_PERCENT, MAX
 
 # Percent of the generator's completions. Every other language stays well under 5%, and none is at zero.
 GENERATOR_MIXTURE = {**{language: float(percent) for language, percent in LANGUAGE_PERCENT.items()}, "salad": 3.0, "hex": 3.0}
-TARGET_MIXTURE = {"en": 95.0, "de": 1.25, "es": 1.25, "fr": 1.25, "it": 1.25}
+TARGET_MIXTURE = {"en": 99.0, "de": 0.25, "es": 0.25, "fr": 0.25, "it": 0.25}
 
 SALAD_LENGTHS = range(3, 21)
 HEX_LENGTHS = range(4, 37)  # up to a whole UUID: 32 digits and 4 dashes
@@ -98,7 +98,16 @@ RECIPES = {
         # A language met in 2.5% of the documents is barely learned. An even start teaches all five; the second half sets how often.
         warm_mixture={**dict.fromkeys(LANGUAGES, 18.0), "salad": 5.0, "hex": 5.0},
     ),
-    "target": Recipe(target_document, TARGET_MIXTURE, steps=800, padding_side="right", seed=2, warm_mixture=TARGET_MIXTURE),
+    "target": Recipe(
+        target_document,
+        TARGET_MIXTURE,
+        # ours: with 1.25% of each other language it learns them almost fully in 800 steps (German last word at 0.04 nats), and
+        # `task=language` has nothing left to gain; with 0.25% it knows their words and little more.
+        steps=800,
+        padding_side="right",
+        seed=2,
+        warm_mixture=TARGET_MIXTURE,
+    ),
 }
 
 

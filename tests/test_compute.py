@@ -1,0 +1,87 @@
+"""The accounts: formulas against torch's own FLOP counter, and who pays for what."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from dpgbench.compute import Meter, counted_flops, forward_flops, sampling_flops
+
+MODELS = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=311, n_embd=32, n_layer=3, n_head=4, n_positions=64, attn_implementation="eager")),
+    "gpt2_wide": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=96, n_layer=2, n_head=2, n_positions=64, attn_implementation="eager")),
+    "llama_grouped": lambda: LlamaForCausalLM(
+        LlamaConfig(vocab_size=211, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=6,
+                    num_key_value_heads=2, max_position_embeddings=64, attn_implementation="eager")
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return MODELS[request.param]().eval()
+
+
+def counted(function) -> float:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def test_forward_matches_the_counter(model):
+    """F(B, L) within 2%, at two shapes."""
+    for batch, length in ((4, 16), (3, 40)):
+        ids = torch.zeros(batch, length, dtype=torch.long)
+        with torch.no_grad():
+            assert forward_flops(model, batch, length) == pytest.approx(counted(lambda ids=ids: model(ids)), rel=0.02)
+
+
+def test_training_is_three_forwards(model):
+    """Forward and backward within 5% of 3F."""
+    ids = torch.zeros(4, 24, dtype=torch.long)
+    assert 3 * forward_flops(model, 4, 24) == pytest.approx(counted(lambda: model(ids, labels=ids).loss.backward()), rel=0.05)
+
+
+def test_sampling_matches_the_counter(model):
+    """Prompt once, then a token at a time with the cache, within 5%."""
+    ids = torch.ones(3, 12, dtype=torch.long)
+    settings = dict(do_sample=False, min_new_tokens=20, max_new_tokens=20, pad_token_id=0, attention_mask=torch.ones_like(ids))
+    assert sampling_flops(model, 3, 12, 20) == pytest.approx(counted(lambda: model.generate(ids, **settings)), rel=0.05)
+    assert sampling_flops(model, 3, 12, 0) == 0
+
+
+def test_metagradients_match_the_counter():
+    """What the bench charges for T batches (6F + 8(T-1)F/T and so on) against what the engine does, within 15% (the signal is free here).
+
+    A bound, not an equality: the engine may take a cheaper way where cotangents vanish.
+    """
+    from dpgbench.metagrad import metagradients
+    from dpgbench.training import AdamW
+
+    model = MODELS["gpt2"]().eval()
+    for steps, expected in ((1, 3 + 3), (4, (3 * 4 + 3 + 8 * 3) / 4)):
+        ids = torch.randint(0, 311, (8 * steps, 24), generator=torch.Generator().manual_seed(0))
+        batches = [{"input_ids": part, "labels": part} for part in ids.chunk(steps)]
+        total = counted(lambda batches=batches: metagradients(model, batches, lambda m: -m.lm_head.weight.norm(), optimizer=AdamW(lr=1e-3)))
+        assert total / forward_flops(model, 8 * steps, 24) == pytest.approx(expected, rel=0.15)
+
+
+def test_counted_flops_counts_user_code():
+    """A 2x3 by 3x4 product is 2*2*3*4 = 48."""
+    assert counted_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 4)) == 48
+
+
+def test_a_deployment_dataset_is_paid_once():
+    """Datasets drawn at earlier snapshots are not part of a later snapshot's price."""
+    meter = Meter()
+    meter.charge("generate", 100, generated=10)
+    for _ in range(2):
+        with meter.deployment() as price:
+            meter.charge("generate", 7, generated=1)
+            meter.charge("scoring", 3)
+    total = meter + price
+    assert total.total_flops == 110 and total.flops["deployment"] == 10 and total.tokens_generated == 11
+    with pytest.raises(ValueError, match="phase='sleep'"):
+        meter.charge("sleep", 1)

@@ -1,0 +1,160 @@
+"""The policy-gradient loop: advantages by hand, TRL handed exactly those, and a bad reward that stops the cell."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from conftest import SMALL
+from dpgbench import config
+from dpgbench.errors import CellError
+from dpgbench.policy import advantages, train_policy
+from dpgbench.runner import _Cell
+from dpgbench.registry import Registry
+from dpgbench.store import RunFolder
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A cell's workbench on the tiny scale, its lines collected in `bench.lines`."""
+
+    def make(*words: str):
+        spec = config.read([*SMALL, *words], sweep=False).cells[0].spec
+        folder = RunFolder.of(tmp_path, spec)
+        folder.path.mkdir(parents=True)
+        cell = _Cell(spec, folder, Registry(), lambda event: None)
+        cell.bench.lines = []
+        cell.bench.record = cell.bench.lines.append
+        return cell.bench
+
+    return make
+
+
+def test_advantages_by_hand():
+    """Two groups of two. Group: (1, 3) has mean 2, std sqrt(2); (0, 0) has no signal. Batch: std of (1, 3, 0, 0) is sqrt(2), squares
+    (0, 4, 1, 1) around the mean 1 over ddof 3."""
+    rewards = torch.tensor([1.0, 3.0, 0.0, 0.0]) * 1e-9  # metagradients are small, and the scale must not matter
+    assert advantages(rewards, 2, "group").tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5, 0, 0])
+    assert advantages(rewards, 2, "batch").tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5, 0, 0])
+    assert advantages(rewards, 2, "none").tolist() == pytest.approx([-1e-9, 1e-9, 0, 0])
+    uneven = torch.tensor([0.0, 2.0, 0.0, 4.0])
+    # batch: mean 1.5, squares 2.25 + .25 + 2.25 + 6.25 = 11, std = sqrt(11 / 3); the groups' own means are 1 and 2.
+    assert advantages(uneven, 2, "batch").tolist() == pytest.approx([x / (11 / 3) ** 0.5 for x in (-1, 1, -2, 2)])
+    assert advantages(uneven, 2, "group").tolist() == pytest.approx([x * 0.5**0.5 for x in (-1, 1, -1, 1)])
+
+
+def test_rounding_noise_is_not_a_signal():
+    """Rewards equal but for their last bits get zeros, not advantages of order one."""
+    assert advantages(torch.tensor([0.1, 0.1 + 1e-17, 0.1, 0.1], dtype=torch.float64), 4, "group").abs().max() == 0
+
+
+def test_the_loop_hands_trl_these_advantages_and_steps_one_by_one(bench, monkeypatch):
+    """What enters TRL's loss is `advantages(rewards)`; the consumer sees step 0, 1, 2 and can stop in between."""
+    from trl import GRPOTrainer
+
+    seen = []
+    inner = GRPOTrainer._generate_and_score_completions
+
+    def spy(self, inputs):
+        output = inner(self, inputs)
+        seen.append(output["advantages"].clone())
+        return output
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", spy)
+    work = bench()
+    rewards = []
+
+    def lengths(rollouts):
+        assert len(rollouts.completions) == 16 and rollouts.step == len(rewards)
+        assert all(rollouts.prompts[i] == rollouts.prompts[i - i % 4] for i in range(16)), "a group shares its prompt"
+        rewards.append([1e-7 * len(text) for text in rollouts.completions])
+        return rewards[-1]
+
+    assert [snapshot.step for snapshot in train_policy(work, lengths)] == [0, 1, 2]
+    for given, used in zip(rewards, seen, strict=True):
+        assert torch.allclose(used, advantages(torch.tensor(given), 4, "group"), atol=1e-5)
+    assert [line["step"] for line in work.lines] == [1, 2]
+    assert work.lines[0]["entropy"] > 0 and len(work.lines[0]["rollouts"]["rewards"]) == 16
+    assert work.meter.flops["generate"] > 0 and work.meter.flops["policy_update"] > 0
+
+
+def test_the_policy_learns_what_is_rewarded(bench):
+    """Thirty steps of "shorter is better" shorten the completions."""
+    work = bench("steps=30", "completions=32", "policy.lr=3e-3")
+    for _ in train_policy(work, lambda rollouts: [-len(text.split()) for text in rollouts.completions]):
+        pass
+    lengths = [line["completion_tokens"] for line in work.lines]
+    assert sum(lengths[-5:]) < 0.8 * sum(lengths[:5])
+
+
+def test_minibatches_make_several_updates_a_step(bench):
+    """16 completions in mini-batches of 8: one reward call and two updates per step."""
+    work, calls = bench("minibatch=8"), []
+    steps = [snapshot.step for snapshot in train_policy(work, lambda rollouts: calls.append(1) or [0.0] * 16)]
+    assert steps == [0, 1, 2] and len(calls) == 2
+
+
+def test_micro_batches_change_nothing_but_rounding(bench):
+    """The update of 16 completions at once and 4 at a time moves the generator alike."""
+    moved = []
+    for words in ((), ("policy.micro_batch=4",)):
+        work = bench("steps=1", *words)
+        before = work.generator.model.lm_head.weight.detach().clone()
+        for _ in train_policy(work, lambda rollouts: [float(len(text)) for text in rollouts.completions]):
+            pass
+        moved.append(work.generator.model.lm_head.weight.detach() - before)
+    # Adam's first step is a sign: compare where the gradient is not near zero.
+    sure = moved[0].abs() > 0.9 * moved[0].abs().max()
+    assert sure.any() and torch.allclose(moved[0][sure], moved[1][sure], rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("reward", "says"),
+    [
+        (lambda rollouts: [float("nan")] * 16, "16 of 16 rewards are not finite"),
+        (lambda rollouts: [0.0] * 15, r"shape \(15,\) for 16 completions"),
+    ],
+)
+def test_a_bad_reward_stops_the_cell(bench, reward, says):
+    """Never a batch of zeros."""
+    with pytest.raises(CellError, match=says):
+        list(train_policy(bench(), reward))
+
+
+def test_a_reward_that_raises_stops_the_cell_and_the_consumer_may_stop_early(bench):
+    def fails(rollouts):
+        raise RuntimeError("the reward model is gone")
+
+    with pytest.raises(RuntimeError, match="the reward model is gone"):
+        list(train_policy(bench(), fails))
+    loop = train_policy(bench("seed=1"), lambda rollouts: [0.0] * 16)
+    next(loop), next(loop)
+    loop.close()
+
+
+def test_entropy_bonus_is_annealed(bench):
+    """The coefficient TRL uses goes linearly from the first value to the last."""
+    work, used = bench("steps=3", "entropy_bonus=0.4", "entropy_bonus_final=0.0"), []
+    import dpgbench.policy as policy
+
+    original = policy._Loop.on_step_begin
+
+    def spy(self, *arguments, **named):
+        original(self, *arguments, **named)
+        used.append(self.trainer.entropy_coef)
+
+    policy._Loop.on_step_begin = spy
+    try:
+        list(train_policy(work, lambda rollouts: [0.0] * 16))
+    finally:
+        policy._Loop.on_step_begin = original
+    assert used == pytest.approx([0.4, 0.2, 0.0])
+
+
+def test_lines_are_json(bench):
+    """What is recorded can be written as it is, and a line holds no clock."""
+    work = bench("steps=1")
+    list(train_policy(work, lambda rollouts: [0.0] * 16))
+    assert "seconds" not in json.dumps(work.lines)

@@ -1,0 +1,210 @@
+"""Contracts every plug-in keeps, the project's and a user's: found by the registry, so a new file is tested without a new test."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import SMALL
+from dpgbench import config
+from dpgbench.api import Options, TaskInfo, TaskView
+from dpgbench.registry import Registry, home
+from dpgbench.training import AdamW, loaded, train
+
+TASKS = [file.name for file in Registry().files("task")]
+METHODS = [file.name for file in Registry().files("method")]
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    """The tiny world, one per set of training options."""
+    from dpgbench import data, models
+
+    cache = {}
+
+    def make(spec):
+        if not cache:
+            target, tokenizer = models.load_target(spec.scale)
+            cache["world"] = data.World(spec.scale, spec.training, data.corpus(spec.scale), target, tokenizer)
+        return cache["world"]
+
+    return make
+
+
+@pytest.fixture(params=TASKS)
+def task(request, worlds):
+    """A prepared task with its default options."""
+    spec = config.read([f"task={request.param}"], sweep=False).cells[0].spec
+    task = Registry().load("task", request.param)(spec.task)
+    task.prepare(worlds(spec))
+    return task
+
+
+def trained(world, seed: int = 0):
+    """A target a few steps away from phi_0."""
+    texts = world.corpus.held_out("en", "dev", 32)
+    batch = world.encode(texts[seed * 8 : seed * 8 + 8])
+    return train(world.target, [batch] * 2, AdamW(lr=1e-3, eps_root=1e-7))
+
+
+def test_signal_is_a_finite_scalar_with_the_right_gradient(task):
+    """Along a random direction of all parameters, the gradient agrees with a central finite difference in float64."""
+    world = task.world
+    model = world.target
+    params = {name: value.double() for name, value in trained(world).items()}
+    generator = torch.Generator().manual_seed(0)
+    direction = {name: torch.randn(value.shape, generator=generator, dtype=torch.float64) for name, value in params.items()}
+
+    def phi(step: float, gradient: bool = False):
+        moved = {name: (value + step * direction[name]).requires_grad_(gradient) for name, value in params.items()}
+        with loaded(model, moved):
+            value = task.signal(model)
+            if not gradient:
+                return value.item()
+            leaves = dict(model.named_parameters())
+            found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+            assert value.ndim == 0 and value.isfinite()
+            return sum((g.double() * direction[name]).sum().item() for name, g in zip(leaves, found, strict=True) if g is not None)
+
+    h = 1e-5
+    numeric = (4 * (phi(h / 2) - phi(-h / 2)) / h - (phi(h) - phi(-h)) / (2 * h)) / 3
+    assert phi(0.0, gradient=True) == pytest.approx(numeric, rel=1e-4)
+
+
+def test_signal_is_deterministic_and_leaves_the_model_alone(task):
+    model = task.world.target
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert task.signal(model).item() == task.signal(model).item()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_measures_are_numbers_and_hold_the_headline(task):
+    texts = task.world.held_out("en", "dev", 4)
+    with loaded(task.world.target, trained(task.world)), torch.no_grad():
+        measures = task.measure(task.world.target, texts)
+    assert all(isinstance(value, float) and value == value for value in measures.values())
+    assert task.headline == "phi" or task.headline in measures
+
+
+def test_a_method_sees_no_measure(task):
+    """The view has the dev split's signal, the score and the hint, and nothing of the test split."""
+    view = TaskView(task)
+    assert not hasattr(view, "measure") and callable(view.signal)
+
+
+def test_score_and_hint_keep_their_types(task):
+    texts = task.world.held_out("en", "dev", 3)
+    scores, hint = task.score(texts), task.hint()
+    assert scores is None or (len(scores) == 3 and all(isinstance(score, float) for score in scores))
+    assert hint is None or (isinstance(hint, str) and hint)
+
+
+def test_pictures_are_drawn(task):
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_axes((0, 0, 1, 1))
+    with loaded(task.world.target, trained(task.world)):
+        task.draw(task.world.target, task.world.held_out("en", "dev", 3), axes)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_says_what_it_is_and_judges_tasks(name):
+    file = Registry().find("method", name)
+    assert file.summary and file.summary.endswith(".")
+    spec = config.read([f"method={name}"], sweep=False).cells[0].spec
+    reason = Registry().load("method", name)(spec.method).supports(TaskInfo("none", Options({}), frozenset()))
+    assert reason is None or isinstance(reason, str)
+
+
+@pytest.mark.parametrize("kind", ["method", "task"])
+def test_every_plugin_has_a_preset_and_the_other_way_round(kind):
+    registry = Registry()
+    assert {file.name for file in registry.files(kind)} <= set(registry.presets(kind))
+    assert (home() / f"{kind}s").is_dir()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_on_every_task(method, tmp_path):
+    """Two steps each, in one process; a skipped pair says why."""
+    from dpgbench.runner import run_cell
+    from dpgbench.store import RunFolder, last_line
+
+    for cell in config.read(["task=all", f"method={method}", *(SMALL if method != "base" else SMALL[2:])], sweep=True).cells:
+        if cell.skip:
+            continue
+        state = run_cell(cell.spec, tmp_path)
+        folder = RunFolder.of(tmp_path, cell.spec)
+        assert state == "done", last_line(folder.path / "error.txt")
+        result = folder.result()
+        assert result["snapshots"][-1]["flops"] > 0 and len(result["texts"]) == 12
+
+
+# ---- the tasks' own oracles
+
+
+def test_sixseven_reads_the_picture_it_paints(worlds):
+    """A head moved along S by hand decodes to S: accuracy 1; against S: 0; and Phi is -log(1 + e^-k) at dW = S."""
+    spec = config.read(["task=sixseven"], sweep=False).cells[0].spec
+    task = Registry().load("task", "sixseven")(spec.task)
+    world = worlds(spec)
+    task.prepare(world)
+    params = {name: value.detach().clone() for name, value in world.target.named_parameters()}
+    rows, columns = task.window
+    for sign, accuracy in ((1, 1.0), (-1, 0.0)):
+        head = params["lm_head.weight"].clone()
+        head.T[rows, columns] += sign * task.signs
+        with loaded(world.target, {**params, "lm_head.weight": head}):
+            assert task.measure(world.target, [])["pixel_accuracy"] == accuracy
+            phi = task.signal(world.target).item()
+    k = spec.task.strength
+    assert phi == pytest.approx(-k, rel=1e-4)  # all wrong by 1: -softplus(k), which is -k for a large k
+    lit = ["".join("#" if sign > 0 else "-" for sign in row) for row in task.signs.tolist()]
+    assert lit == ["####---", "---###-", "-#####-", "---###-", "-#-###-", "---####"]  # DESIGN section 2, S
+
+
+def test_sixseven_refuses_a_patch_that_does_not_fit(worlds):
+    spec = config.read(["task=sixseven", "corner=[60,0]"], sweep=False).cells[0].spec
+    with pytest.raises(ValueError, match=r"task.corner=\[60,0\]: a 6x7 patch does not fit into the 64x"):
+        Registry().load("task", "sixseven")(spec.task).prepare(worlds(spec))
+
+
+def test_language_labels_only_the_last_word(worlds):
+    """LAMBADA: one word's tokens per text are labels, and they are its last word."""
+    spec = config.read(["task=language", "lang=fr", "labels=last_word"], sweep=False).cells[0].spec
+    task = Registry().load("task", "language")(spec.task)
+    world = worlds(spec)
+    task.prepare(world)
+    texts = world.held_out("fr", "dev", 64)
+    for row, text in enumerate(texts):
+        labels = task.dev["labels"][row]
+        kept = labels[labels != -100]
+        assert world.target_tokenizer.decode(kept) == text.rstrip(".").split()[-1]
+    assert not set(texts) & set(world.held_out("fr", "test", 64))
+
+
+def test_l2_norm_is_the_norm(worlds):
+    spec = config.read(["task=l2_norm"], sweep=False).cells[0].spec
+    task = Registry().load("task", "l2_norm")(spec.task)
+    world = worlds(spec)
+    task.prepare(world)
+    weight = world.target.lm_head.weight
+    assert task.signal(world.target).item() == pytest.approx(-(weight.double() ** 2).sum().sqrt().item(), rel=1e-5)
+
+
+def test_best_of_n_against_brute_force(worlds):
+    """The kept completion has the highest value of its own prompt's n, the first of equals."""
+    method = Registry().load("method", "active_inheritance")(Options({"name": "active_inheritance", "n": 3, "criterion": "auto"}))
+
+    class Bench:
+        class task:  # noqa: N801
+            score = staticmethod(lambda texts: [float(len(text)) for text in texts])
+
+        @staticmethod
+        def sample(prompts, *names):
+            return [f"{prompt}{'x' * ((7 * i) % 5)}{i}" for i, prompt in enumerate(prompts)]
+
+    prompts = ["a", "b", "c", "d"]
+    (snapshot,) = method.run(Bench)
+    candidates = Bench.sample([prompt for prompt in prompts for _ in range(3)])
+    expected = [max(candidates[3 * i : 3 * i + 3], key=len) for i in range(4)]
+    assert snapshot.sample(prompts) == expected and snapshot.step == 3
