@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor, nn
 
-    from dpgbench.workbench import Workbench
     from dpgbench.data import World
+    from dpgbench.workbench import Workbench
 
 Prompt = str | list[dict[str, str]]
 """What a generator is asked: rendered text, or chat messages for a model with a chat template."""

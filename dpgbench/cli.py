@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpgbench import config, store
+from dpgbench.api import Options
 from dpgbench.config import Cell, Request
 from dpgbench.errors import UserError, did_you_mean
 from dpgbench.registry import Registry
@@ -47,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        print(f"dpgbench: {error.filename or 'results'}: {error.strerror}; free some space or give another folder with results=DIR", file=sys.stderr)
+        print(
+            f"dpgbench: {error.filename or 'results'}: {error.strerror}; free some space or give another folder with results=DIR",
+            file=sys.stderr,
+        )
     except KeyboardInterrupt:
         print("dpgbench: interrupted; finished cells are kept, the same command goes on with the rest", file=sys.stderr)
         return 130
@@ -105,13 +109,15 @@ def _launch(request: Request, save: bool) -> int:
     if done:
         console.print(f"{done} of {len(request.cells)} cells are done already", highlight=False)
     with Display(console, len(todo)) as display:
-        launch(todo, request.launcher, request.results, request.plugins, display)
+        launch(todo, request.launcher, request.results, request.registry.plugins, display)
     for spec in display.failed:
         folder = store.RunFolder.of(request.results, spec)
         console.print(f"[red]failed[/] {folder.path}: {store.last_line(folder.path / 'error.txt')}", highlight=False, soft_wrap=True)
-    if not save and len(request.cells) == 1 and not display.failed and not request.cells[0].skip:
-        console.print(f"results in {store.RunFolder.of(request.results, request.cells[0].spec).path}", highlight=False, soft_wrap=True)
-    return 1 if display.failed else 0
+    for spec in display.busy:
+        console.print(f"[yellow]busy[/] {spec.folder}: another process works on this cell", highlight=False, soft_wrap=True)
+    if not save and todo and not display.failed and not display.busy:
+        console.print(f"results in {store.RunFolder.of(request.results, todo[0]).path}", highlight=False, soft_wrap=True)
+    return 1 if display.failed or display.busy else 0
 
 
 def _dry_run(request: Request) -> int:
@@ -131,7 +137,9 @@ def _dry_run(request: Request) -> int:
     counts = {name: sum(state == name for state, _ in states) for name in dict.fromkeys(state for state, _ in states)}
     console.print(f"{len(states)} cells: {', '.join(f'{count} {name}' for name, count in counts.items())}", highlight=False)
     if to_run:
-        console.print(f"about {to_run:.0f} s of computing left, by the median of finished cells of the same task and method", highlight=False)
+        console.print(
+            f"about {to_run:.0f} s of computing left, by the median of finished cells of the same task and method", highlight=False
+        )
     return 0
 
 
@@ -149,18 +157,34 @@ def _status(words: list[str]) -> int:
     """Where every cell stands, from files alone."""
     console = _console()
     table = Table("cell", "state", "", box=None, pad_edge=False)
-    results = Path(next((word.split("=", 1)[1] for word in words if word.startswith("results=")), "results"))
-    if all(word.startswith("results=") for word in words):
+    results, _, nothing_else = _where(words)
+    if nothing_else and not any(word.startswith(("suite=", "name=")) for word in words):
         folders = sorted(path for path in (results / "runs").glob("*") if path.is_dir())
-        rows = [(folder.name, store.RunFolder(folder).state()) for folder in folders]
-        rows = [(name, (state.name, state.detail)) for name, state in rows]
+        states = [(folder.name, store.RunFolder(folder).state()) for folder in folders]
+        rows = [(name, (state.name, state.detail)) for name, state in states]
     else:
-        request = config.read(words, sweep=True)
+        request = config.read(_full_words(words), sweep=True)
         rows = [(cell.spec.folder, _state(cell, request.results)) for cell in request.cells]
     for name, (state, detail) in rows:
         table.add_row(name, state, detail)
     console.print(table if rows else f"no runs in {results / 'runs'}")
     return 0
+
+
+def _where(words: list[str]) -> tuple[Path, str, bool]:
+    """The results folder, the sweep's name, and whether the words say nothing but these two."""
+    given = config.parse(words)
+    results, name = (
+        str(given.get(key, [default])[0]) for key, default in (("results", "results"), ("suite", given.get("name", ["sweep"])[0]))
+    )
+    return Path(results), name, set(given) <= {"results", "suite", "name"}
+
+
+def _full_words(words: list[str]) -> list[str]:
+    """The words of the sweep that is meant: its name alone stands for what was said when it ran."""
+    results, name, nothing_else = _where(words)
+    saved = results / "runs" / f"{name}.sweep.json"
+    return [*json.loads(saved.read_text()), f"results={results}"] if nothing_else and saved.exists() else words
 
 
 def _state(cell: Cell, results: Path) -> tuple[str, str]:
@@ -171,39 +195,41 @@ def _state(cell: Cell, results: Path) -> tuple[str, str]:
 
 
 def _report(words: list[str]) -> int:
-    """Collect a sweep into its parquet (where there are run folders) and build the page from it."""
-    results = Path(next((word.split("=", 1)[1] for word in words if word.startswith("results=")), "results"))
-    name = next((word.split("=", 1)[1] for word in words if word.startswith(("suite=", "name="))), "sweep")
-    parquet, saved = results / f"{name}.parquet", results / "runs" / f"{name}.sweep.json"
-    only_names = all(word.startswith(("suite=", "name=", "results=")) for word in words)
-    if only_names and saved.exists():
-        words = [*json.loads(saved.read_text()), f"results={results}"]
-    is_suite = name in config.suites(Registry())
-    request = config.read(words, sweep=True) if not only_names or saved.exists() or is_suite else None
-    runs = request is not None and any((results / "runs" / cell.spec.folder).exists() for cell in request.cells)
-    if not runs and not parquet.exists():
-        raise UserError(f"suite={name}: nothing to report: no run folders of it under {results / 'runs'} and no {parquet}; run `sweep` first")
+    """Collect a sweep into its parquet (where there are run folders) and build the page from that."""
+    results, name, _ = _where(words)
+    parquet = results / f"{name}.parquet"
+    full = _full_words(words)
+    known = full != words or name in config.suites(Registry()) or not _where(words)[2]
+    request = config.read(full, sweep=True) if known else None
+    has_runs = request is not None and any((results / "runs" / cell.spec.folder).exists() for cell in request.cells)
+    if not has_runs and not parquet.exists():
+        raise UserError(
+            f"suite={name}: nothing to report: no run folders of it under {results / 'runs'} and no {parquet}; run `sweep` first"
+        )
     from dpgbench import collect
     from dpgbench.report import build
 
-    if runs:
-        store.check_writable(results)
-        command = f"python -m dpgbench sweep {shlex.join(word for word in request.arguments if not word.startswith(('results=', 'launcher')))}"
-        frame = collect.frame_of(request.cells, results)
-        collect.write_parquet(frame, parquet, suite=name, title=request.title, command=command)
+    store.check_writable(results)
+    if has_runs:
+        said = shlex.join(word for word in request.arguments if not word.startswith(("results=", "launcher", "workers=", "plugins=")))
+        descriptions = {file.name: file.summary for file in request.registry.files("task")}
+        frame = collect.frame_of(request.cells, results, descriptions)
+        collect.write_parquet(frame, parquet, suite=name, title=request.title, command=f"python -m dpgbench sweep {said}")
     frame, about = collect.read_parquet(parquet)
-    page = build(frame, results / name, suite=about["suite"], command=about["command"], title=about["title"] or None)
+    selector = "suite" if name in config.suites(Registry()) else "name"
+    command = f"{about['command']}\npython -m dpgbench report {selector}={name}"
+    page = build(frame, results / name, suite=about["suite"], command=command, title=about["title"] or None)
     print(f"report: {page}")
     return 0
 
 
 def _list(words: list[str]) -> int:
     """Every plug-in, the broken ones named, and every scale and suite."""
-    plugins = next((word.split("=", 1)[1] for word in words if word.startswith("plugins=")), None)
-    unknown = [word for word in words if not word.startswith("plugins=")]
+    given = config.parse(words)
+    unknown = sorted(set(given) - {"plugins"})
     if unknown:
-        raise UserError(f"{unknown[0]!r}: list takes no argument but plugins=DIR")
-    registry = Registry(Path(plugins) if plugins else None)
+        raise UserError(f"{unknown[0]}: list takes no argument but plugins=DIR")
+    registry = Registry(Path(str(given["plugins"][0])) if "plugins" in given else None)
     console = _console()
     for kind in ("method", "task"):
         table = Table(f"{kind}s", "", box=None, pad_edge=False, title_justify="left")
@@ -231,20 +257,16 @@ def _first_comment(path: Path) -> str:
 
 
 def _replay(words: list[str]) -> Request:
-    values = dict(word.split("=", 1) for word in words if "=" in word)
-    unknown = set(values) - {"spec", "results", "plugins"}
-    if unknown or len(values) != len(words):
-        raise UserError(f"{' '.join(sorted(unknown)) or words}: a replay runs the stored settings; only results= and plugins= go with spec=")
-    from dpgbench.api import Options
-
-    plugins = Path(values["plugins"]) if "plugins" in values else None
-    cell = config.replay(Path(values["spec"]), plugins)
-    return Request([cell], "replay", "", Path(values.get("results", "results")), plugins, Options({"name": "inline", "workers": 1}))
+    given = config.parse(words)
+    unknown = sorted(set(given) - {"spec", "results", "plugins"})
+    if unknown:
+        raise UserError(f"{unknown[0]}: a replay runs the stored settings; only results= and plugins= go with spec=")
+    registry = Registry(Path(str(given["plugins"][0])) if "plugins" in given else None)
+    cell = config.replay(Path(str(given["spec"][0])), registry)
+    return Request([cell], "replay", "", _where(words)[0], registry, Options({"name": "inline", "workers": 1}))
 
 
 def _save_words(request: Request) -> None:
     """So that `report` knows the grid later, without being told again."""
     words = [word for word in request.arguments if not word.startswith("results=")]
     store.write_atomically(request.results / "runs" / f"{request.suite}.sweep.json", json.dumps(words))
-
-

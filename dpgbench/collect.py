@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 SCHEMA = "1"
 
 
-def frame_of(cells: Sequence[Cell], results: Path) -> pandas.DataFrame:
-    """One row per (cell, snapshot), and one for each cell without a result, with the reason. Raises UserError on a damaged cell."""
+def frame_of(cells: Sequence[Cell], results: Path, descriptions: Mapping[str, str]) -> pandas.DataFrame:
+    """One row per (cell, snapshot), and one for each cell without a result, with the reason.
+
+    `descriptions` says in a line what each task is.
+    Raises UserError on a damaged cell.
+    """
     import pandas
 
     labels = _labels(cells)
@@ -27,7 +31,8 @@ def frame_of(cells: Sequence[Cell], results: Path) -> pandas.DataFrame:
     for cell in cells:
         task_label, method_label = labels[cell.spec.folder]
         row = {
-            "cell": cell.spec.folder, "task": cell.spec.task.name, "task_label": task_label, "method": cell.spec.method.name,
+            "cell": cell.spec.folder, "task": cell.spec.task.name, "task_label": task_label,
+            "task_description": descriptions.get(cell.spec.task.name, ""), "method": cell.spec.method.name,
             "method_label": method_label, "seed": cell.spec.seed,
         }  # fmt: skip
         folder = RunFolder.of(results, cell.spec)
@@ -36,7 +41,9 @@ def frame_of(cells: Sequence[Cell], results: Path) -> pandas.DataFrame:
             if state.name == "damaged":
                 folder.result()  # says what is wrong and how to mend it
             reason = cell.skip or state.detail or ("not run yet" if state.name == "missing" else None)
-            rows.append({**row, "status": "skipped" if cell.skip else "missing" if state.name == "interrupted" else state.name, "reason": reason})
+            rows.append(
+                {**row, "status": "skipped" if cell.skip else "missing" if state.name == "interrupted" else state.name, "reason": reason}
+            )
             continue
         rows += _snapshot_rows(row, folder)
     frame = pandas.DataFrame(rows)
@@ -45,8 +52,8 @@ def frame_of(cells: Sequence[Cell], results: Path) -> pandas.DataFrame:
 
 
 COLUMNS = [
-    "cell", "task", "task_label", "method", "method_label", "seed", "status", "reason", "step", "flops", "flops_by_phase",
-    "tokens_generated", "tokens_trained", "seconds", "phi", "headline", "higher_is_better",
+    "cell", "task", "task_label", "task_description", "method", "method_label", "seed", "status", "reason",
+    "step", "flops", "flops_by_phase", "tokens_generated", "tokens_trained", "seconds", "phi", "headline", "higher_is_better",
 ]  # fmt: skip
 BLOBS = ["texts", "picture", "spec", "env"]
 
@@ -99,7 +106,9 @@ def read_parquet(path: Path) -> tuple[pandas.DataFrame, dict[str, str]]:
     except (OSError, pyarrow.ArrowInvalid, ValueError) as error:
         raise UserError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}); restore it or run the suite again") from None
     if about.get("schema") != SCHEMA:
-        raise UserError(f"{path}: written with schema {about.get('schema')}, this dpgbench reads {SCHEMA}; run `report` where its run folders are")
+        raise UserError(
+            f"{path}: written with schema {about.get('schema')}, this dpgbench reads {SCHEMA}; run `report` where its run folders are"
+        )
     return table.to_pandas(), about
 
 
@@ -113,6 +122,7 @@ def _labels(cells: Sequence[Cell]) -> dict[str, tuple[str, str]]:
         keys = sorted({key for values in settings.values() for key in values})
         varying = [key for key in keys if len({repr(values.get(key)) for values in settings.values()}) > 1]
         for folder, values in settings.items():
+
             def suffix(belongs: bool, values: dict[str, Any] = values, varying: list[str] = varying) -> str:
                 return "".join(f" {key.rpartition('.')[2]}={values.get(key)}" for key in varying if key.startswith("task.") is belongs)
 

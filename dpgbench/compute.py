@@ -14,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from torch import nn
+
+Result = TypeVar("Result")
 
 PHASES = ("generate", "training", "metagradient", "policy_update", "scoring", "deployment")
 
@@ -91,7 +93,7 @@ def forward_flops(model: nn.Module, batch: int, length: int) -> float:
 
 
 def sampling_flops(model: nn.Module, batch: int, prompt_length: int, new_tokens: int) -> float:
-    """Sampling `new_tokens` after a prompt with a key-value cache: the prompt once (logits of its last position only), then a token at a time."""
+    """Sampling with a key-value cache: the prompt once (logits of its last position only), then a token at a time."""
     if new_tokens == 0:
         return 0.0
     head = model.get_output_embeddings().weight.numel()
@@ -101,10 +103,13 @@ def sampling_flops(model: nn.Module, batch: int, prompt_length: int, new_tokens:
     return prompt + 2.0 * matmul_weights(model) * batch * steps + float(attention_flops_per_pair(model)) * batch * contexts
 
 
-def counted_flops(function: Callable[[], object]) -> float:
-    """FLOPs of calling `function` once, by torch's own counter; for code whose shapes only it knows, such as a user's signal."""
+def counted_flops(function: Callable[[], Result]) -> tuple[Result, float]:
+    """What `function` returns, and its FLOPs by torch's own counter; for code whose products only it knows, such as a user's signal.
+
+    Counting changes no number that `function` computes.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        function()
-    return float(counter.get_total_flops())
+        result = function()
+    return result, float(counter.get_total_flops())

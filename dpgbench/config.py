@@ -26,6 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpgbench import rules
 from dpgbench.api import Options, RunSpec, TaskInfo
 from dpgbench.errors import UserError, did_you_mean
 from dpgbench.registry import Registry, home
@@ -50,14 +51,14 @@ class Request:
     suite: str
     title: str
     results: Path
-    plugins: Path | None
+    registry: Registry
     launcher: Options
     arguments: list[str] = field(default_factory=list)
 
 
 def read(arguments: Sequence[str], *, sweep: bool) -> Request:
     """Parse, compose and check a command line. Raises UserError on the first thing that is wrong; imports no torch."""
-    words = _parse(arguments)
+    words = parse(arguments)
     plugins = words.pop("plugins", [None])[0]
     registry = Registry(Path(plugins) if plugins else None)
     results = Path(str(words.pop("results", ["results"])[0]))
@@ -76,19 +77,21 @@ def read(arguments: Sequence[str], *, sweep: bool) -> Request:
     if not sweep and len(cells) > 1:
         raise UserError(f"run takes one cell and this line names {len(cells)}; use `sweep` for a grid")
     name = str(suite[0]) if suite else str(words.get("name", ["sweep"])[0])
-    return Request(list(cells.values()), name, title, results, Path(plugins) if plugins else None, Options(launcher), list(arguments))
+    return Request(list(cells.values()), name, title, results, registry, Options(launcher), list(arguments))
 
 
-def replay(path: Path, plugins: Path | None = None) -> Cell:
+def replay(path: Path, registry: Registry) -> Cell:
     """The cell stored in a `spec.yaml`, checked like any other."""
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
         missing = [section for section in (*SECTIONS, "seed") if section not in config]
     except (OSError, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise UserError(f"spec={path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); give a run folder's spec.yaml") from None
+        raise UserError(
+            f"spec={path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); give a run folder's spec.yaml"
+        ) from None
     if missing:
         raise UserError(f"spec={path}: section {missing[0]!r} is missing; give a spec.yaml as written into a run folder")
-    return _cell(config, Registry(plugins))
+    return _cell(config, registry)
 
 
 def suites(registry: Registry) -> dict[str, str]:
@@ -96,7 +99,7 @@ def suites(registry: Registry) -> dict[str, str]:
     return {name: str(OmegaConf.load(path).get("title", "")) for name, path in files(registry, "suite").items()}
 
 
-def _parse(arguments: Iterable[str]) -> dict[str, list[Any]]:
+def parse(arguments: Iterable[str]) -> dict[str, list[Any]]:
     """`["seed=0,1", "task=all"]` -> `{"seed": [0, 1], "task": ["all"]}`."""
     words: dict[str, list[Any]] = {}
     for argument in arguments:
@@ -106,7 +109,9 @@ def _parse(arguments: Iterable[str]) -> dict[str, list[Any]]:
             override = OverridesParser.create().parse_override(argument)
             values = [value for value in override.sweep_iterator()] if override.is_sweep_override() else [override.value()]
         except HydraException as error:
-            raise UserError(f"{argument!r} is not understood: {str(error).splitlines()[0]}; write key=value, and quote values with spaces") from None
+            raise UserError(
+                f"{argument!r} is not understood: {str(error).splitlines()[0]}; write key=value, and quote values with spaces"
+            ) from None
         if override.key_or_group in words:
             raise UserError(f"{override.key_or_group} is given twice; give several values as {override.key_or_group}=a,b")
         words[override.key_or_group] = [getattr(value, "text", value) for value in values]
@@ -124,7 +129,7 @@ def _suite(name: str, registry: Registry, words: Mapping[str, list[Any]]) -> tup
     if name not in stored_suites:
         raise UserError(f"suite={name}: no such suite; {did_you_mean(name, stored_suites)}")
     stored = OmegaConf.load(stored_suites[name])
-    return str(stored.get("title", "")), [{**_parse(shlex.split(line)), **words} for line in stored.grid]
+    return str(stored.get("title", "")), [{**parse(shlex.split(line)), **words} for line in stored.grid]
 
 
 class _Composer:
@@ -248,7 +253,7 @@ def _cell(config: dict[str, Any], registry: Registry) -> Cell:
         config[kind] = {**config[kind], "version": file.version, "label": str(config[kind].get("label") or config[kind]["name"])}
         if not re.fullmatch(r"[\w+=-]+", config[kind]["label"]):
             raise UserError(f"{kind}.label={config[kind]['label']}: a label names folders; use letters, digits, _ + = -")
-    check(config)
+    rules.check(config)
     spec = RunSpec(config)
     return Cell(spec, _skip_reason(spec, registry))
 
@@ -263,44 +268,3 @@ def _skip_reason(spec: RunSpec, registry: Registry) -> str | None:
         method = registry.load("method", method_file.name)(spec.method)
         reason = reason or method.supports(TaskInfo(task_file.name, spec.task, task_file.defines))
     return reason
-
-
-def check(config: Mapping[str, Any]) -> None:
-    """The harness's own rules, on one resolved configuration. Raises UserError naming value, rule and fix."""
-
-    def require(section: str, key: str, good: bool, rule: str) -> None:
-        if not good:
-            values = config["method"]["policy"] if section == "policy" else config[section]
-            raise UserError(f"{section}.{key}={values[key]}: {rule}")
-
-    if not isinstance(config["seed"], int) or config["seed"] < 0:
-        raise UserError(f"seed={config['seed']}: a seed is a whole number from 0 up; write seed=0")
-    policy = config["method"].get("policy")
-    if policy is not None:
-        group = policy["group_size"]
-        require("policy", "steps", policy["steps"] >= 1, "at least one policy update is needed; write steps=1 or more, or method=base for none")
-        require("policy", "group_size", group >= 2, "an advantage compares completions of one prompt, so a group needs 2 or more; write group_size=4")
-        require("policy", "completions", policy["completions"] >= group and policy["completions"] % group == 0,
-                f"a step's completions must divide into groups of group_size={group}; write completions={max(1, policy['completions'] // group) * group}")  # fmt: skip
-        require("policy", "minibatch", policy["minibatch"] is None or (policy["minibatch"] > 0 and policy["completions"] % policy["minibatch"] == 0),
-                f"mini-batches must divide a step's completions={policy['completions']}; write minibatch=null for one update a step")  # fmt: skip
-        updated = policy["minibatch"] or policy["completions"]
-        require("policy", "micro_batch", policy["micro_batch"] is None or (policy["micro_batch"] > 0 and updated % policy["micro_batch"] == 0),
-                f"micro-batches must divide the {updated} completions of an update; write micro_batch=null for no splitting")  # fmt: skip
-        require("policy", "lr", policy["lr"] > 0, "a learning rate is positive; write policy.lr=1e-3")
-        require("policy", "entropy_bonus", policy["entropy_bonus"] >= 0, "a bonus is 0 or more; write entropy_bonus=0 for none")
-        choices = ("group", "batch", "none")
-        require("policy", "scale_advantages", policy["scale_advantages"] in choices, did_you_mean(policy["scale_advantages"], choices))
-        require("training", "inner_steps", policy["completions"] % config["training"]["inner_steps"] == 0 if config["training"]["inner_steps"] > 0 else True,
-                f"the target's steps must divide the completions={policy['completions']}; write inner_steps=1")  # fmt: skip
-    training = config["training"]
-    require("training", "optimizer", training["optimizer"] in ("adamw", "sgd"), did_you_mean(training["optimizer"], ("adamw", "sgd")))
-    require("training", "inner_steps", training["inner_steps"] >= 1, "the target needs at least one optimizer step; write inner_steps=1")
-    require("training", "lr", training["lr"] > 0, "a learning rate is positive; write training.lr=1e-3")
-    require("training", "max_length", training["max_length"] >= 2, "an example needs two tokens or more; write max_length=24")
-    require("training", "reduction", training["reduction"] in ("length", "tokens"), did_you_mean(training["reduction"], ("length", "tokens")))
-    scale = config["scale"]
-    require("scale", "deployment_texts", scale["deployment_texts"] >= 1 and scale["deployment_texts"] % training["inner_steps"] == 0,
-            f"the deployment dataset must divide into inner_steps={training['inner_steps']} batches; write deployment_texts={256 * training['inner_steps']}")  # fmt: skip
-    require("scale", "snapshots", scale["snapshots"] >= 1, "at least the last snapshot is scored; write snapshots=1")
-    require("scale", "threads", scale["threads"] >= 1, "a cell needs a thread; write threads=1")

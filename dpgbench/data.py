@@ -56,7 +56,27 @@ class Topics:
     def identify_language(self, text: str) -> str:
         """English if at least a sixth of the words are its most common ones, which no other European language reaches by chance."""
         words = re.findall(r"[a-z']+", text.lower())
-        common = {"the", "of", "and", "to", "a", "in", "is", "that", "for", "it", "as", "be", "are", "this", "with", "not", "or", "an", "by"}
+        common = {
+            "the",
+            "of",
+            "and",
+            "to",
+            "a",
+            "in",
+            "is",
+            "that",
+            "for",
+            "it",
+            "as",
+            "be",
+            "are",
+            "this",
+            "with",
+            "not",
+            "or",
+            "an",
+            "by",
+        }
         return "en" if words and sum(word in common for word in words) * 6 >= len(words) else "other"
 
     def _of(self, split: str) -> list[str]:

@@ -11,11 +11,12 @@ from dpgbench.api import RunSpec
 
 
 class Display:
-    """A context manager; call it with every event of a launch. On a terminal it draws bars, elsewhere it prints a line per finished cell."""
+    """Call it with every event of a launch, inside `with`. On a terminal it draws bars; elsewhere it prints a line per finished cell."""
 
     def __init__(self, console: Console, cells: int):
         self.console = console
         self.failed: list[RunSpec] = []
+        self.busy: list[RunSpec] = []
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
             TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
@@ -52,9 +53,8 @@ class Display:
         self._progress.advance(self._sweep)
         measures = self._latest.pop(spec.folder, {}).get("measures", {})
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in measures.items())
-        mark = "[green]done[/]  " if state == "done" else "[red]failed[/]"
-        if state != "done":
-            self.failed.append(spec)
+        mark = {"done": "[green]done[/]  ", "busy": "[yellow]busy[/]  "}.get(state, "[red]failed[/]")
+        {"failed": self.failed, "busy": self.busy}.get(state, []).append(spec)
         self.console.print(f"{mark} {_name(spec)}  {numbers}", highlight=False)
 
 

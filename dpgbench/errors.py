@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Bad input. The message is one line that names the value, the rule and the fix; the CLI prints it and exits with code 2."""
 
 
+class Busy(UserError):
+    """Another process works on the cell; it will leave a result of its own."""
+
+
 class CellError(RuntimeError):
     """A cell cannot go on (a reward that is not finite, say). The message becomes the cell's `error.txt`; other cells go on."""
 

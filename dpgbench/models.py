@@ -55,7 +55,8 @@ class Generator:
         if isinstance(prompts[0], str):
             return self.tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
         return self.tokenizer.apply_chat_template(
-            list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True, padding_side="left"
+            list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt", padding=True, padding_side="left",
         )  # fmt: skip
 
 
@@ -69,6 +70,9 @@ def load_target(scale: Options) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     """phi_0 in evaluation mode, its LM head untied (a tied head would move the embeddings), and its tokenizer."""
     model, tokenizer = _load(scale.target, "target", scale.target_dtype)
     untie_head(model)
+    # Pads stand on the right and carry no label, so no mask is needed; told of a pad token, transformers would look for pads in every
+    # batch, which costs a synchronisation and cannot be vectorised.
+    model.config.pad_token_id = None
     return model.eval(), tokenizer
 
 
@@ -88,9 +92,13 @@ def _load(name: str, role: str, dtype: str) -> tuple[PreTrainedModel, PreTrained
         tokenizer = AutoTokenizer.from_pretrained(location)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"scale.{role}={name}: the model cannot be loaded ({reason}); give a hub name you can reach or a local folder") from None
+        raise UserError(
+            f"scale.{role}={name}: the model cannot be loaded ({reason}); give a hub name you can reach or a local folder"
+        ) from None
     if tokenizer.eos_token_id is None:
-        raise UserError(f"scale.{role}={name}: its tokenizer has no end-of-sequence token, so texts cannot end; choose a model that has one")
+        raise UserError(
+            f"scale.{role}={name}: its tokenizer has no end-of-sequence token, so texts cannot end; choose a model that has one"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer

@@ -58,7 +58,9 @@ def train_policy(bench: Workbench, reward: Reward) -> Iterator[Snapshot]:
             model=bench.generator.model,
             processing_class=bench.generator.tokenizer,
             args=_trl_settings(bench, policy, scratch),
-            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in bench.prompts(policy.steps * loop.prompts_per_step, "policy")]),
+            train_dataset=Dataset.from_list(
+                [{"prompt": prompt} for prompt in bench.prompts(policy.steps * loop.prompts_per_step, "policy")]
+            ),
             reward_funcs=loop.advantages_of,
             callbacks=[loop],
         )
@@ -114,13 +116,18 @@ class _Loop(TrainerCallback):
         self._charge(prompts, completion_ids)
         rewards = torch.as_tensor(self.reward(Rollouts(self.step, prompts, texts)), dtype=torch.float64).cpu()
         if rewards.shape != (len(texts),):
-            raise CellError(f"the reward function returned shape {tuple(rewards.shape)} for {len(texts)} completions; it must return one reward each")
+            raise CellError(
+                f"the reward function returned shape {tuple(rewards.shape)} for {len(texts)} completions; it must return one reward each"
+            )
         if not rewards.isfinite().all():
-            raise CellError(f"{int((~rewards.isfinite()).sum())} of {len(texts)} rewards are not finite; training on them would be training on noise")
+            raise CellError(
+                f"{int((~rewards.isfinite()).sum())} of {len(texts)} rewards are not finite; training on them would be training on noise"
+            )
         result = advantages(rewards, self.policy.group_size, self.policy.scale_advantages)
         groups = rewards.view(-1, self.policy.group_size)
         self.line = {
-            "reward_mean": float(rewards.mean()), "reward_std": float(rewards.std()), "reward_min": float(rewards.min()), "reward_max": float(rewards.max()),
+            "reward_mean": float(rewards.mean()), "reward_std": float(rewards.std()),
+            "reward_min": float(rewards.min()), "reward_max": float(rewards.max()),
             "groups_without_signal": int((groups.amax(1) == groups.amin(1)).sum()),
             "completion_tokens": sum(map(len, completion_ids)) / len(texts),
             "texts": texts[:: max(1, len(texts) // 4)][:4],
@@ -141,7 +148,7 @@ class _Loop(TrainerCallback):
         if "loss" not in logs or state.global_step % self.updates_per_step:
             return
         self.step += 1
-        self.bench.record({"step": self.step, "entropy": logs["entropy"], "gradient_norm": float(logs["grad_norm"]), **self.line})
+        self.bench.record(step=self.step, entropy=logs["entropy"], gradient_norm=float(logs["grad_norm"]), **self.line)
         self._outside.switch(self.step)
 
     def _charge(self, prompts: list[Prompt], completion_ids: list[list[int]]) -> None:
@@ -162,7 +169,8 @@ def _trl_settings(bench: Workbench, policy: Options, scratch: str) -> GRPOConfig
         output_dir=scratch, use_cpu=on_cpu, bf16=False, gradient_checkpointing=False, report_to=[], disable_tqdm=True, save_strategy="no",
         logging_steps=1, logging_nan_inf_filter=False, seed=bench.seed("trainer") % 2**31, shuffle_dataset=False, dataloader_num_workers=0,
         max_steps=policy.steps * (policy.completions // updated),
-        per_device_train_batch_size=forward, gradient_accumulation_steps=updated // forward, steps_per_generation=policy.completions // forward,
+        per_device_train_batch_size=forward, gradient_accumulation_steps=updated // forward,
+        steps_per_generation=policy.completions // forward,
         num_generations=policy.group_size, num_iterations=1, beta=0.0, scale_rewards="none", loss_type=policy.loss_type,
         temperature=1.0, top_p=1.0, top_k=0, max_completion_length=bench.generator.max_completion_tokens,
         learning_rate=policy.lr, lr_scheduler_type=policy.lr_schedule, warmup_steps=0, weight_decay=0.0, max_grad_norm=policy.max_grad_norm,

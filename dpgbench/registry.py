@@ -96,7 +96,9 @@ class Registry:
             except Exception as error:
                 del sys.modules[module_name]
                 raise UserError(f"{kind}={name}: importing {file.path.name} failed: {type(error).__name__}: {error}") from error
-        return next(value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module_name and _is_plugin(value))
+        return next(
+            value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module_name and _is_plugin(value)
+        )
 
 
 def _is_plugin(value: type) -> bool:
@@ -114,9 +116,13 @@ def _read(kind: Kind, path: Path) -> PluginFile:
     except (OSError, UnicodeDecodeError, ValueError) as error:
         return PluginFile(kind, path.stem, path, error=f"{path.name} cannot be read: {error}")
     base = kind.capitalize()
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and any(ast.unparse(b).split(".")[-1] == base for b in node.bases)]
+    classes = [
+        node for node in tree.body if isinstance(node, ast.ClassDef) and any(ast.unparse(b).split(".")[-1] == base for b in node.bases)
+    ]
     if len(classes) != 1:
-        return PluginFile(kind, path.stem, path, error=f"{path.name} defines {len(classes)} subclasses of dpgbench.api.{base}; it must define one")
+        return PluginFile(
+            kind, path.stem, path, error=f"{path.name} defines {len(classes)} subclasses of dpgbench.api.{base}; it must define one"
+        )
     summary = (ast.get_docstring(tree) or "").split("\n")[0]
     version, defines = 1, set()
     for node in classes[0].body:

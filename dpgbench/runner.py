@@ -14,7 +14,7 @@ from typing import Any
 
 from dpgbench import __version__
 from dpgbench.api import RunSpec, Snapshot, Task, TaskView
-from dpgbench.errors import CellError, UserError
+from dpgbench.errors import Busy, CellError, UserError
 from dpgbench.registry import Registry, home
 from dpgbench.seeds import stream
 from dpgbench.store import RunFolder
@@ -24,23 +24,30 @@ SAMPLE_TEXTS = 12  # deployment texts kept for the report
 
 
 def run_cell(spec: RunSpec, results: Path, plugins: Path | None = None, watch: Watch = lambda event: None) -> str:
-    """Run a cell unless it is done. Returns "done" or "failed"; the reason of a failure is in the folder's `error.txt`.
+    """Run a cell unless it is done. Returns "done", "failed" (its `error.txt` says why) or "busy" (another process has it).
 
     `watch` is told about every step, for a progress display. An interrupt (Ctrl-C) passes through and leaves the cell interrupted.
     """
     folder = RunFolder.of(results, spec)
-    with folder.owned():
-        if folder.state().name == "done":
-            return "done"
-        folder.begin(environment())
-        try:
-            _Cell(spec, folder, Registry(plugins), watch).run()
-        except (UserError, CellError) as error:
-            folder.fail(f"{type(error).__name__}: {error}")
-            return "failed"
-        except Exception:
-            folder.fail(traceback.format_exc())
-            return "failed"
+    try:
+        with folder.owned():
+            return _run_owned(spec, folder, plugins, watch)
+    except Busy:
+        return "busy"
+
+
+def _run_owned(spec: RunSpec, folder: RunFolder, plugins: Path | None, watch: Watch) -> str:
+    if folder.state().name == "done":
+        return "done"
+    folder.begin(environment())
+    try:
+        _Cell(spec, folder, Registry(plugins), watch).run()
+    except (UserError, CellError) as error:
+        folder.fail(f"{type(error).__name__}: {error}")
+        return "failed"
+    except Exception:
+        folder.fail(traceback.format_exc())
+        return "failed"
     return "done"
 
 
@@ -104,13 +111,20 @@ class _Cell:
 
     def _record(self, line: dict[str, Any]) -> None:
         """A step of the method: into the metrics file and to whoever watches."""
-        line = {**line, "flops": self.meter.total_flops, "tokens_generated": self.meter.tokens_generated, "tokens_trained": self.meter.tokens_trained}
+        line = {
+            **line,
+            "flops": self.meter.total_flops,
+            "tokens_generated": self.meter.tokens_generated,
+            "tokens_trained": self.meter.tokens_trained,
+        }
         self._append(line)
 
     def _append(self, line: dict[str, Any]) -> None:
         bad = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
         if bad:
-            raise CellError(f"{bad[0]} is {line[bad[0]]} at step {line.get('step', line.get('snapshot'))}; nothing that follows would mean anything")
+            raise CellError(
+                f"{bad[0]} is {line[bad[0]]} at step {line.get('step', line.get('snapshot'))}; nothing that follows would mean anything"
+            )
         self.folder.append(line, time.perf_counter() - self.started)
         self.watch({key: value for key, value in line.items() if key != "rollouts"})
 
@@ -124,7 +138,8 @@ class _Cell:
             texts = snapshot.sample(self.prompts)
             price.seconds = time.perf_counter() - clock
         if len(texts) != len(self.prompts) or not all(isinstance(text, str) for text in texts):
-            raise CellError(f"snapshot {snapshot.step}: sample returned {len(texts)} texts for {len(self.prompts)} prompts; it must return one string each")
+            wanted = f"{len(self.prompts)} prompts; it must return one string each"
+            raise CellError(f"snapshot {snapshot.step}: sample returned {len(texts)} texts for {wanted}")
         target, training = self.world.target, self.spec.training
         batches, _ = self.bench.batches(texts, "deployment")
         params = train(target, batches, optimizer_of(training), micro_batch=training.micro_batch, reduction=training.reduction)
@@ -186,6 +201,7 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str:
     """The checkout's commit, with "+changes" if the tree is not clean; "" outside a checkout of dpgbench."""
+
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(home()), *words], capture_output=True, text=True, timeout=20).stdout.strip()
 

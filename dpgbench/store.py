@@ -1,15 +1,15 @@
 """Run folders: what a cell leaves behind, and in which state it is. Everything is read from files; nothing is remembered elsewhere.
 
-    results/runs/<task>.<method>.s<seed>.<hash>/
-        spec.yaml       the resolved configuration; `run spec=...` replays it
-        env.json        versions, git commit, device
-        metrics.jsonl   one line per step and per snapshot, append-only, the same in every run of the cell (no clock in it)
-        timings.jsonl   wall-clock seconds of the same lines
-        rollouts.jsonl  every step's texts, raw rewards and advantages, for methods that train a policy
-        result.json     the outcome; written last, by rename: it marks the cell done
-        picture.png     what the task drew, if it draws
-        error.txt       why the cell failed, if it did
-        lock            held while a process works on the cell
+results/runs/<task>.<method>.s<seed>.<hash>/
+    spec.yaml       the resolved configuration; `run spec=...` replays it
+    env.json        versions, git commit, device
+    metrics.jsonl   one line per step and per snapshot, append-only, the same in every run of the cell (no clock in it)
+    timings.jsonl   wall-clock seconds of the same lines
+    rollouts.jsonl  every step's texts, raw rewards and advantages, for methods that train a policy
+    result.json     the outcome; written last, by rename: it marks the cell done
+    picture.png     what the task drew, if it draws
+    error.txt       why the cell failed, if it did
+    lock            held while a process works on the cell
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dpgbench.api import RunSpec
-from dpgbench.errors import UserError
+from dpgbench.errors import Busy, UserError
 
 SCHEMA = 1
 
@@ -96,13 +96,13 @@ class RunFolder:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """Hold the cell for this process. Raises UserError if another process works on it."""
+        """Hold the cell for this process. Raises Busy if another process works on it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / "lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{self.path.name}: another process works on this cell; wait for it, or stop it first") from None
+                raise Busy(f"{self.path.name}: another process works on this cell; wait for it, or stop it first") from None
             yield
 
     def begin(self, env: dict[str, Any]) -> None:
@@ -119,7 +119,9 @@ class RunFolder:
         if rollouts is not None:
             _append(self.path / "rollouts.jsonl", {"step": line["step"], **rollouts})
         _append(self.path / "metrics.jsonl", line)
-        _append(self.path / "timings.jsonl", {**{key: line[key] for key in ("step", "snapshot") if key in line}, "seconds": round(seconds, 3)})
+        _append(
+            self.path / "timings.jsonl", {**{key: line[key] for key in ("step", "snapshot") if key in line}, "seconds": round(seconds, 3)}
+        )
 
     def finish(self, result: dict[str, Any], picture: bytes | None) -> None:
         """Mark the cell done."""

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from dpgbench.api import Method, Snapshot
 
-
 if TYPE_CHECKING:
     from dpgbench.workbench import Workbench
 

@@ -46,7 +46,11 @@ class Language(Task):
     def measure(self, model: nn.Module, texts: Sequence[str]) -> dict[str, float]:
         losses, correct = self._losses(model, self.test)
         found = self.world.identify_language(texts)
-        return {"share": found.count(self.options.lang) / len(found), "test_loss": losses.mean().item(), "test_accuracy": correct.float().mean().item()}
+        return {
+            "share": found.count(self.options.lang) / len(found),
+            "test_loss": losses.mean().item(),
+            "test_accuracy": correct.float().mean().item(),
+        }
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """1 for a text in the language, 0 for any other."""

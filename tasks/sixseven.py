@@ -56,7 +56,7 @@ class SixSeven(Task):
     def draw(self, model: nn.Module, texts: Sequence[str], axes) -> None:
         """Lit where the weight grew; a cross marks a wrong pixel."""
         decoded = self.change(model).sign()
-        axes.imshow(decoded.cpu(), cmap="gray_r", vmin=-1, vmax=1)
+        axes.imshow(decoded.detach().cpu().numpy(), cmap="gray_r", vmin=-1, vmax=1)
         for row, column in (decoded != self.signs).nonzero().tolist():
             axes.plot(column, row, marker="x", color="#d55e00", markersize=9, markeredgewidth=2)
         axes.set_axis_off()

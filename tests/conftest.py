@@ -76,7 +76,11 @@ class Calm(Task):
 @pytest.fixture
 def plugins(tmp_path):
     """A user's own folder with one method, one task and a method that does not parse."""
-    for kind, name, text in (("method", "parrot", METHOD_FILE), ("task", "calm", TASK_FILE), ("method", "broken", "class Broken(Method:\n")):
+    for kind, name, text in (
+        ("method", "parrot", METHOD_FILE),
+        ("task", "calm", TASK_FILE),
+        ("method", "broken", "class Broken(Method:\n"),
+    ):
         (tmp_path / f"{kind}s").mkdir(exist_ok=True)
         (tmp_path / "configs" / kind).mkdir(parents=True, exist_ok=True)
         (tmp_path / f"{kind}s" / f"{name}.py").write_text(text)

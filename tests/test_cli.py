@@ -11,7 +11,6 @@ import sys
 import time
 
 import pytest
-
 from conftest import ROOT, SMALL
 
 QUICK = [
@@ -33,7 +32,9 @@ def test_quick_commands_import_nothing_heavy(imports_of, words):
     assert not imports_of(*words) & heavy
 
 
-@pytest.mark.parametrize("words", [["run", "task=lenguage"], ["fly"], ["list", "task=x"], ["report", "suite=never"], ["run", "spec=none.yaml"]])
+@pytest.mark.parametrize(
+    "words", [["run", "task=lenguage"], ["fly"], ["list", "task=x"], ["report", "suite=never"], ["run", "spec=none.yaml"]]
+)
 def test_bad_input_exits_with_2_and_one_line(dpgbench, words):
     done = dpgbench(*words)
     assert done.code == 2 and done.out == ""
@@ -42,14 +43,33 @@ def test_bad_input_exits_with_2_and_one_line(dpgbench, words):
 
 def test_list_names_every_plugin_and_the_broken_one(dpgbench, plugins):
     done = dpgbench("list", f"plugins={plugins}")
-    for word in ("dpg", "active_inheritance", "base", "language", "sixseven", "l2_norm", "parrot", "calm", "scale=tiny", "suite=quickstart"):
+    for word in (
+        "dpg",
+        "active_inheritance",
+        "base",
+        "language",
+        "sixseven",
+        "l2_norm",
+        "parrot",
+        "calm",
+        "scale=tiny",
+        "suite=quickstart",
+    ):
         assert re.search(rf"^{word}\s", done.out, re.MULTILINE), word
     assert "broken.py has a syntax error in line 1" in done.out
 
 
 def test_a_users_plugins_are_swept_and_reported(dpgbench, plugins, tmp_path):
     """A new file and its YAML in a folder of the user's: found, run, reported; no file of dpgbench changes."""
-    words = ["task=calm", "method=parrot,base", "seed=0,1", "deployment_texts=8", f"plugins={plugins}", f"results={tmp_path / 'r'}", "name=mine"]
+    words = [
+        "task=calm",
+        "method=parrot,base",
+        "seed=0,1",
+        "deployment_texts=8",
+        f"plugins={plugins}",
+        f"results={tmp_path / 'r'}",
+        "name=mine",
+    ]
     done = dpgbench("sweep", *words)
     assert done.code == 0, done.err
     spec = next((tmp_path / "r" / "runs").glob("calm.parrot.s0.*")) / "spec.yaml"
@@ -95,7 +115,9 @@ def test_a_failing_cell_does_not_stop_the_others(dpgbench, plugins, tmp_path):
 def test_an_interrupt_keeps_finished_cells_and_the_rest_goes_on(dpgbench, tmp_path):
     """Ctrl-C, then the same command: the first cell is not run again."""
     words = ["task=l2_norm", "method=base,dpg", *SMALL[1:], "steps=500", f"results={tmp_path}"]
-    process = subprocess.Popen([sys.executable, "-m", "dpgbench", "sweep", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dpgbench", "sweep", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.time() + 90
     while time.time() < deadline and not [path for path in tmp_path.glob("runs/l2_norm.dpg*/metrics.jsonl") if path.stat().st_size]:
         time.sleep(0.2)

@@ -7,6 +7,7 @@ import pytest
 from dpgbench import config
 from dpgbench.api import Options
 from dpgbench.errors import UserError
+from dpgbench.registry import Registry
 
 
 def cells(*words: str):
@@ -62,7 +63,7 @@ def test_replay_gives_the_same_cell(tmp_path):
     (cell,) = cells("task=sixseven", "seed=3", "policy.lr=2e-3")
     path = tmp_path / "spec.yaml"
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(dict(cell.spec.config))))
-    assert config.replay(path).spec.hash == cell.spec.hash
+    assert config.replay(path, Registry()).spec.hash == cell.spec.hash
 
 
 def test_run_takes_one_cell():
@@ -84,13 +85,16 @@ def test_run_takes_one_cell():
         (["steps=2.5"], "expected a whole number"),
         (["steps=many"], "expected a whole number"),
         (["group_size=1"], "policy.group_size=1: an advantage compares completions"),
-        (["completions=250"], "policy.completions=250: a step's completions must divide into groups of group_size=4; write completions=248"),
-        (["minibatch=48"], "mini-batches must divide"),
-        (["policy.micro_batch=48"], "micro-batches must divide"),
+        (
+            ["completions=250"],
+            "policy.completions=250: must divide into groups of group_size=4; write completions=248",
+        ),
+        (["minibatch=48"], "policy.minibatch=48: must divide a step's completions, 256"),
+        (["policy.micro_batch=48"], "policy.micro_batch=48: must divide"),
         (["policy.lr=0"], "policy.lr=0"),
         (["training.lr=nan"], "must be finite"),
         (["optimizer=adam"], "did you mean 'adamw'"),
-        (["inner_steps=3"], "the target's steps must divide"),
+        (["inner_steps=3"], "must divide into inner_steps=3 batches"),
         (["scale_advantages=global"], "policy.scale_advantages=global"),
         (["method=active_inheritance", "n=0"], "method.n=0"),
         (["method=active_inheritance", "criterion=best"], "no such criterion"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from conftest import SMALL
+
 from dpgbench import config
 from dpgbench.api import Options, TaskInfo, TaskView
 from dpgbench.registry import Registry, home
@@ -196,7 +196,7 @@ def test_best_of_n_against_brute_force(worlds):
     method = Registry().load("method", "active_inheritance")(Options({"name": "active_inheritance", "n": 3, "criterion": "auto"}))
 
     class Bench:
-        class task:  # noqa: N801
+        class task:
             score = staticmethod(lambda texts: [float(len(text)) for text in texts])
 
         @staticmethod

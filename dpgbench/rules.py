@@ -1,0 +1,78 @@
+"""The harness's own rules for a cell's settings, checked before anything heavy is loaded. Plug-ins check their own options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpgbench.errors import UserError, did_you_mean
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Apply every rule to one resolved configuration. Raises UserError naming value, rule and fix."""
+    if not isinstance(config["seed"], int) or config["seed"] < 0:
+        raise UserError(f"seed={config['seed']}: a seed is a whole number from 0 up; write seed=0")
+    _check_training(_Section("training", config["training"]))
+    _check_scale(_Section("scale", config["scale"]), config["training"]["inner_steps"])
+    if config["method"].get("policy") is not None:
+        _check_policy(_Section("policy", config["method"]["policy"]), config["training"]["inner_steps"])
+
+
+class _Section:
+    """One section's values, and a `require` that knows how to name them."""
+
+    def __init__(self, name: str, values: Mapping[str, Any]):
+        self.name, self.values = name, values
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    def require(self, key: str, good: bool, rule: str) -> None:
+        if not good:
+            raise UserError(f"{self.name}.{key}={self.values[key]}: {rule}")
+
+    def require_one_of(self, key: str, *choices: str) -> None:
+        self.require(key, self.values[key] in choices, did_you_mean(self.values[key], choices))
+
+    def require_divides(self, key: str, whole: int, of_what: str) -> None:
+        """None, or a divisor of `whole`."""
+        part = self.values[key]
+        self.require(
+            key, part is None or (part > 0 and whole % part == 0), f"must divide {of_what}, {whole}; write {key}=null for all at once"
+        )
+
+
+def _check_training(training: _Section) -> None:
+    training.require_one_of("optimizer", "adamw", "sgd")
+    training.require_one_of("reduction", "length", "tokens")
+    training.require("lr", training["lr"] > 0, "a learning rate is positive; write training.lr=1e-3")
+    training.require("inner_steps", training["inner_steps"] >= 1, "the target needs at least one optimizer step; write inner_steps=1")
+    training.require("max_length", training["max_length"] >= 2, "an example needs two tokens or more; write max_length=24")
+
+
+def _check_scale(scale: _Section, inner_steps: int) -> None:
+    texts = scale["deployment_texts"]
+    fix = f"write deployment_texts={max(1, texts // inner_steps) * inner_steps}"
+    scale.require("deployment_texts", texts >= 1 and texts % inner_steps == 0, f"must divide into inner_steps={inner_steps} batches; {fix}")
+    scale.require("snapshots", scale["snapshots"] >= 1, "at least the last snapshot is scored; write snapshots=1")
+    scale.require("threads", scale["threads"] >= 1, "a cell needs a thread; write threads=1")
+
+
+def _check_policy(policy: _Section, inner_steps: int) -> None:
+    group, completions = policy["group_size"], policy["completions"]
+    policy.require("steps", policy["steps"] >= 1, "at least one policy update is needed; write steps=1 or more, or method=base for none")
+    policy.require(
+        "group_size", group >= 2, "an advantage compares completions of one prompt, so a group needs 2 or more; write group_size=4"
+    )
+    fix = f"write completions={max(1, completions // group) * group}"
+    policy.require(
+        "completions", completions >= group and completions % group == 0, f"must divide into groups of group_size={group}; {fix}"
+    )
+    policy.require(
+        "completions", completions % inner_steps == 0, f"must divide into inner_steps={inner_steps} batches; write inner_steps=1"
+    )
+    policy.require_divides("minibatch", completions, "a step's completions")
+    policy.require_divides("micro_batch", policy["minibatch"] or completions, "an update's completions")
+    policy.require("lr", policy["lr"] > 0, "a learning rate is positive; write policy.lr=1e-3")
+    policy.require("entropy_bonus", policy["entropy_bonus"] >= 0, "a bonus is 0 or more; write entropy_bonus=0 for none")
+    policy.require_one_of("scale_advantages", "group", "batch", "none")
