@@ -82,12 +82,12 @@ def test_the_loop_hands_trl_these_advantages_and_steps_one_by_one(bench, monkeyp
 
 
 def test_the_policy_learns_what_is_rewarded(bench):
-    """Thirty steps of "shorter is better" shorten the completions."""
+    """Thirty steps of paying for every "the" bring more of them."""
     work = bench("steps=30", "completions=32", "policy.lr=3e-3")
-    for _ in train_policy(work, lambda rollouts: [-len(text.split()) for text in rollouts.completions]):
+    for _ in train_policy(work, lambda rollouts: [text.split().count("the") for text in rollouts.completions]):
         pass
-    lengths = [line["completion_tokens"] for line in work.lines]
-    assert sum(lengths[-5:]) < 0.8 * sum(lengths[:5])
+    counts = [line["reward_mean"] for line in work.lines]
+    assert sum(counts[-5:]) > 1.5 * sum(counts[:5])
 
 
 def test_minibatches_make_several_updates_a_step(bench):

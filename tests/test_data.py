@@ -1,0 +1,105 @@
+"""Texts become training examples, splits do not overlap, and every draw has a seed of its own."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from dpgbench import models, phrasebook
+from dpgbench.data import Topics, encode
+from dpgbench.errors import UserError
+from dpgbench.seeds import derive, stream, torch_seeded
+
+
+def test_encode_by_hand():
+    """<s> the king </s> pad: the EOS is a label, the pad is not; a text cut at L has no EOS."""
+    tokenizer = AutoTokenizer.from_pretrained(phrasebook.WEIGHTS / "target")
+    the, king = tokenizer.convert_tokens_to_ids(["the", "king"])
+    batch = encode(tokenizer, ["the king", "the king the king", ""], max_length=5)
+    assert batch["input_ids"].tolist() == [[1, the, king, 2, 0], [1, the, king, the, king], [1, 2, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[1, the, king, 2, -100], [1, the, king, the, king], [1, 2, -100, -100, -100]]
+
+
+def test_eos_is_a_label_where_a_model_pads_with_it():
+    """Pads are told from the EOS by position, not by id."""
+    tokenizer = AutoTokenizer.from_pretrained(phrasebook.WEIGHTS / "target")
+    tokenizer.pad_token = tokenizer.eos_token
+    assert encode(tokenizer, ["the king"], 6)["labels"].tolist()[0][3:] == [2, -100, -100]
+
+
+def test_topics_are_prose_in_disjoint_splits():
+    """Passages of the standard library: hundreds, of readable length, none in two splits, the rephrase instruction around each."""
+    topics = Topics()
+    splits = {split: set(topics.held_out("en", split, 10**6)) for split in ("train", "dev", "test")}
+    assert len(splits["train"]) > 300 and min(len(split) for split in splits.values()) >= 10
+    assert not (splits["train"] & splits["dev"] or splits["train"] & splits["test"] or splits["dev"] & splits["test"])
+    assert all(len(text) + 150 >= 200 and len(text) <= 600 for split in splits.values() for text in split)
+    (prompt,) = topics.prompts("train", 1, random.Random(0))
+    assert prompt[0]["role"] == "user" and "rephrase it in different terms" in prompt[0]["content"]
+    assert topics.prompts("dev", 3, random.Random(1)) == topics.prompts("dev", 3, random.Random(1))
+    assert topics.identify_language("the name of the module is that of a class") == "en"
+    assert topics.identify_language("der Lehrer kauft den roten Apfel") == "other"
+    with pytest.raises(UserError, match="passages are English"):
+        topics.held_out("de", "dev", 1)
+
+
+def test_seeds_are_named_and_leave_torch_alone():
+    """The same name, the same stream; another name, another; torch's own generator is where it was."""
+    assert derive(0, "a", 1) == derive(0, "a", 1) != derive(0, "a", 2) != derive(1, "a", 2)
+    assert derive(0, "ab") != derive(0, "a", "b") and 0 <= derive(0, "x") < 2**63
+    assert stream(3, "x").random() == stream(3, "x").random()
+    before = torch.random.get_rng_state()
+    with torch_seeded(5):
+        first = torch.rand(3)
+    with torch_seeded(5):
+        assert torch.equal(first, torch.rand(3))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_untying_a_head_copies_it():
+    """A tied head becomes a parameter of its own with the same values; the model computes the same."""
+    for model in (
+        GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)).eval(),
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True
+            )
+        ).eval(),
+    ):
+        ids = torch.arange(6)[None]
+        before = model(ids).logits
+        models.untie_head(model)
+        head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        assert head is not embeddings and torch.equal(head, embeddings) and torch.equal(model(ids).logits, before)
+        names = dict(model.named_parameters())
+        assert names["lm_head.weight"] is head
+        models.untie_head(model)
+        assert model.get_output_embeddings().weight is head
+
+
+def test_sampling_does_not_depend_on_what_came_before():
+    """The same prompts and seed give the same texts, whatever torch's generator did, and a longer list starts with the shorter one's."""
+    from dpgbench import config
+
+    spec = config.read(["sampling_batch=8"], sweep=False).cells[0].spec
+    generator = models.load_generator(spec.scale)
+    prompts = phrasebook.Phrasebook().prompts("dev", 24, random.Random(0))
+    texts, shapes = generator.sample(prompts, seed=7)
+    torch.rand(10)
+    again, _ = generator.sample(prompts[:16], seed=7)
+    assert again == texts[:16] and len(shapes) == 3 and all(batch == 8 for batch, _, _ in shapes)
+    assert generator.sample(prompts[:8], seed=8)[0] != texts[:8]
+
+
+def test_missing_models_are_one_line(tmp_path, monkeypatch):
+    """A name that cannot be loaded: one line, with the way out."""
+    from dpgbench import config
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    spec = config.read([f"scale.target={tmp_path}/nothing"], sweep=False).cells[0].spec
+    with pytest.raises(UserError, match="the model cannot be loaded") as caught:
+        models.load_target(spec.scale)
+    assert "\n" not in str(caught.value)

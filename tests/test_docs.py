@@ -1,0 +1,64 @@
+"""What the README says is what the program does, and the wheel carries what the clone has."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("python -m dpgbench")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_in_the_readme_is_understood(command, plugins, tmp_path):
+    """Cells are not run here, but every word is read: sweeps and runs with --dry-run, the rest as they are."""
+    words = command.split()[3:]
+    words = [word.replace("plugins=mine", f"plugins={plugins}") for word in words] + ([] if words[0] == "list" else [f"results={tmp_path}"])
+    if words[0] in ("run", "sweep") and "--dry-run" not in words:
+        words.append("--dry-run")
+    done = subprocess.run([sys.executable, "-m", "dpgbench", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if words[0] == "report":
+        assert done.returncode == 2 and "nothing to report" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_names_every_plugin():
+    from dpgbench.registry import Registry
+
+    for kind in ("method", "task"):
+        for file in Registry().files(kind):
+            assert re.search(rf"^\| `{file.name}`", README, re.MULTILINE), f"{kind} {file.name} is not in the README's table"
+
+
+def test_make_targets_are_the_readmes_commands():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("quickstart", "test", "smollm2"):
+        assert f"make {target}" in README and re.search(rf"^{target}:", makefile, re.MULTILINE)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_a_wheel_works_outside_the_clone(tmp_path):
+    """Plug-ins, configs, page template and weights travel in it; listing, composing and loading work from the wheel alone."""
+    pytest.importorskip("hatchling", reason="building a wheel needs hatchling (in requirements.lock)")
+    pytest.importorskip("build", reason="building a wheel needs build (in requirements.lock)")
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, ROOT], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.split("/")[0] in ("methods", "tasks", "configs", "tests")]
+        archive.extractall(site)
+    words = ["run", "task=l2_norm", "method=active_inheritance", "n=2", "deployment_texts=8", f"results={tmp_path / 'r'}"]
+    code = "import sys, dpgbench; assert sys.argv[1] in dpgbench.__file__; from dpgbench.cli import main; sys.exit(main(sys.argv[2:]))"
+    for line in (["list"], words, ["report", *words[1:]]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(site), *line], cwd=tmp_path, env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r" / "sweep" / "index.html").exists()
