@@ -8,9 +8,9 @@ import platform
 import subprocess
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpgbench import __version__
 from dpgbench.api import RunSpec, Snapshot, Task, TaskView
@@ -18,6 +18,9 @@ from dpgbench.errors import Busy, CellError, UserError
 from dpgbench.registry import Registry, home
 from dpgbench.seeds import stream
 from dpgbench.store import RunFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Watch = Callable[[dict[str, Any]], None]
 SAMPLE_TEXTS = 12  # deployment texts kept for the report
@@ -51,6 +54,15 @@ def _run_owned(spec: RunSpec, folder: RunFolder, plugins: Path | None, watch: Wa
     return "done"
 
 
+class _Scored(NamedTuple):
+    """A snapshot's line of metrics, its wall-clock price, its deployment texts and the target trained on them."""
+
+    line: dict[str, Any]
+    seconds: float
+    texts: list[str]
+    params: dict[str, Tensor]
+
+
 class _Cell:
     """The work of `run_cell`, with its parts at hand."""
 
@@ -80,34 +92,38 @@ class _Cell:
         self.prompts = self.world.corpus.prompts("test", spec.scale.deployment_texts, stream(spec.seed, "deployment prompts"))
 
     def run(self) -> None:
+        """Let the method work, score the snapshots that are due, and mark the cell done."""
         last_step = (self.spec.method.get("policy") or {}).get("steps")
-        schedule = snapshot_steps(last_step, self.spec.scale.snapshots) if last_step else None
-        snapshots, texts, final = [], [], None
-        clock = time.perf_counter()
-        for snapshot in self.method.run(self.bench):
-            self.meter.seconds += time.perf_counter() - clock
-            if schedule is None or snapshot.step in schedule:
-                scored, texts, params = self._score(snapshot)
-                snapshots.append(scored)
-                final = snapshot.step, params
-            pending = None if schedule is None or snapshot.step in schedule else snapshot
-            clock = time.perf_counter()
-        if pending is not None:  # a method that stopped before its schedule did
-            scored, texts, params = self._score(pending)
-            snapshots.append(scored)
-            final = pending.step, params
-        if final is None:
+        due = snapshot_steps(last_step, self.spec.scale.snapshots) if last_step else None  # None: all of them
+        lines: list[dict[str, Any]] = []
+        scored = snapshot = None
+        for snapshot in self._timed(self.method.run(self.bench)):
+            if due is None or snapshot.step in due:
+                scored = self._score(snapshot)
+                lines.append({**scored.line, "seconds": scored.seconds})
+        if snapshot is None:
             raise CellError(f"method {self.spec.method.name} yielded no snapshot; `run` must yield at least one")
-        self.folder.finish(
-            {
-                "headline": self.task.headline,
-                "higher_is_better": self.task.higher_is_better,
-                "snapshots": snapshots,
-                "texts": texts[:SAMPLE_TEXTS],
-                "seconds_total": round(time.perf_counter() - self.started, 3),
-            },
-            self._picture(final[1], texts),
-        )
+        if scored is None or scored.line["snapshot"] != snapshot.step:  # it stopped before its schedule did
+            scored = self._score(snapshot)
+            lines.append({**scored.line, "seconds": scored.seconds})
+        result = {
+            "headline": self.task.headline,
+            "higher_is_better": self.task.higher_is_better,
+            "snapshots": lines,
+            "texts": scored.texts[:SAMPLE_TEXTS],
+            "seconds_total": round(time.perf_counter() - self.started, 3),
+        }
+        self.folder.finish(result, self._picture(scored))
+
+    def _timed(self, snapshots: Iterator[Snapshot]) -> Iterator[Snapshot]:
+        """The same snapshots; the time the method takes to come up with each is charged to it."""
+        while True:
+            clock = time.perf_counter()
+            snapshot = next(snapshots, None)
+            self.meter.seconds += time.perf_counter() - clock
+            if snapshot is None:
+                return
+            yield snapshot
 
     def _record(self, line: dict[str, Any]) -> None:
         """A step of the method: into the metrics file and to whoever watches."""
@@ -128,7 +144,7 @@ class _Cell:
         self.folder.append(line, time.perf_counter() - self.started)
         self.watch({key: value for key, value in line.items() if key != "rollouts"})
 
-    def _score(self, snapshot: Snapshot) -> tuple[dict[str, Any], list[str], dict]:
+    def _score(self, snapshot: Snapshot) -> _Scored:
         """Draw the deployment dataset (charged), train a fresh target on it and measure that (not charged)."""
         from dpgbench.training import loaded, train
         from dpgbench.workbench import optimizer_of
@@ -155,9 +171,9 @@ class _Cell:
             "tokens_generated": total.tokens_generated, "tokens_trained": total.tokens_trained,
         }  # fmt: skip
         self._append(line)
-        return {**line, "seconds": round(total.seconds, 3)}, texts, params
+        return _Scored(line, round(total.seconds, 3), texts, params)
 
-    def _picture(self, params: dict, texts: list[str]) -> bytes | None:
+    def _picture(self, scored: _Scored) -> bytes | None:
         """What the task draws of the final target, as PNG; None for tasks that do not draw."""
         if type(self.task).draw is Task.draw:
             return None
@@ -168,8 +184,8 @@ class _Cell:
 
         figure = Figure(figsize=(2.4, 2.4), dpi=100)
         FigureCanvasAgg(figure)
-        with loaded(self.world.target, params):
-            self.task.draw(self.world.target, texts, figure.add_axes((0.04, 0.04, 0.92, 0.92)))
+        with loaded(self.world.target, scored.params):
+            self.task.draw(self.world.target, scored.texts, figure.add_axes((0.04, 0.04, 0.92, 0.92)))
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
         return buffer.getvalue()
