@@ -138,9 +138,8 @@ class _Cell:
     def _append(self, line: dict[str, Any]) -> None:
         bad = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
         if bad:
-            raise CellError(
-                f"{bad[0]} is {line[bad[0]]} at step {line.get('step', line.get('snapshot'))}; nothing that follows would mean anything"
-            )
+            where = line.get("step", line.get("snapshot"))
+            raise CellError(f"{bad[0]} is {line[bad[0]]} at step {where}; lower training.lr={self.spec.training.lr}")
         self.folder.append(line, time.perf_counter() - self.started)
         self.watch({key: value for key, value in line.items() if key != "rollouts"})
 
