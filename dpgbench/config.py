@@ -69,11 +69,12 @@ def read(arguments: Sequence[str], *, sweep: bool) -> Request:
     composer = _Composer(registry)
     cells: dict[str, Cell] = {}
     launcher: dict[str, Any] = {}
-    for line in lines:
-        for config in composer.grid(line):
-            launcher = config.pop("launcher")
-            cell = _cell(config, registry)
-            cells.setdefault(cell.spec.folder, cell)
+    configs = [config for line in lines for config in composer.grid(line)]
+    composer.check_used(words)
+    for config in configs:
+        launcher = config.pop("launcher")
+        cell = _cell(config, registry)
+        cells.setdefault(cell.spec.folder, cell)
     if not sweep and len(cells) > 1:
         raise UserError(f"run takes one cell and this line names {len(cells)}; use `sweep` for a grid")
     name = str(suite[0]) if suite else str(words.get("name", ["sweep"])[0])
@@ -138,6 +139,8 @@ class _Composer:
     def __init__(self, registry: Registry):
         self.registry = registry
         self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self.unused: list[set[str]] = []  # of each line
+        self.known: set[str] = set()
 
     def grid(self, words: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
         """All resolved configurations of one line of words."""
@@ -158,9 +161,14 @@ class _Composer:
                 for (key, full), value in zip(applied.items(), values, strict=True):
                     _set(config, key, full, value)
                 configs.append(_plain(config))
-        for key in unused:
-            raise UserError(f"{key}={settings[key][0]}: no chosen task, method or scale has this option; {_closest(key, known)}")
+        self.unused.append(set(unused))
+        self.known |= known
         return configs
+
+    def check_used(self, words: Mapping[str, list[Any]]) -> None:
+        """Raises UserError for a word of the command line that no cell of any line had a use for."""
+        for key in set.intersection(*self.unused) & set(words):
+            raise UserError(f"{key}={words[key][0]}: no chosen task, method or scale has this option; {_closest(key, self.known)}")
 
     def _choices(self, group: str, values: list[Any] | None) -> list[str]:
         default = {"task": "language", "method": "dpg", "scale": "tiny", "launcher": "inline"}
