@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PARAMETERS_AT_ONCE = 100_000_000
+
+
 def optimizer_of(training: Options) -> SGD | AdamW:
     """The target's optimizer as configured."""
     if training.optimizer == "sgd":
@@ -134,7 +137,9 @@ class Workbench:
         """For each text alone: Phi of a fresh target after one step on that text. Cost: 3F and one Phi per text."""
         encoded = self.world.encode(texts)
         ids, labels, reduction = encoded["input_ids"], encoded["labels"], self.spec.training.reduction
-        values = one_step_values(self.world.target, ids, labels, self.task.signal, self.optimizer, reduction=reduction)
+        size = sum(parameter.numel() for parameter in self.world.target.parameters())
+        chunk = max(1, min(64, PARAMETERS_AT_ONCE // size))  # each text in a chunk has its own copies of the parameters
+        values = one_step_values(self.world.target, ids, labels, self.task.signal, self.optimizer, reduction=reduction, chunk=chunk)
         forward = compute.forward_flops(self.world.target, *ids.shape)
         self.meter.charge("scoring", 3 * forward + len(texts) * self._signal_cost(), trained=int((labels != -100).sum()))
         return values.tolist()

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # A cell small enough for tests: every part of a run, two policy updates.
-SMALL = ["steps=2", "completions=16", "deployment_texts=16", "snapshots=2"]
+SMALL = ["steps=2", "completions=16", "group_size=4", "deployment_texts=16", "snapshots=2"]
 
 
 @dataclass

@@ -87,10 +87,10 @@ def test_run_takes_one_cell():
         (["steps=many"], "expected a whole number"),
         (["group_size=1"], "policy.group_size=1: an advantage compares completions"),
         (
-            ["completions=250"],
+            ["completions=250", "group_size=4"],
             "policy.completions=250: must divide into groups of group_size=4; write completions=248",
         ),
-        (["minibatch=48"], "policy.minibatch=48: must divide a step's completions, 256"),
+        (["minibatch=48", "completions=256"], "policy.minibatch=48: must divide a step's completions, 256"),
         (["policy.micro_batch=48"], "policy.micro_batch=48: must divide"),
         (["policy.lr=0"], "policy.lr=0"),
         (["training.lr=nan"], "must be finite"),
