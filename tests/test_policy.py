@@ -64,7 +64,7 @@ def test_the_loop_hands_trl_these_advantages_and_steps_one_by_one(bench, monkeyp
         return output
 
     monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", spy)
-    work = bench()
+    work = bench("scale_advantages=group")
     rewards = []
 
     def lengths(rollouts):
