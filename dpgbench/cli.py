@@ -214,7 +214,11 @@ def _report(words: list[str]) -> int:
         said = shlex.join(word for word in request.arguments if not word.startswith(("results=", "launcher", "workers=", "plugins=")))
         descriptions = {file.name: file.summary for file in request.registry.files("task")}
         frame = collect.frame_of(request.cells, results, descriptions)
-        collect.write_parquet(frame, parquet, suite=name, title=request.title, command=f"python -m dpgbench sweep {said}")
+        lost = collect.finished_in(parquet) - set(frame.cell[frame.status == "done"])
+        if lost:
+            print(f"{len(lost)} finished cells are in {parquet} but have no run folder: reporting from it; delete it to leave them out")
+        else:
+            collect.write_parquet(frame, parquet, suite=name, title=request.title, command=f"python -m dpgbench sweep {said}")
     frame, about = collect.read_parquet(parquet)
     selector = "suite" if name in config.suites(Registry()) else "name"
     command = f"{about['command']}\npython -m dpgbench report {selector}={name}"

@@ -112,6 +112,15 @@ def read_parquet(path: Path) -> tuple[pandas.DataFrame, dict[str, str]]:
     return table.to_pandas(), about
 
 
+def finished_in(path: Path) -> set[str]:
+    """The finished cells a parquet holds, so that collecting anew never loses one; empty if there is none that can be read."""
+    try:
+        frame, _ = read_parquet(path)
+    except UserError:
+        return set()
+    return set(frame.cell[frame.status == "done"])
+
+
 def _labels(cells: Sequence[Cell]) -> dict[str, tuple[str, str]]:
     """What to call each cell's task and method. Settings that vary within one label (a sweep over policy.lr, say) are spelled out."""
     by_label: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)

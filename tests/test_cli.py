@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,20 @@ def test_a_run_alone_equals_the_cell_in_a_sweep_with_workers(dpgbench, tmp_path)
     replayed = dpgbench("run", f"spec={cell / 'spec.yaml'}", f"results={tmp_path / 'replay'}")
     assert replayed.code == 0, replayed.err
     assert (tmp_path / "replay" / "runs" / cell.name / "metrics.jsonl").read_bytes() == (cell / "metrics.jsonl").read_bytes()
+
+
+def test_collecting_anew_never_loses_a_finished_cell(dpgbench, tmp_path):
+    """A clone with a suite's parquet and only some of its run folders reports from the parquet, and rebuilds its tables byte for byte."""
+    words = ["task=l2_norm", "method=base", "seed=0,1", "deployment_texts=8", f"results={tmp_path}"]
+    assert dpgbench("sweep", *words).code == 0 and dpgbench("report", *words).code == 0
+    parquet, table = tmp_path / "sweep.parquet", tmp_path / "sweep" / "tables" / "l2_norm.md"
+    before, told = parquet.read_bytes(), table.read_bytes()
+    shutil.rmtree(next((tmp_path / "runs").glob("*.s1.*")))
+    done = dpgbench("report", *words)
+    assert done.code == 0 and "1 finished cells are in" in done.out
+    assert parquet.read_bytes() == before and table.read_bytes() == told
+    shutil.rmtree(tmp_path / "runs")
+    assert dpgbench("report", *words).code == 0 and table.read_bytes() == told
 
 
 def test_a_failing_cell_does_not_stop_the_others(dpgbench, plugins, tmp_path):
