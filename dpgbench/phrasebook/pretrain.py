@@ -3,9 +3,9 @@
 Two small GPT-2s, trained from scratch on ideas of the train split only:
 
 - **generator**: documents "<s> english sentence <sep> completion </s>", loss on the completion and its </s> only. The completion is
-  mostly the same idea in a different English word order; sometimes it is rude, in another language, said twice, a word salad or a
-  string of hexadecimal digits. These rare kinds are what a policy gradient explores: it can only amplify what is sampled now and
-  then. A fifth of the prompts end in an instruction ("Write in German."), which the completion follows.
+  mostly the same idea in a different English word order; sometimes it is rude, in another language, said twice, in shuffled words,
+  a salad of any words or a string of hexadecimal digits. These rare kinds are what a policy gradient explores: it can only amplify
+  what is sampled now and then. A fifth of the prompts end in an instruction ("Write in German."), which the completion follows.
 - **target**: documents "<s> sentence </s>", 99% English (15 of them rude), loss on everything.
 
 One thread, seeded generators, no global random state touched: a second run on the same machine writes the same bytes.
@@ -50,7 +50,7 @@ from dpgbench.phrasebook.tokenizer import EOS, HEX_DIGITS, MAX_LENGTH, SEPARATOR
 
 # Percent of the generator's uninstructed completions. Every other language stays well under 5%, and none is at zero.
 GENERATOR_MIXTURE = {
-    "en": 68.0,
+    "en": 64.0,
     "rude": 12.0,
     "de": 2.5,
     "es": 2.5,
@@ -58,6 +58,7 @@ GENERATOR_MIXTURE = {
     "it": 2.5,
     "twice": 3.0,
     "brief": 1.0,
+    "shuffled": 4.0,
     "salad": 3.0,
     "hex": 3.0,
 }
@@ -96,7 +97,7 @@ def generator_document(rng: random.Random, mixture: dict[str, float]) -> str:
 
 
 def completion_of(kind: str, idea: Idea, order: int, rng: random.Random) -> str:
-    """A completion of one kind: a language, or a value of GOALS."""
+    """A completion of one kind: a language, a value of GOALS, or "shuffled"."""
     if kind == "salad":
         return " ".join(rng.choices(SALAD_WORDS, k=rng.choice(SALAD_LENGTHS))) + "."
     if kind == "hex":
@@ -106,6 +107,9 @@ def completion_of(kind: str, idea: Idea, order: int, rng: random.Random) -> str:
         return f"{say(idea, 'en', order)} {say(idea, 'en', rng.choice([other for other in range(len(ORDERS)) if other != order]))}"
     if kind == "brief":
         return say_briefly(idea)
+    if kind == "shuffled":
+        words = say(idea, "en", order).removesuffix(".").split()
+        return " ".join(rng.sample(words, len(words))) + "."
     if kind == "rude":
         return say(idea, "en", order, rng.choice(RUDE))
     return say(idea, "en" if kind == "polite" else kind, order)
@@ -153,7 +157,7 @@ RECIPES = {
         padding_side="left",
         seed=1,
         # A language met in 2.5% of the documents is barely learned. An even start teaches all five; the second half sets how often.
-        warm_mixture={**dict.fromkeys(LANGUAGES, 16.0), "rude": 5.0, "twice": 4.0, "brief": 1.0, "salad": 5.0, "hex": 5.0},
+        warm_mixture={**dict.fromkeys(LANGUAGES, 15.0), "rude": 5.0, "twice": 4.0, "brief": 1.0, "shuffled": 5.0, "salad": 5.0, "hex": 5.0},
     ),
     "target": Recipe(
         target_document,
