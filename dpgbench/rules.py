@@ -51,9 +51,13 @@ def _check_training(training: _Section) -> None:
 
 
 def _check_scale(scale: _Section, inner_steps: int) -> None:
-    texts = scale["deployment_texts"]
-    fix = f"write deployment_texts={max(1, texts // inner_steps) * inner_steps}"
-    scale.require("deployment_texts", texts >= 1 and texts % inner_steps == 0, f"must divide into inner_steps={inner_steps} batches; {fix}")
+    texts, given = scale["deployment_texts"], scale["deployment_steps"]
+    scale.require(
+        "deployment_steps", given is None or given >= 1, "at least one optimizer step; write deployment_steps=null for inner_steps"
+    )
+    steps, source = (given, "deployment_steps") if given else (inner_steps, "inner_steps")
+    fix = f"write deployment_texts={max(1, texts // steps) * steps}"
+    scale.require("deployment_texts", texts >= 1 and texts % steps == 0, f"must divide into {source}={steps} batches; {fix}")
     scale.require("snapshots", scale["snapshots"] >= 1, "at least the last snapshot is scored; write snapshots=1")
     scale.require("threads", scale["threads"] >= 1, "a cell needs a thread; write threads=1")
 

@@ -156,7 +156,7 @@ class _Cell:
             wanted = f"{len(self.prompts)} prompts; it must return one string each"
             raise CellError(f"snapshot {snapshot.step}: sample returned {len(texts)} texts for {wanted}")
         target, training = self.world.target, self.spec.training
-        batches, _ = self.bench.batches(texts, "deployment")
+        batches, _ = self.bench.batches(texts, "deployment", steps=self.spec.scale.deployment_steps)
         params = train(target, batches, optimizer_of(training), micro_batch=training.micro_batch, reduction=training.reduction)
         with loaded(target, params):
             import torch

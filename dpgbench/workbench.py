@@ -87,12 +87,12 @@ class Workbench:
 
     # ---- what a text is worth
 
-    def batches(self, texts: Sequence[str], *names: object) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """T batches of the target's training, and for each position in them the index of its text.
+    def batches(self, texts: Sequence[str], *names: object, steps: int | None = None) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The batches of `steps` (default: T) optimizer steps of the target, and for each position in them the index of its text.
 
         Texts are dealt out in a seeded random order, so that the completions of one prompt do not all meet in one batch.
         """
-        steps = self.spec.training.inner_steps
+        steps = steps or self.spec.training.inner_steps
         with torch_seeded(self.seed("batches", *names)):
             order = torch.randperm(len(texts)) if steps > 1 else torch.arange(len(texts))
         encoded = self.world.encode(texts)
