@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import random
+import re
+import sys
+
 import pytest
 import torch
 from conftest import SMALL
 
 from dpgbench import config
 from dpgbench.api import Options, TaskInfo, TaskView
+from dpgbench.errors import UserError
 from dpgbench.registry import Registry, home
 from dpgbench.training import AdamW, loaded, train
 
@@ -17,16 +23,14 @@ METHODS = [file.name for file in Registry().files("method")]
 
 @pytest.fixture(scope="module")
 def worlds():
-    """The tiny world, one per set of training options."""
+    """The tiny world with a cell's settings; the target is loaded once, for nobody writes it."""
     from dpgbench import data, models
 
-    cache = {}
+    cache = []
 
     def make(spec):
-        if not cache:
-            target, tokenizer = models.load_target(spec.scale)
-            cache["world"] = data.World(spec.scale, spec.training, data.corpus(spec.scale), target, tokenizer)
-        return cache["world"]
+        cache[:] = cache or models.load_target(spec.scale)
+        return data.World(spec.scale, spec.training, data.corpus(spec.scale), *cache)
 
     return make
 
@@ -142,30 +146,109 @@ def test_every_method_runs_on_every_task(method, tmp_path):
 # ---- the tasks' own oracles
 
 
-def test_sixseven_reads_the_picture_it_paints(worlds):
-    """A head moved along S by hand decodes to S: accuracy 1; against S: 0; and Phi is -log(1 + e^-k) at dW = S."""
-    spec = config.read(["task=sixseven"], sweep=False).cells[0].spec
-    task = Registry().load("task", "sixseven")(spec.task)
-    world = worlds(spec)
-    task.prepare(world)
-    params = {name: value.detach().clone() for name, value in world.target.named_parameters()}
-    rows, columns = task.window
-    for sign, accuracy in ((1, 1.0), (-1, 0.0)):
-        head = params["lm_head.weight"].clone()
-        head.T[rows, columns] += sign * task.signs
-        with loaded(world.target, {**params, "lm_head.weight": head}):
-            assert task.measure(world.target, [])["pixel_accuracy"] == accuracy
-            phi = task.signal(world.target).item()
-    k = spec.task.strength
-    assert phi == pytest.approx(-k, rel=1e-4)  # all wrong by 1: -softplus(k), which is -k for a large k
-    lit = ["".join("#" if sign > 0 else "-" for sign in row) for row in task.signs.tolist()]
-    assert lit == ["####---", "---###-", "-#####-", "---###-", "-#-###-", "---####"]  # DESIGN section 2, S
+def prepared(worlds, *words: str):
+    """The task of a command line, ready in its world."""
+    spec = config.read(words, sweep=False).cells[0].spec
+    task = Registry().load("task", spec.task.name)(spec.task)
+    task.prepare(worlds(spec))
+    return task
 
 
-def test_sixseven_refuses_a_patch_that_does_not_fit(worlds):
-    spec = config.read(["task=sixseven", "corner=[60,0]"], sweep=False).cells[0].spec
-    with pytest.raises(ValueError, match=r"task.corner=\[60,0\]: a 6x7 patch does not fit into the 64x"):
-        Registry().load("task", "sixseven")(spec.task).prepare(worlds(spec))
+def painted(task, changes):
+    """The target with `changes` added to the window of its LM head."""
+    params = {name: value.detach().clone() for name, value in task.world.target.named_parameters()}
+    params["lm_head.weight"].T[task.patch.window] += changes
+    return loaded(task.world.target, params)
+
+
+@pytest.mark.parametrize("name", ["sixseven", "qr"])
+def test_a_patch_reads_the_picture_it_paints(name, worlds):
+    """A head moved along S by hand decodes to S: accuracy 1; against S: 0, and Phi is -log(1 + e^k), at dW = 0 it is -log 2."""
+    task = prepared(worlds, f"task={name}")
+    signs, k = task.patch.signs, task.options.strength
+    with painted(task, signs):
+        assert task.measure(task.world.target, [])["pixel_accuracy"] == 1
+        assert task.signal(task.world.target).item() == pytest.approx(-math.log1p(math.exp(-k)), abs=1e-6)
+    with painted(task, -signs):
+        assert task.measure(task.world.target, [])["wrong_pixels"] == signs.numel()
+        assert task.signal(task.world.target).item() == pytest.approx(-k, rel=1e-4)  # log(1 + e^k) is k for a large k
+    with painted(task, 0 * signs):
+        assert task.signal(task.world.target).item() == pytest.approx(-math.log(2), rel=1e-6)
+        assert task.measure(task.world.target, [])["pixel_accuracy"] == 0  # a weight that did not move has no sign
+
+
+def test_the_picture_of_sixseven(worlds):
+    """DESIGN section 2, S."""
+    lit = ["".join("#" if sign > 0 else "-" for sign in row) for row in prepared(worlds, "task=sixseven").patch.signs.tolist()]
+    assert lit == ["####---", "---###-", "-#####-", "---###-", "-#-###-", "---####"]
+
+
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [(("task=sixseven", "corner=[60,0]"), "6x7"), (("task=qr", "corner=[0,-1]"), "21x21"), (("task=qr", "corner=[50,0]"), "21x21")],
+)
+def test_a_patch_that_does_not_fit_is_refused(words, size, worlds):
+    with pytest.raises(UserError, match=rf"task.corner=\[.*\]: a {size} patch does not fit into the 64x"):
+        prepared(worlds, *words)
+
+
+def test_qr_is_read_from_the_weights(worlds):
+    """A reader returns the payload from the signs alone, however small the change; not from inverted colours, nor from noise."""
+    task = prepared(worlds, "task=qr", "payload=HELLO 67")
+    signs = task.patch.signs
+    noise = torch.rand(signs.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+    for changes, decodes in ((1e-3 * signs * noise.abs(), 1.0), (-signs, 0.0), (noise, 0.0), (0 * signs, 0.0)):
+        with painted(task, changes):
+            assert task.measure(task.world.target, [])["decodes"] == decodes
+    assert signs[:7, :7].gt(0).int().tolist() == FINDER and signs[7, :8].lt(0).all()  # dark is +1; a white line around the finder
+
+
+FINDER = [[1] * 7, [1, 0, 0, 0, 0, 0, 1], *[[1, 0, 1, 1, 1, 0, 1]] * 3, [1, 0, 0, 0, 0, 0, 1], [1] * 7]
+
+
+def test_qr_survives_a_few_wrong_modules(worlds):
+    """With 3 of 441 modules wrong most codes are still read, with 3% about a third, as the level of correction promises no more."""
+    task = prepared(worlds, "task=qr")
+    read = sys.modules["dpgbench_plugins.tasks.qr"].read
+
+    def share_read(wrong: int, trials: int = 100) -> float:
+        hits = 0
+        for trial in range(trials):
+            spots = set(random.Random(trial).sample(range(441), wrong))
+            rows = [
+                "".join("#-"[(pixel == "#") ^ (21 * y + x not in spots)] for x, pixel in enumerate(row)) for y, row in enumerate(task.rows)
+            ]
+            hits += read(rows) == "DPG"
+        return hits / trials
+
+    assert share_read(0, trials=1) == 1
+    assert share_read(3) > 0.65 > share_read(13) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["payload=abcdefgh"], "task.payload='abcdefgh': a version 1 code at level H holds 1 to 17 digits, 10 capitals or 7 bytes"),
+        (["payload=abcdefghabcdefgh", "level=M"], "14 bytes, and this has 16 characters; shorten it or lower task.level"),
+        (["payload="], "task.payload='': "),
+        (["payload='ÄÖ'"], "task.payload='ÄÖ': its code is not read back as written; use plain letters and digits"),
+        (["level=h"], "task.level=h: no such level of error correction; choose from: H, L, M, Q"),
+    ],
+)
+def test_qr_refuses_what_a_code_cannot_hold(words, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        config.read(["task=qr", *words], sweep=False)
+
+
+@pytest.mark.parametrize(("level", "index"), [(level, index) for level in "LMQH" for index in range(3)])
+def test_qr_holds_its_stated_capacity_and_no_more(level, index):
+    """ISO 18004, table 7, against the encoder."""
+    qr = Registry().load("task", "qr")
+    most = sys.modules[qr.__module__].CAPACITY[level][index]
+    make = sys.modules[qr.__module__].code
+    assert len(make("1Aa"[index] * most, level)) == 21
+    with pytest.raises(UserError):
+        make("1Aa"[index] * (most + 1), level)
 
 
 def test_language_labels_only_the_last_word(worlds):
