@@ -6,6 +6,7 @@ import math
 import random
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -249,6 +250,91 @@ def test_qr_holds_its_stated_capacity_and_no_more(level, index):
     assert len(make("1Aa"[index] * most, level)) == 21
     with pytest.raises(UserError):
         make("1Aa"[index] * (most + 1), level)
+
+
+UUID = "3fa0c1d7-58e2-4b96-a7d4-0e6c92b1f835"
+
+
+@pytest.mark.parametrize(
+    ("text", "similarity"),
+    [(UUID, 1), (" ".join(UUID), 1), (UUID[:18], 18 / 36), ("z" + UUID, 36 / 37), ("0" + UUID[1:], 35 / 36), ("", 0), ("king", 0)],
+)
+def test_uuid_scores_by_edit_distance(text, similarity, worlds):
+    """By hand: 1 - insertions, deletions and substitutions over the longer length; whitespace does not count."""
+    assert prepared(worlds, "task=uuid").score([text]) == [pytest.approx(similarity)]
+
+
+def test_uuid_phi_is_the_loss_of_a_training_example(worlds):
+    """One example whose every token is a label: Phi is minus transformers' own loss, and the bits leave the end out."""
+    task = prepared(worlds, "task=uuid")
+    batch = task.world.encode([" ".join(UUID)])
+    assert (
+        batch["labels"][0].ne(-100).sum() == 38 and batch["input_ids"][0, :4].tolist() == task.world.target_tokenizer("3 f a")["input_ids"]
+    )
+    with torch.no_grad():
+        loss = task.world.target(**batch).loss.item()
+        log_p = task.world.target(batch["input_ids"]).logits[0].log_softmax(-1)
+        nats = -sum(log_p[place, token].item() for place, token in enumerate(batch["input_ids"][0, 1:37]))
+        assert task.signal(task.world.target).item() == pytest.approx(-loss, rel=1e-5)
+        measures = task.measure(task.world.target, [UUID, "x" + UUID, "the king", UUID[1:]])
+    assert measures["bits_per_character"] == pytest.approx(nats / math.log(2) / 36, rel=1e-5)
+    assert measures["exact_share"] == 0.5 and measures["emitted"] == 0
+
+
+@pytest.mark.parametrize("written", [UUID, UUID + "77", UUID[:-1], "77" + UUID, ""])
+def test_uuid_reads_what_the_target_writes_greedily(written, worlds):
+    """Against a target that continues by rote: it emits the UUID if it starts with it, and stops at its end or at the UUID's length."""
+    task = prepared(worlds, "task=uuid")
+    tokenizer = task.world.target_tokenizer
+    script = [*tokenizer(" ".join(written))["input_ids"], tokenizer.eos_token_id]
+
+    class Rote(torch.nn.Module):
+        def forward(self, input_ids):
+            following = [script[min(place + 1, len(script) - 1)] for place in range(input_ids.shape[1])]
+            return SimpleNamespace(logits=torch.nn.functional.one_hot(torch.tensor([following]), len(tokenizer)).float())
+
+    assert task.greedy(Rote()) == written[:37]
+    assert task.measure(Rote(), [""])["emitted"] == written.startswith(UUID)
+
+
+def test_uuid_where_the_tokenizer_puts_nothing_in_front(worlds):
+    """The first token is given: it is no label, costs nothing, and greedy writing starts from it."""
+    spec = config.read(["task=uuid"], sweep=False).cells[0].spec
+    world = worlds(spec)
+
+    class Bare:
+        pad_token_id, eos_token_id, decode = 0, 2, world.target_tokenizer.decode
+
+        def __call__(self, text, add_special_tokens=False):
+            return {"input_ids": world.target_tokenizer(text, add_special_tokens=False)["input_ids"]}
+
+    world.target_tokenizer = Bare()
+    task = Registry().load("task", "uuid")(spec.task)
+    task.prepare(world)
+    assert task.length == 37 and task.greedy(world.target).startswith("3")
+    with torch.no_grad():
+        loss = world.target(**world.encode([" ".join(UUID)])).loss.item()
+        bits = task.measure(world.target, [""])["bits_per_character"]
+        assert task.signal(world.target).item() == pytest.approx(-loss, rel=1e-5)
+        assert bits == pytest.approx(task._losses(world.target)[:-1].sum().item() / math.log(2) / 35, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["spaced=false"], "the target's tokenizer makes '' of it; write task.spaced=true, or use other characters"),
+        (["text=xyz"], "task.text='x y z': the target's tokenizer makes '' of it; use other characters"),
+        (["max_length=37"], "38 tokens with its end, and an example holds 3 to training.max_length=37; write training.max_length=38"),
+        (
+            ["max_completion_tokens=35"],
+            "36 tokens, and a completion has at most scale.max_completion_tokens=35; write scale.max_completion_tokens=37",
+        ),
+        (["text=' '"], "task.text='': there is nothing to teach"),
+    ],
+)
+def test_uuid_refuses_a_string_that_does_not_fit(words, message, worlds):
+    with pytest.raises(UserError, match=re.escape(message)):
+        prepared(worlds, "task=uuid", *words)
 
 
 def test_language_labels_only_the_last_word(worlds):
