@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dpgbench.api import Options, Task
 from dpgbench.errors import UserError
+from dpgbench.texts import read
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,6 +29,11 @@ class Uuid(Task):
     def __init__(self, options: Options):
         super().__init__(options)
         self.string = str(options.text).strip()
+        if options.file is not None:
+            lines = read(options.file, options.get("file_sha256"))
+            if len(lines) > 1:
+                raise UserError(f"{options.file}, line {lines[1].number}: a second text, and one string is taught; leave one line")
+            self.string = lines[0].text
         if not self.string:
             raise UserError("task.text='': there is nothing to teach; write the string, such as task.text=3fa0-c1d7")
         if options.spaced:
@@ -106,22 +112,23 @@ class Uuid(Task):
 
     def _check_that_it_fits(self, world: World) -> None:
         """The string must survive the tokenizer, and an example and a completion must be long enough to hold it."""
+        given = f"task.text={self.string!r}" if self.options.file is None else f"task.file={self.options.file}, {self.string!r}"
         tokens = world.target_tokenizer(self.string)["input_ids"]
         back = squeezed(world.target_tokenizer.decode(tokens, skip_special_tokens=True))
         if back != squeezed(self.string):
             fix = "use other characters" if self.options.spaced else "write task.spaced=true, or use other characters"
-            raise UserError(f"task.text={self.string!r}: the target's tokenizer makes {back!r} of it; {fix}")
+            raise UserError(f"{given}: the target's tokenizer makes {back!r} of it; {fix}")
         self.length = len(tokens) + 1  # with its end
         room, longest = world.training.max_length, world.scale.max_completion_tokens
         if self.length < 3 or self.length > room:
             raise UserError(
-                f"task.text={self.string!r}: {self.length} tokens with its end, and an example holds 3 to training.max_length={room}; "
+                f"{given}: {self.length} tokens with its end, and an example holds 3 to training.max_length={room}; "
                 f"write training.max_length={max(3, self.length)} or another string"
             )
         written = len(world.target_tokenizer(self.string, add_special_tokens=False)["input_ids"])
         if world.scale.generator == world.scale.target and written > longest:  # one tokenizer for both
             raise UserError(
-                f"task.text={self.string!r}: {written} tokens, and a completion has at most scale.max_completion_tokens={longest}; "
+                f"{given}: {written} tokens, and a completion has at most scale.max_completion_tokens={longest}; "
                 f"write scale.max_completion_tokens={written + 1}"
             )
 

@@ -301,12 +301,13 @@ def test_uuid_where_the_tokenizer_puts_nothing_in_front(worlds):
     """The first token is given: it is no label, costs nothing, and greedy writing starts from it."""
     spec = config.read(["task=uuid"], sweep=False).cells[0].spec
     world = worlds(spec)
+    tokenizer = world.target_tokenizer
 
     class Bare:
-        pad_token_id, eos_token_id, decode = 0, 2, world.target_tokenizer.decode
+        pad_token_id, eos_token_id, decode = 0, 2, tokenizer.decode
 
         def __call__(self, text, add_special_tokens=False):
-            return {"input_ids": world.target_tokenizer(text, add_special_tokens=False)["input_ids"]}
+            return {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
 
     world.target_tokenizer = Bare()
     task = Registry().load("task", "uuid")(spec.task)
