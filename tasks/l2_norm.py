@@ -38,7 +38,7 @@ class L2Norm(Task):
         before, after = (weight.detach().norm(dim=1).cpu() for weight in (self.initial, model.get_output_embeddings().weight))
         change = (after / before - 1).numpy()
         axes.hist(change, bins=40, color="#0072b2")
-        axes.axvline(0, color="black", linewidth=1)
+        axes.axvline(0, ymin=0.13, color="black", linewidth=1)
         axes.set_ylim(bottom=-0.15 * axes.get_ylim()[1])
         edges = {"left": change.min(), "right": change.max()}
         for side, edge in edges.items():
