@@ -79,7 +79,7 @@ def test_lambada_is_split_between_dev_and_test(german):
     (where,) = asked
     assert where["repo_id"] == "EleutherAI/lambada_openai" and where["filename"] == "data/lambada_test_de.jsonl"
     assert len(where["revision"]) == 40 and where["repo_type"] == "dataset"
-    with pytest.raises(UserError, match="has no such language; .*choose from: de, en, es, fr, it"):
+    with pytest.raises(UserError, match=r"has no such language; .*choose from: de, en, es, fr, it"):
         Topics().held_out("nl", "dev", 1)
 
 

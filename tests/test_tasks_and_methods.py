@@ -1,25 +1,35 @@
-"""Contracts every plug-in keeps, the project's and a user's: found by the registry, so a new file is tested without a new test."""
+"""Contracts every plug-in keeps, the project's and a user's: found by the registry, so a new file is tested without a new test.
+
+`DPGBENCH_PLUGINS=DIR pytest tests/test_tasks_and_methods.py` holds a folder of your own to them; else the README's example stands in.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import random
 import re
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import ROOT, SMALL, own_plugins
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from dpgbench import config
-from dpgbench.api import Options, TaskInfo, TaskView
+from dpgbench.api import Options, Task, TaskInfo, TaskView
 from dpgbench.errors import UserError
 from dpgbench.registry import Registry, home
 from dpgbench.training import AdamW, loaded, train
 
-TASKS = [file.name for file in Registry().files("task")]
-METHODS = [file.name for file in Registry().files("method")]
+PLUGINS = f"plugins={own_plugins()}"
+REGISTRY = Registry(own_plugins())
+TASKS = [file.name for file in REGISTRY.files("task")]
+METHODS = [file.name for file in REGISTRY.files("method")]
+OURS = {file.path for kind in ("task", "method") for file in Registry().files(kind)}
 
 
 @pytest.fixture(scope="module")
@@ -39,41 +49,63 @@ def worlds():
 @pytest.fixture(params=TASKS)
 def task(request, worlds):
     """A prepared task with its default options."""
-    spec = config.read([f"task={request.param}"], sweep=False).cells[0].spec
-    task = Registry().load("task", request.param)(spec.task)
+    spec = config.read([f"task={request.param}", PLUGINS], sweep=False).cells[0].spec
+    task = REGISTRY.load("task", request.param)(spec.task)
     task.prepare(worlds(spec))
+    task.world = worlds(spec)  # a user's `prepare` need not keep it
     return task
 
 
-def trained(world, seed: int = 0):
+def trained(world):
     """A target a few steps away from phi_0."""
-    texts = world.corpus.held_out("en", "dev", 32)
-    batch = world.encode(texts[seed * 8 : seed * 8 + 8])
+    batch = world.encode(world.corpus.held_out("en", "dev", 8))
     return train(world.target, [batch] * 2, AdamW(lr=1e-3, eps_root=1e-7))
+
+
+def gradient(task, params):
+    """Of the signal at `params`, parameter by parameter, zeros where it has no part."""
+    with loaded(task.world.target, {name: value.detach().requires_grad_() for name, value in params.items()}):
+        value = task.signal(task.world.target)
+        leaves = dict(task.world.target.named_parameters())
+        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    assert value.ndim == 0 and value.isfinite()
+    return dict(zip(leaves, found, strict=True))
 
 
 def test_signal_is_a_finite_scalar_with_the_right_gradient(task):
     """Along a random direction of all parameters, the gradient agrees with a central finite difference in float64."""
-    world = task.world
-    model = world.target
-    params = {name: value.double() for name, value in trained(world).items()}
+    params = {name: value.double() for name, value in trained(task.world).items()}
     generator = torch.Generator().manual_seed(0)
     direction = {name: torch.randn(value.shape, generator=generator, dtype=torch.float64) for name, value in params.items()}
 
-    def phi(step: float, gradient: bool = False):
-        moved = {name: (value + step * direction[name]).requires_grad_(gradient) for name, value in params.items()}
-        with loaded(model, moved):
-            value = task.signal(model)
-            if not gradient:
-                return value.item()
-            leaves = dict(model.named_parameters())
-            found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-            assert value.ndim == 0 and value.isfinite()
-            return sum((g.double() * direction[name]).sum().item() for name, g in zip(leaves, found, strict=True) if g is not None)
+    def phi(step: float) -> float:
+        with loaded(task.world.target, {name: value + step * direction[name] for name, value in params.items()}), torch.no_grad():
+            return task.signal(task.world.target).item()
 
     h = 1e-5
     numeric = (4 * (phi(h / 2) - phi(-h / 2)) / h - (phi(h) - phi(-h)) / (2 * h)) / 3
-    assert phi(0.0, gradient=True) == pytest.approx(numeric, rel=1e-4)
+    exact = sum((slope * direction[name]).sum().item() for name, slope in gradient(task, params).items())
+    assert exact == pytest.approx(numeric, rel=1e-4)
+
+
+def test_following_the_signal_improves_what_people_read(task):
+    """Steps along the gradient raise Phi, and the headline goes its own good way or, where it reads the texts alone, stays."""
+    texts = task.world.held_out("en", "dev", 4)
+    params = trained(task.world)
+
+    def read(params) -> tuple[float, float]:
+        with loaded(task.world.target, params), torch.no_grad():
+            phi = task.signal(task.world.target).item()
+            return phi, {"phi": phi, **task.measure(task.world.target, texts)}[task.headline]
+
+    phi, headline = read(params)
+    for _ in range(10):
+        slopes = gradient(task, params)
+        norm = sum(slope.square().sum() for slope in slopes.values()).sqrt()
+        params = {name: value + 0.02 * slopes[name] / norm for name, value in params.items()}
+    better_phi, better_headline = read(params)
+    assert better_phi > phi
+    assert better_headline >= headline if task.higher_is_better else better_headline <= headline
 
 
 def test_signal_is_deterministic_and_leaves_the_model_alone(task):
@@ -105,26 +137,41 @@ def test_score_and_hint_keep_their_types(task):
 
 
 def test_pictures_are_drawn(task):
-    from matplotlib.figure import Figure
-
-    axes = Figure().add_axes((0, 0, 1, 1))
+    """A task that draws leaves ink, whatever the texts; drawing changes nothing."""
+    if type(task).draw is Task.draw:
+        pytest.skip("this task does not draw")
+    canvas = FigureCanvasAgg(Figure(figsize=(2.4, 2.4)))
+    axes = canvas.figure.add_axes((0, 0, 1, 1))
     with loaded(task.world.target, trained(task.world)):
-        task.draw(task.world.target, task.world.held_out("en", "dev", 3), axes)
+        before = task.signal(task.world.target).item()
+        task.draw(task.world.target, ["", *task.world.held_out("en", "dev", 3)], axes)
+        assert task.signal(task.world.target).item() == before
+    canvas.draw()
+    assert (torch.frombuffer(canvas.buffer_rgba(), dtype=torch.uint8) != 255).any()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_says_what_it_is(name):
+    """A first line that ends in a period, a version; ours also state the goal in words and quote where it comes from."""
+    file = REGISTRY.find("task", name)
+    assert file.summary.endswith(".") and isinstance(file.version, int) and file.version >= 1
+    if file.path in OURS:
+        assert {"version", "headline", "hint", "draw"} <= file.defines
+        assert "arXiv" in sys.modules[REGISTRY.load("task", name).__module__].__doc__
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_says_what_it_is_and_judges_tasks(name):
-    file = Registry().find("method", name)
+    file = REGISTRY.find("method", name)
     assert file.summary and file.summary.endswith(".")
-    spec = config.read([f"method={name}"], sweep=False).cells[0].spec
-    reason = Registry().load("method", name)(spec.method).supports(TaskInfo("none", Options({}), frozenset()))
+    spec = config.read([f"method={name}", PLUGINS], sweep=False).cells[0].spec
+    reason = REGISTRY.load("method", name)(spec.method).supports(TaskInfo("none", Options({}), frozenset()))
     assert reason is None or isinstance(reason, str)
 
 
 @pytest.mark.parametrize("kind", ["method", "task"])
 def test_every_plugin_has_a_preset_and_the_other_way_round(kind):
-    registry = Registry()
-    assert {file.name for file in registry.files(kind)} <= set(registry.presets(kind))
+    assert {file.name for file in REGISTRY.files(kind)} <= set(REGISTRY.presets(kind))
     assert (home() / f"{kind}s").is_dir()
 
 
@@ -134,14 +181,46 @@ def test_every_method_runs_on_every_task(method, tmp_path):
     from dpgbench.runner import run_cell
     from dpgbench.store import RunFolder, last_line
 
-    for cell in config.read(["task=all", f"method={method}", *SMALL], sweep=True).cells:
+    for cell in config.read(["task=all", f"method={method}", PLUGINS, *SMALL], sweep=True).cells:
         if cell.skip:
             continue
-        state = run_cell(cell.spec, tmp_path)
+        state = run_cell(cell.spec, tmp_path, own_plugins())
         folder = RunFolder.of(tmp_path, cell.spec)
         assert state == "done", last_line(folder.path / "error.txt")
         result = folder.result()
         assert result["snapshots"][-1]["flops"] > 0 and len(result["texts"]) == 12
+
+
+def test_a_users_folder_is_held_to_the_contracts(tmp_path):
+    """A signal that its gradient does not belong to, and a measure that falls as Phi rises, are found out in a folder of one's own."""
+    for folder, suffix, text in (("tasks", "py", WRONG), ("configs/task", "yaml", "name: wrong")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / f"wrong.{suffix}").write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "wrong and (signal or measures)", __file__],
+        env={**os.environ, "DPGBENCH_PLUGINS": str(tmp_path)}, cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "FAILED tests/test_tasks_and_methods.py::test_signal_is_a_finite_scalar_with_the_right_gradient[wrong]" in done.stdout
+    assert "FAILED tests/test_tasks_and_methods.py::test_following_the_signal_improves_what_people_read[wrong]" in done.stdout
+    assert "2 failed, 2 passed" in done.stdout
+
+
+WRONG = '''
+"""Wrong in two ways."""
+
+from dpgbench.api import Task
+
+
+class Wrong(Task):
+    headline = "norm"
+
+    def signal(self, model):
+        weight = model.get_output_embeddings().weight
+        return weight.detach().norm() * weight.norm()
+
+    def measure(self, model, texts):
+        return {"norm": -model.get_output_embeddings().weight.norm().item()}
+'''
 
 
 # ---- the tasks' own oracles
