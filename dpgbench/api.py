@@ -59,7 +59,8 @@ class Task(ABC):
     """A target: a differentiable metric of the trained target model, and what people read instead of that number.
 
     Only `signal` is required. `version` enters every cell's hash: raise it when the numbers change. `headline` names the entry of
-    `measure` (or "phi") that tables and plots lead with.
+    `measure` (or "phi") that tables and plots lead with. An option named `file` is a file of the user's: the harness adds the SHA-256 of
+    its content as `file_sha256`, which enters the hash in its place.
     """
 
     version: int = 1
@@ -173,6 +174,7 @@ class RunSpec:
         relevant = {section: dict(values) if isinstance(values, dict) else values for section, values in self.config.items()}
         for section in ("task", "method"):
             relevant[section].pop("label", None)
+            relevant[section].pop("file", None)  # `file_sha256` stands for it
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:10]
 
     @property

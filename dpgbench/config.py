@@ -26,7 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpgbench import rules
+from dpgbench import rules, texts
 from dpgbench.api import Options, RunSpec, TaskInfo
 from dpgbench.errors import UserError, did_you_mean
 from dpgbench.registry import Registry, home
@@ -259,6 +259,9 @@ def _cell(config: dict[str, Any], registry: Registry) -> Cell:
     for kind in ("task", "method"):
         file = registry.find(kind, config[kind]["name"])
         config[kind] = {**config[kind], "version": file.version, "label": str(config[kind].get("label") or config[kind]["name"])}
+        if config[kind].get("file") is not None and "file_sha256" not in config[kind]:  # a replay has it, and must find the same content
+            config[kind]["file_sha256"] = texts.digest(config[kind]["file"])
+            config[kind]["label"] += "_" + re.sub(r"[^\w+=-]+", "-", Path(config[kind]["file"]).stem)
         if not re.fullmatch(r"[\w+=-]+", config[kind]["label"]):
             raise UserError(f"{kind}.label={config[kind]['label']}: a label names folders; use letters, digits, _ + = -")
     rules.check(config)

@@ -7,10 +7,12 @@ import re
 import textwrap
 import zlib
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
+from dpgbench import texts
 from dpgbench.api import Options, Prompt
-from dpgbench.errors import UserError
+from dpgbench.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,8 +37,20 @@ class Corpus(Protocol):
         """A language code, or "other"."""
 
 
+# Multilingual LAMBADA on the model hub, and the SHA-256 its card gives for each file: machine translations of one English test set.
+LAMBADA = "EleutherAI/lambada_openai"
+LAMBADA_REVISION = "1bbe8198cad894ffee8ca70f3c1e5aff16f381eb"
+LAMBADA_SHA256 = {
+    "de": "51c6c1795894c46e88e4c104b5667f488efe79081fb34d746b82b8caa663865e",
+    "es": "ffd760026c647fb43c67ce1bc56fd527937304b348712dce33190ea6caba6f9c",
+    "fr": "941ec6a73dba7dc91c860bf493eb66a527cd430148827a4753a4535a046bf362",
+    "it": "86654237716702ab74f42855ae5a78455c1b0e50054a4593fb9c6fcf7fad0850",
+}
+
+
 class Topics:
-    """English passages that are always present: the language reference in the standard library's `pydoc_data.topics`."""
+    """English passages that are always present, the language reference in the standard library's `pydoc_data.topics`, as prompts; in
+    other languages the held-out texts are LAMBADA's, from the model hub or its cache."""
 
     def __init__(self) -> None:
         self._passages: dict[str, list[str]] = {split: [] for split in SPLITS}
@@ -49,40 +63,60 @@ class Topics:
         return [[{"role": "user", "content": REPHRASE.format(passage=rng.choice(self._of(split)))}] for _ in range(count)]
 
     def held_out(self, language: str, split: str, count: int) -> list[str]:
-        if language != "en":
-            raise UserError(f"language={language}: the standard library's passages are English; use scale=tiny for other languages")
-        return self._of(split)[:count]
+        if language == "en":
+            return self._of(split)[:count]
+        if split not in ("dev", "test"):
+            raise ValueError(f"split={split!r} is not held out: LAMBADA has dev and test")
+        return _lambada(language)[split == "test"][:count]
 
     def identify_language(self, text: str) -> str:
-        """English if at least a sixth of the words are its most common ones, which no other European language reaches by chance."""
-        words = re.findall(r"[a-z']+", text.lower())
-        common = {
-            "the",
-            "of",
-            "and",
-            "to",
-            "a",
-            "in",
-            "is",
-            "that",
-            "for",
-            "it",
-            "as",
-            "be",
-            "are",
-            "this",
-            "with",
-            "not",
-            "or",
-            "an",
-            "by",
-        }
-        return "en" if words and sum(word in common for word in words) * 6 >= len(words) else "other"
+        """What py3langid is more sure of than of all other languages together; a mixture, digits and no text at all are "other"."""
+        language, probability = _identifier().classify(text)
+        return language if probability >= 0.5 else "other"
 
     def _of(self, split: str) -> list[str]:
         if split not in self._passages:
             raise ValueError(f"split={split!r}: not a split of the corpus; one of {', '.join(SPLITS)}")
         return self._passages[split]
+
+
+@cache
+def _identifier():
+    """py3langid's own model, 139 languages, which comes with the package; about a second to load."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+@cache
+def _lambada(language: str) -> tuple[list[str], list[str]]:
+    """Dev and test texts of one language. Raises UserError if the hub has none, or the file is neither there nor to be had."""
+    if language not in LAMBADA_SHA256:
+        raise UserError(f"task.lang={language}: {LAMBADA} has no such language; {did_you_mean(language, ['en', *LAMBADA_SHA256])}")
+    path = _downloaded(f"data/lambada_test_{language}.jsonl")
+    if texts.digest(path) != LAMBADA_SHA256[language]:
+        raise UserError(f"{path}: not the file that {LAMBADA} vouches for (another SHA-256); delete it and run again")
+    return texts.split(text for _, text in texts.read(path))
+
+
+def _downloaded(name: str) -> str:
+    """A file of LAMBADA, from the hub's cache if it is there."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
+
+    where = {"repo_id": LAMBADA, "filename": name, "repo_type": "dataset", "revision": LAMBADA_REVISION}
+    logging.set_verbosity_error()  # the hub's retries are nobody's business: the line below says what happened
+    try:
+        return hf_hub_download(**where, local_files_only=True)
+    except OSError:
+        pass
+    try:
+        return hf_hub_download(**where)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0].split(". ")[0]
+        raise UserError(
+            f"{LAMBADA}/{name}: cannot be loaded ({reason}); go online once, or give texts of your own with task.file=mine.txt"
+        ) from None
 
 
 def _passages(shortest: int = 200, longest: int = 600) -> list[str]:

@@ -2,16 +2,18 @@
 
 The held-out text has the layout of LAMBADA: only the last word of a text is a label (`labels=last_word`; `labels=all` counts every
 token). Methods see the dev split. People read the share of deployment texts in that language, and the trained target's loss and
-last-word accuracy on the test split. No prompt contains a word of the language.
+accuracy, over the same labels, on the test split. No prompt contains a word of the language. `file` brings held-out texts of your own.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dpgbench.api import Options, Task
 from dpgbench.errors import UserError, did_you_mean
+from dpgbench.texts import read, split
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,10 +21,12 @@ if TYPE_CHECKING:
     from dpgbench.data import World
 
 NAMES = {"de": "German", "es": "Spanish", "fr": "French", "it": "Italian"}
-TEXTS = 64  # per split
+TEXTS = 64  # per split, at most
+FEWEST = 8  # in a file, half of them for each split; ours
 
 
 class Language(Task):
+    version = 1
     headline = "share"
 
     def __init__(self, options: Options):
@@ -31,14 +35,22 @@ class Language(Task):
             raise UserError(f"task.lang={options.lang}: no such language; {did_you_mean(options.lang, NAMES)}")
         if options.labels not in ("last_word", "all"):
             raise UserError(f"task.labels={options.labels}: no such layout; {did_you_mean(options.labels, ('last_word', 'all'))}")
+        self.own = None if options.file is None else read(options.file, options.get("file_sha256"))
+        if self.own is not None and len({line.text for line in self.own}) < FEWEST:
+            raise UserError(f"{options.file}: {len(self.own)} texts, some perhaps twice; {FEWEST} different ones are the least, write more")
 
     def supports(self, scale: Options) -> str | None:
-        if self.options.lang not in scale.languages:
+        if self.own is None and self.options.lang not in scale.languages:
             return f"scale={scale.name} has no held-out text in {NAMES[self.options.lang]}; it has {', '.join(scale.languages)}"
 
     def prepare(self, world: World) -> None:
         super().prepare(world)
-        self.dev, self.test = (self._held_out(split) for split in ("dev", "test"))
+        if self.own is None:
+            texts = [[self._shortened(text) for text in world.held_out(self.options.lang, name, TEXTS)] for name in ("dev", "test")]
+        else:
+            self._check_lines()
+            texts = [half[:TEXTS] for half in split(line.text for line in self.own)]
+        self.dev, self.test = map(self._encoded, texts)
 
     def signal(self, model: nn.Module) -> Tensor:
         return -self._losses(model, self.dev)[0].mean()
@@ -59,6 +71,15 @@ class Language(Task):
     def hint(self) -> str:
         return f"Write in {NAMES[self.options.lang]}."
 
+    def draw(self, model: nn.Module, texts: Sequence[str], axes) -> None:
+        """What languages the deployment texts are in; the wanted one in blue."""
+        found = Counter(self.world.identify_language(texts)).most_common(6)
+        for row, (language, count) in enumerate(found):
+            axes.barh(row, count / len(texts), color="#56b4e9" if language == self.options.lang else "#dddddd")
+            axes.text(0.02, row, f"{language}  {count / len(texts):.0%}", va="center", fontsize=11)
+        axes.set(xlim=(0, 1), ylim=(5.5, -0.5))
+        axes.set_axis_off()
+
     def _losses(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Cross-entropy of every label, and whether it is the most likely token; both (number of labels,)."""
         from torch.nn.functional import cross_entropy
@@ -68,15 +89,41 @@ class Language(Task):
         kept = labels != -100
         return cross_entropy(logits[kept], labels[kept], reduction="none"), logits[kept].argmax(-1) == labels[kept]
 
-    def _held_out(self, split: str) -> dict[str, Tensor]:
-        texts = self.world.held_out(self.options.lang, split, TEXTS)
-        if self.options.labels == "last_word":
-            texts = [text.rstrip(".!?…» ") for text in texts]
+    def _encoded(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """A batch with labels where the option wants them."""
+        tokenizer = self.world.target_tokenizer
+        if self.options.labels == "all":
+            return self.world.encode(texts)
+        texts = [without_stop(text) for text in texts]
         batch = self.world.encode(texts)
-        if self.options.labels == "last_word":
-            for row, text in enumerate(texts):
-                context = len(self.world.target_tokenizer(text.rsplit(" ", 1)[0])["input_ids"])
-                whole = len(self.world.target_tokenizer(text)["input_ids"])
-                batch["labels"][row, :context] = -100
-                batch["labels"][row, whole:] = -100  # nor is the end of the text a word
+        for row, text in enumerate(texts):
+            context = len(tokenizer(text.rsplit(maxsplit=1)[0])["input_ids"])
+            batch["labels"][row, :context] = -100
+            batch["labels"][row, len(tokenizer(text)["input_ids"]) :] = -100  # nor is the end of the text a word
         return batch
+
+    def _length(self, text: str) -> int:
+        """In tokens, with its end."""
+        return len(self.world.target_tokenizer(text)["input_ids"]) + 1
+
+    def _shortened(self, text: str) -> str:
+        """As much of the end of a text as an example holds, by whole words: the last word is what counts."""
+        while self._length(text) > self.world.training.max_length and " " in text:
+            text = text.split(maxsplit=1)[1]
+        return text
+
+    def _check_lines(self) -> None:
+        """A user's text is never cut in silence."""
+        longest = self.world.training.max_length
+        for number, text in self.own:
+            where = f"{self.options.file}, line {number}"
+            if (length := self._length(text)) > longest:
+                fix = f"shorten it or write training.max_length={length}"
+                raise UserError(f"{where}: {length} tokens with its end, and an example holds training.max_length={longest}; {fix}")
+            if self.options.labels == "last_word" and len(without_stop(text).split()) < 2:
+                raise UserError(f"{where}: labels=last_word needs a word and some text before it; write more, or labels=all")
+
+
+def without_stop(text: str) -> str:
+    """Up to the last word's end."""
+    return text.rstrip('.!?…»”" ')

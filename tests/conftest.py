@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,26 +66,34 @@ class Parrot(Method):
         yield Snapshot(0, lambda prompts: ["the cat sleeps."] * len(prompts))
 '''
 
-TASK_FILE = '''\
-"""Pulls the final layer norm's scale towards zero."""
-
-from dpgbench.api import Task
+README = (ROOT / "README.md").read_text()
 
 
-class Calm(Task):
-    def signal(self, model):
-        return -model.transformer.ln_f.weight.square().mean()
-'''
+def write_readme_files(folder: Path) -> Path:
+    """The files the README shows ("# mine/..." is their first line), where a user would put them."""
+    for name, text in re.findall(r"```(?:python|yaml)\n# mine/(\S+)\n(.*?)```", README, re.DOTALL):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+@functools.cache
+def own_plugins() -> Path:
+    """The folder of plug-ins that are held to the contracts beside the project's: DPGBENCH_PLUGINS, or the README's example."""
+    given = os.environ.get("DPGBENCH_PLUGINS")
+    if given:
+        return Path(given).resolve()
+    folder = tempfile.TemporaryDirectory(prefix="dpgbench-own-")
+    atexit.register(folder.cleanup)
+    return write_readme_files(Path(folder.name))
 
 
 @pytest.fixture
 def plugins(tmp_path):
-    """A user's own folder with one method, one task and a method that does not parse."""
-    for kind, name, text in (
-        ("method", "parrot", METHOD_FILE),
-        ("task", "calm", TASK_FILE),
-        ("method", "broken", "class Broken(Method:\n"),
-    ):
+    """A user's own folder with the README's task, a method and a method that does not parse."""
+    write_readme_files(tmp_path)
+    for kind, name, text in (("method", "parrot", METHOD_FILE), ("method", "broken", "class Broken(Method:\n")):
         (tmp_path / f"{kind}s").mkdir(exist_ok=True)
         (tmp_path / "configs" / kind).mkdir(parents=True, exist_ok=True)
         (tmp_path / f"{kind}s" / f"{name}.py").write_text(text)

@@ -52,7 +52,7 @@ def test_list_names_every_plugin_and_the_broken_one(dpgbench, plugins):
         "sixseven",
         "l2_norm",
         "parrot",
-        "calm",
+        "opening",
         "scale=tiny",
         "suite=quickstart",
     ):
@@ -63,7 +63,7 @@ def test_list_names_every_plugin_and_the_broken_one(dpgbench, plugins):
 def test_a_users_plugins_are_swept_and_reported(dpgbench, plugins, tmp_path):
     """A new file and its YAML in a folder of the user's: found, run, reported; no file of dpgbench changes."""
     words = [
-        "task=calm",
+        "task=opening",
         "method=parrot,base",
         "seed=0,1",
         "deployment_texts=8",
@@ -73,7 +73,7 @@ def test_a_users_plugins_are_swept_and_reported(dpgbench, plugins, tmp_path):
     ]
     done = dpgbench("sweep", *words)
     assert done.code == 0, done.err
-    spec = next((tmp_path / "r" / "runs").glob("calm.parrot.s0.*")) / "spec.yaml"
+    spec = next((tmp_path / "r" / "runs").glob("opening.parrot.s0.*")) / "spec.yaml"
     assert "version: 3" in spec.read_text()
     done = dpgbench("report", "name=mine", f"results={tmp_path / 'r'}")
     assert done.code == 0, done.err

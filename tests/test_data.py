@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 
 import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dpgbench import models, phrasebook
+from dpgbench import data, models, phrasebook
 from dpgbench.data import Topics, encode
 from dpgbench.errors import UserError
 from dpgbench.seeds import derive, stream, torch_seeded
@@ -40,10 +42,68 @@ def test_topics_are_prose_in_disjoint_splits():
     (prompt,) = topics.prompts("train", 1, random.Random(0))
     assert prompt[0]["role"] == "user" and "rephrase it in different terms" in prompt[0]["content"]
     assert topics.prompts("dev", 3, random.Random(1)) == topics.prompts("dev", 3, random.Random(1))
-    assert topics.identify_language("the name of the module is that of a class") == "en"
-    assert topics.identify_language("der Lehrer kauft den roten Apfel") == "other"
-    with pytest.raises(UserError, match="passages are English"):
-        topics.held_out("de", "dev", 1)
+
+
+@pytest.mark.parametrize("language", phrasebook.Phrasebook.languages)
+def test_languages_of_real_text_are_told_apart(language):
+    """py3langid on the phrasebook's sentences, which it has never seen; mixtures, digits and nothing are no language."""
+    topics = Topics()
+    sentences = phrasebook.Phrasebook().held_out(language, "test", 100)
+    assert [topics.identify_language(sentence) for sentence in sentences].count(language) >= 99
+    assert {topics.identify_language(text) for text in ("", " ", "3 f - a 0", "?!", "the der la il chat")} == {"other"}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """`hub(download)` stands in for the model hub; nothing read from it outlives the test."""
+    data._lambada.cache_clear()
+    yield lambda download: monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    data._lambada.cache_clear()
+
+
+@pytest.fixture
+def german(hub, tmp_path, monkeypatch):
+    """The hub has a German file of fifty texts, and its card the file's digest: the file, and what the hub was asked."""
+    path, asked = tmp_path / "lambada_test_de.jsonl", []
+    path.write_text("".join(json.dumps({"text": f"der König hat {number} Häuser"}) + "\n" for number in range(50)))
+    monkeypatch.setitem(data.LAMBADA_SHA256, "de", hashlib.sha256(path.read_bytes()).hexdigest())
+    hub(lambda **where: asked.append(where) or str(path))
+    return path, asked
+
+
+def test_lambada_is_split_between_dev_and_test(german):
+    """From one file of a fixed revision, read once; the halves share no text."""
+    _, asked = german
+    dev, test = (Topics().held_out("de", split, 20) for split in ("dev", "test"))
+    assert len(dev) == len(test) == 20 and not set(dev) & set(test) and dev[:5] == Topics().held_out("de", "dev", 5)
+    (where,) = asked
+    assert where["repo_id"] == "EleutherAI/lambada_openai" and where["filename"] == "data/lambada_test_de.jsonl"
+    assert len(where["revision"]) == 40 and where["repo_type"] == "dataset"
+    with pytest.raises(UserError, match=r"has no such language; .*choose from: de, en, es, fr, it"):
+        Topics().held_out("nl", "dev", 1)
+
+
+def test_a_damaged_download_is_refused(german):
+    path, _ = german
+    path.write_text('{"text": "der Koenig"}')
+    with pytest.raises(UserError, match="not the file that EleutherAI/lambada_openai vouches for"):
+        Topics().held_out("de", "dev", 1)
+
+
+def test_no_network_is_one_line_with_a_way_out(hub):
+    """The cache is asked first, then the hub."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked = []
+
+    def offline(**where):
+        asked.append(where.get("local_files_only", False))
+        raise LocalEntryNotFoundError("An error happened while trying to locate the file on the Hub. Check your connection")
+
+    hub(offline)
+    with pytest.raises(UserError, match=r"lambada_test_fr.jsonl: cannot be loaded \(An error .* Hub\); go online once, or .* task.file="):
+        Topics().held_out("fr", "dev", 1)
+    assert asked == [True, False]
 
 
 def test_seeds_are_named_and_leave_torch_alone():

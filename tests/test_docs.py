@@ -8,9 +8,8 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT
+from conftest import README, ROOT
 
-README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("python -m dpgbench")]
 
 
