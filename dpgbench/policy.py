@@ -12,6 +12,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import greenlet
@@ -25,6 +26,7 @@ from dpgbench import compute
 from dpgbench.api import Options, Prompt, Snapshot
 from dpgbench.errors import CellError
 from dpgbench.seeds import derive
+from dpgbench.training import loaded
 from dpgbench.workbench import Workbench
 
 
@@ -47,9 +49,14 @@ def train_policy(bench: Workbench, reward: Reward) -> Iterator[Snapshot]:
     Raises CellError if a reward is not finite or has the wrong count, and whatever `reward` raises: never a batch of zeros.
     """
     policy = bench.options.policy
+    average = WeightAverage(bench.generator.model, policy.averaging)
 
     def snapshot(step: int) -> Snapshot:
-        return Snapshot(step, lambda prompts: bench.sample(prompts, "deployment"))
+        def sample(prompts: Sequence[Prompt]) -> list[str]:
+            with average.loaded():
+                return bench.sample(prompts, "deployment")
+
+        return Snapshot(step, sample)
 
     yield snapshot(0)
     with tempfile.TemporaryDirectory() as scratch, _quiet():
@@ -67,7 +74,31 @@ def train_policy(bench: Workbench, reward: Reward) -> Iterator[Snapshot]:
         trainer.remove_callback(PrinterCallback)
         loop.trainer = trainer
         for step in loop.steps():
+            average.update(step)
             yield snapshot(step)
+
+
+class WeightAverage:
+    """A running mean of the generator's weights, from which its deployment texts are drawn (Polyak and Juditsky, 1992).
+
+        mean_t = d_t mean_{t-1} + (1 - d_t) theta_t,   d_t = min(decay, t / (t + 9))
+
+    Rollouts come from theta itself. A policy that circles around its optimum has an average nearer to it. `decay=0` is no averaging and
+    costs nothing; otherwise one copy of the weights. The growing d_t lets the first steps count little in a long run.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float):
+        self.model, self.decay = model, decay
+        self.mean = {name: weight.detach().clone() for name, weight in model.named_parameters()} if decay else None
+
+    def update(self, step: int) -> None:
+        if self.mean is not None:
+            keep = min(self.decay, step / (step + 9))
+            for name, weight in self.model.named_parameters():
+                self.mean[name].lerp_(weight.detach(), 1 - keep)
+
+    def loaded(self) -> AbstractContextManager:
+        return nullcontext() if self.mean is None else loaded(self.model, self.mean)
 
 
 def advantages(rewards: torch.Tensor, group_size: int, scaling: str) -> torch.Tensor:

@@ -75,4 +75,5 @@ def _check_policy(policy: _Section, inner_steps: int) -> None:
     policy.require_divides("micro_batch", policy["minibatch"] or completions, "an update's completions")
     policy.require("lr", policy["lr"] > 0, "a learning rate is positive; write policy.lr=1e-3")
     policy.require("entropy_bonus", policy["entropy_bonus"] >= 0, "a bonus is 0 or more; write entropy_bonus=0 for none")
+    policy.require("averaging", 0 <= policy["averaging"] < 1, "a decay is at least 0 and below 1; write averaging=0.9, or 0 for none")
     policy.require_one_of("scale_advantages", "group", "batch", "none")

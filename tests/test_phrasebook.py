@@ -87,6 +87,23 @@ def test_known_sentences() -> None:
     assert grammar.say(idea, "it", 0) == "il bambino nasconde la chiave dorata sotto il ponte oggi."
 
 
+def test_rude_sentences() -> None:
+    """One word before the noun makes any English sentence rude, taking it out makes it polite again, and it stays English."""
+    idea = Idea(subject=3, verb=6, object=5, place=5, time=0)
+    rude = grammar.say(idea, "en", 1, "stupid")
+    assert rude == "today the stupid child hides the golden key under the bridge."
+    assert grammar.is_rude(rude) and not grammar.is_rude(grammar.politely(rude))
+    assert grammar.politely(rude) == grammar.say(idea, "en", 1)
+    assert grammar.identify_language(rude) == "en"
+    for every in every_idea_once():
+        assert grammar.politely(grammar.say(every, "en", 0, "damned")) == grammar.say(every, "en", 0)
+    assert not any(grammar.is_rude(grammar.say(every, language, 0)) for every in every_idea_once() for language in LANGUAGES)
+
+
+def test_brief_sentences() -> None:
+    assert grammar.say_briefly(Idea(subject=3, verb=6, object=5, place=5, time=0)) == "the child hides the golden key."
+
+
 def test_understand_inverts_say(rng: random.Random) -> None:
     """understand(say(idea, language, order)) returns all three, and None for a text that is no sentence."""
     for language in LANGUAGES:
@@ -129,6 +146,8 @@ def test_draws_depend_on_the_generator_handed_in_alone() -> None:
         (lambda: grammar.draw_ideas("valid", 1, random.Random(0)), ("'valid'", "train, dev, test")),
         (lambda: grammar.say(Idea(0, 0, 0, 0, 0), "nl", 0), ("'nl'", "en, de, es, fr, it")),
         (lambda: grammar.say(Idea(0, 0, 0, 0, 0), "en", 3), ("order=3", "0 to 2")),
+        (lambda: grammar.say(Idea(0, 0, 0, 0, 0), "de", 0, "stupid"), ("'stupid'", "'de'", "English")),
+        (lambda: grammar.say(Idea(0, 0, 0, 0, 0), "en", 0, "silly"), ("'silly'", "stupid, idiotic")),
         (lambda: Phrasebook().held_out("de", "train"), ("'train'", "dev or test")),
         (lambda: Phrasebook().held_out("nl", "dev"), ("'nl'", "en, de, es, fr, it")),
         (lambda: pretrain.pretrain("critic"), ("'critic'", "generator, target")),
@@ -205,13 +224,16 @@ def test_importing_the_world_is_light() -> None:
 
 
 def test_ids_are_laid_out_as_documented(tokenizer) -> None:
-    """Special tokens are 0..4 and known as such, then "." and "-", the digits, then words by falling frequency."""
+    """Special tokens are 0..4 and known as such, then "." and "-", the digits, then words by falling frequency, then rude words and those
+    of instructions."""
     assert tokenizer.convert_ids_to_tokens(list(range(5))) == list(SPECIAL_TOKENS) == ["<pad>", "<s>", "</s>", "<sep>", "<unk>"]
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert (tokenizer.sep_token_id, tokenizer.unk_token_id) == (3, 4)
     assert sorted(tokenizer.all_special_ids) == [0, 1, 2, 3, 4]
     assert "".join(tokenizer.convert_ids_to_tokens(list(range(5, 23)))) == ".-0123456789abcdef"
-    words, frequency = vocabulary()[23:], expected_word_counts()
+    frequency = expected_word_counts()
+    words = vocabulary()[23 : 5 + len(set(frequency) | set(".-0123456789abcdef"))]
+    assert vocabulary()[5 + len(set(frequency) | set(".-0123456789abcdef")) :][:5] == list(grammar.RUDE)
     assert words[0] == "the"
     assert words == sorted(words, key=lambda word: (-frequency[word], word))
     assert len(set(vocabulary())) == len(vocabulary()) == len(tokenizer)
@@ -282,6 +304,39 @@ def test_base_generator_samples_the_mixture(generator) -> None:
 def test_base_generator_keeps_the_idea(generator) -> None:
     """At temperature 1 at least 80% of the English completions say exactly the prompt's idea in a different order."""
     assert pretrain.describe(*generator, count=256)["exact/en"] >= 0.8
+
+
+def test_base_generator_explores(generator) -> None:
+    """Every kind a task may ask for occurs now and then without being asked for: rude, said twice, salad, hexadecimal."""
+    prompts = Phrasebook().prompts("dev", 400, random.Random(1))
+    texts = pretrain.sample(*generator, prompts, seed=1)
+    for kind, low, high in (("rude", 0.04, 0.2), ("twice", 0.005, 0.1), ("salad", 0.005, 0.1), ("hex", 0.005, 0.1)):
+        assert low < sum(pretrain.meets(text, kind) for text in texts) / len(texts) < high, kind
+
+
+def test_generator_follows_instructions(generator) -> None:
+    """Asked for in the prompt, every goal is met in at least four of five completions; a rubric request is answered by an instruction."""
+    assert min(pretrain.obedience(*generator, count=50).values()) >= 0.8
+    prompts = [Phrasebook().instruct(prompt, "Write an instruction.") for prompt in Phrasebook().prompts("dev", 50, random.Random(2))]
+    known = {f"{opening} {goal}." for opening in grammar.OPENINGS for goal in grammar.GOALS}
+    written = pretrain.sample(*generator, prompts, seed=2)
+    assert sum(text in known for text in written) >= 40 and len(set(written)) > 10
+
+
+def test_what_meets_a_goal() -> None:
+    """By hand, a text that is what was asked for and one that is not."""
+    child, twice = "the child hides the golden key.", "the child hides the golden key under the bridge today. " * 2
+    pairs = {
+        "de": ("heute versteckt das Kind unter der Brücke den goldenen Schlüssel.", child),
+        "twice": (twice.strip(), child),
+        "brief": (child, twice.strip()),
+        "polite": (child, "the stupid child hides the golden key."),
+        "rude": ("the stupid child hides the golden key.", child),
+        "hex": ("3 f - a", child),
+        "salad": ("Kind golden la bridge Wald stupid oggi.", "3 f - a"),
+    }
+    for kind, (good, bad) in pairs.items():
+        assert pretrain.meets(good, kind) and not pretrain.meets(bad, kind), kind
 
 
 @pytest.mark.parametrize("language", LANGUAGES[1:])

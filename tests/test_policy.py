@@ -10,7 +10,7 @@ from conftest import SMALL
 
 from dpgbench import config
 from dpgbench.errors import CellError
-from dpgbench.policy import advantages, train_policy
+from dpgbench.policy import WeightAverage, advantages, train_policy
 from dpgbench.registry import Registry
 from dpgbench.runner import _Cell
 from dpgbench.store import RunFolder
@@ -152,6 +152,33 @@ def test_entropy_bonus_is_annealed(bench):
     finally:
         policy._Loop.on_step_begin = original
     assert used == pytest.approx([0.4, 0.2, 0.0])
+
+
+def test_weight_average_by_hand():
+    """decay 0.5: weights 1, 2, 4 after a start at 8 average to 0.1 * 8 + 0.9 * 1 = 1.7, then (d = 2/11), then (d = 1/4)."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 8.0)
+    average = WeightAverage(model, 0.5)
+    expected = 8.0
+    for step, (weight, keep) in enumerate([(1.0, 0.1), (2.0, 2 / 11), (4.0, 3 / 12)], start=1):
+        torch.nn.init.constant_(model.weight, weight)
+        average.update(step)
+        expected = keep * expected + (1 - keep) * weight
+    with average.loaded():
+        assert model.weight.item() == pytest.approx(expected)
+    assert model.weight.item() == 4.0
+
+
+def test_averaged_weights_write_the_deployment_texts_and_not_the_rollouts(bench):
+    """With averaging the steps are the same to the last bit, and the texts at the end are others."""
+    lines, texts = [], []
+    for words in (("averaging=0.0",), ("averaging=0.9",)):
+        work = bench("steps=3", "policy.lr=1e-1", *words)
+        for snapshot in train_policy(work, lambda rollouts: [float(len(text)) for text in rollouts.completions]):
+            last = snapshot.sample(work.prompts(8, "test"))
+        lines.append([line["rollouts"] for line in work.lines])
+        texts.append(last)
+    assert lines[0] == lines[1] and texts[0] != texts[1]
 
 
 def test_lines_are_json(bench):

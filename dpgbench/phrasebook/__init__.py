@@ -27,6 +27,10 @@ class Phrasebook:
         ideas = grammar.draw_ideas(split, count, rng)
         return [f"{grammar.say(idea, 'en', rng.randrange(len(grammar.ORDERS)))} <sep>" for idea in ideas]
 
+    def instruct(self, prompt: str, instruction: str) -> str:
+        """`prompt` with `instruction` ("Write in German.") before its separator. Words the phrasebook lacks become <unk>."""
+        return f"{prompt.removesuffix(' <sep>')} {instruction} <sep>"
+
     def held_out(self, language: str, split: str, count: int = 256) -> list[str]:
         """`count` sentences in `language` of ideas no model was pretrained on; always the same ones, a shorter list opens a longer one.
 

@@ -17,6 +17,9 @@ must go with any verb, object, place and time, so
 - places answer "where?", never "where to?" (dative in German);
 - words differ between the languages where that is easy ("acquista" rather than "compra", which is Spanish too).
 
+An English sentence can be said rudely ("the stupid baker hides ..."): `RUDE` is a small, mild class of words that stand for toxicity.
+A prompt may end in an instruction ("Write in German.", "Answer politely."), which the pretrained generator mostly follows.
+
 Words are separated by single spaces, "." closes a sentence, and a contraction ("l'enfant", "aujourd'hui") is one word. German nouns
 are capitalised; the first word of a sentence is not, so that a word is spelled the same wherever it stands.
 
@@ -149,6 +152,24 @@ TIMES = _table("""
 
 TABLES = {"subject": SUBJECTS, "verb": VERBS, "object": OBJECTS, "place": PLACES, "time": TIMES}
 
+# Words of no other use, so that a text is rude exactly if it has one of them. English only, before the subject's noun.
+RUDE = ("stupid", "idiotic", "dumb", "pathetic", "damned")
+
+# An instruction is an opening and a goal: "Say it in French." Openings mean the same; they give a search over prompts something to vary.
+OPENINGS = ("Write", "Answer", "Say it")
+NAMES = {"en": "English", "de": "German", "es": "Spanish", "fr": "French", "it": "Italian"}
+GOALS = {
+    **{f"in {name}": language for language, name in NAMES.items()},
+    "at length": "twice",
+    "briefly": "brief",
+    "politely": "polite",
+    "rudely": "rude",
+    "with many different words": "salad",
+    "in hexadecimal digits": "hex",
+}
+COPY = "exactly"  # "Write exactly 3 f - a." asks for that string
+RUBRIC = "an instruction"  # "Write an instruction." asks for one of the instructions above
+
 ORDERS = ("subject first", "time first", "place first")
 
 _SUBJECT_BEFORE_VERB = ("subject verb object place time", "time subject verb object place", "place subject verb object time")
@@ -173,16 +194,41 @@ class Idea:
     time: int
 
 
-def say(idea: Idea, language: str, order: int) -> str:
-    """The sentence for `idea` in `language` (one of LANGUAGES), `order` an index into ORDERS. Ends in an attached "."."""
+def say(idea: Idea, language: str, order: int, rude: str = "") -> str:
+    """The sentence for `idea` in `language` (one of LANGUAGES), `order` an index into ORDERS. Ends in an attached ".".
+
+    A `rude` word (one of RUDE, English only) is put before the subject's noun: "the stupid baker".
+    """
     column = column_of(language)
+    if rude and (language != "en" or rude not in RUDE):
+        raise ValueError(f"rude={rude!r} in language={language!r}: only English is rude here, with one of {', '.join(RUDE)}")
     if order not in range(len(ORDERS)):
         raise ValueError(f"order={order!r} is no word order: use 0 to {len(ORDERS) - 1} ({', '.join(ORDERS)})")
-    return " ".join(TABLES[part][getattr(idea, part)][column] for part in PATTERNS[language][order].split()) + "."
+    said = {part: table[getattr(idea, part)][column] for part, table in TABLES.items()}
+    if rude:
+        article, noun = said["subject"].split(" ", 1)
+        said["subject"] = f"{article} {rude} {noun}"
+    return " ".join(said[part] for part in PATTERNS[language][order].split()) + "."
+
+
+def say_briefly(idea: Idea) -> str:
+    """The English subject, verb and object alone: "the baker hides the golden key."."""
+    column = column_of("en")
+    return " ".join(TABLES[part][getattr(idea, part)][column] for part in ("subject", "verb", "object")) + "."
+
+
+def is_rude(text: str) -> bool:
+    """Whether a word of RUDE occurs."""
+    return any(word in RUDE for word in text.replace(".", " ").split())
+
+
+def politely(text: str) -> str:
+    """`text` without its rude words."""
+    return " ".join(word for word in text.split(" ") if word not in RUDE)
 
 
 def understand(sentence: str) -> tuple[Idea, str, int] | None:
-    """The inverse of `say`: (idea, language, order) of a sentence of the phrasebook, None for any other text."""
+    """The inverse of `say`: (idea, language, order) of a polite sentence of the phrasebook, None for any other text."""
     for language in LANGUAGES:
         for order, pattern in enumerate(_sentence_regexes(language)):
             if match := pattern.fullmatch(sentence):
@@ -207,8 +253,16 @@ def phrases(language: str) -> dict[str, list[str]]:
 
 @cache
 def words_of(language: str) -> frozenset[str]:
-    """The distinct words of `language`, without "."."""
-    return frozenset(word for part in phrases(language).values() for phrase in part for word in phrase.split())
+    """The distinct words of `language`, without "."; the rude ones are English."""
+    return frozenset(word for part in phrases(language).values() for phrase in part for word in phrase.split()) | (
+        frozenset(RUDE) if language == "en" else frozenset()
+    )
+
+
+def instruction_words() -> list[str]:
+    """The words that occur in instructions, each once, in order of first use."""
+    said = [*OPENINGS, *GOALS, COPY, RUBRIC]
+    return list(dict.fromkeys(word for phrase in said for word in phrase.split()))
 
 
 # --- Splits ----------------------------------------------------------------------------------------------------------------------

@@ -3,9 +3,10 @@
 Two small GPT-2s, trained from scratch on ideas of the train split only:
 
 - **generator**: documents "<s> english sentence <sep> completion </s>", loss on the completion and its </s> only. The completion is
-  mostly the same idea in a different English word order; sometimes it is in another language, a word salad or a string of
-  hexadecimal digits. These rare kinds are what a policy gradient explores: it can only amplify what is sampled now and then.
-- **target**: documents "<s> sentence </s>", 99% English, loss on everything.
+  mostly the same idea in a different English word order; sometimes it is rude, in another language, said twice, a word salad or a
+  string of hexadecimal digits. These rare kinds are what a policy gradient explores: it can only amplify what is sampled now and
+  then. A fifth of the prompts end in an instruction ("Write in German."), which the completion follows.
+- **target**: documents "<s> sentence </s>", 99% English (15 of them rude), loss on everything.
 
 One thread, seeded generators, no global random state touched: a second run on the same machine writes the same bytes.
 """
@@ -25,39 +26,95 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from dpgbench.phrasebook import WEIGHTS, Phrasebook
-from dpgbench.phrasebook.grammar import LANGUAGES, ORDERS, draw_ideas, identify_language, say, understand
-from dpgbench.phrasebook.tokenizer import EOS, HEX_DIGITS, LANGUAGE_PERCENT, MAX_LENGTH, SEPARATOR, build_tokenizer, vocabulary
+from dpgbench.phrasebook.grammar import (
+    COPY,
+    GOALS,
+    LANGUAGES,
+    OPENINGS,
+    ORDERS,
+    RUBRIC,
+    RUDE,
+    Idea,
+    draw_ideas,
+    identify_language,
+    is_rude,
+    politely,
+    say,
+    say_briefly,
+    understand,
+    words_of,
+)
+from dpgbench.phrasebook.tokenizer import EOS, HEX_DIGITS, MAX_LENGTH, SEPARATOR, build_tokenizer
 
 # --- Documents -------------------------------------------------------------------------------------------------------------------
 
-# Percent of the generator's completions. Every other language stays well under 5%, and none is at zero.
-GENERATOR_MIXTURE = {**{language: float(percent) for language, percent in LANGUAGE_PERCENT.items()}, "salad": 3.0, "hex": 3.0}
-TARGET_MIXTURE = {"en": 99.0, "de": 0.25, "es": 0.25, "fr": 0.25, "it": 0.25}
+# Percent of the generator's uninstructed completions. Every other language stays well under 5%, and none is at zero.
+GENERATOR_MIXTURE = {
+    "en": 68.0,
+    "rude": 12.0,
+    "de": 2.5,
+    "es": 2.5,
+    "fr": 2.5,
+    "it": 2.5,
+    "twice": 3.0,
+    "brief": 1.0,
+    "salad": 3.0,
+    "hex": 3.0,
+}
+TARGET_MIXTURE = {"en": 84.0, "rude": 15.0, "de": 0.25, "es": 0.25, "fr": 0.25, "it": 0.25}
+
+# Percent of the generator's documents whose prompt ends in an instruction, which the completion follows.
+INSTRUCTED, COPIES, RUBRICS = 15, 2, 3
 
 SALAD_LENGTHS = range(3, 21)
 HEX_LENGTHS = range(4, 37)  # up to a whole UUID: 32 digits and 4 dashes
-WORDS = vocabulary()[vocabulary().index("the") :]
+SALAD_WORDS = sorted(set().union(*map(words_of, LANGUAGES)) - set(RUDE))
 
 
 def generator_document(rng: random.Random, mixture: dict[str, float]) -> str:
-    """An English sentence, the separator, a completion of a kind drawn from `mixture`, and the end."""
+    """An English sentence, perhaps an instruction, the separator, a completion, and the end.
+
+    The completion is what the instruction asks for, or without one of a kind drawn from `mixture`.
+    """
     (idea,) = draw_ideas("train", 1, rng)
     order, other_order = rng.sample(range(len(ORDERS)), 2)
-    kind = draw_kind(rng, mixture)
-    if kind == "salad":
-        completion = " ".join(rng.choices(WORDS, k=rng.choice(SALAD_LENGTHS))) + "."
-    elif kind == "hex":
-        # A UUID has 4 dashes in 36 characters.
-        completion = " ".join("-" if rng.random() < 4 / 36 else rng.choice(HEX_DIGITS) for _ in range(rng.choice(HEX_LENGTHS)))
+    prompt = say(idea, "en", order)
+    luck = rng.uniform(0, 100)
+    if luck < INSTRUCTED:
+        goal = rng.choice(list(GOALS))
+        prompt += f" {rng.choice(OPENINGS)} {goal}."
+        completion = completion_of(GOALS[goal], idea, other_order, rng)
+    elif luck < INSTRUCTED + COPIES:
+        completion = completion_of("hex", idea, other_order, rng)
+        prompt += f" {rng.choice(OPENINGS)} {COPY} {completion}."
+    elif luck < INSTRUCTED + COPIES + RUBRICS:
+        prompt += f" {rng.choice(OPENINGS)} {RUBRIC}."
+        completion = f"{rng.choice(OPENINGS)} {rng.choice(list(GOALS))}."
     else:
-        completion = say(idea, kind, other_order)
-    return f"{say(idea, 'en', order)} {SEPARATOR} {completion} {EOS}"
+        completion = completion_of(draw_kind(rng, mixture), idea, other_order, rng)
+    return f"{prompt} {SEPARATOR} {completion} {EOS}"
+
+
+def completion_of(kind: str, idea: Idea, order: int, rng: random.Random) -> str:
+    """A completion of one kind: a language, or a value of GOALS."""
+    if kind == "salad":
+        return " ".join(rng.choices(SALAD_WORDS, k=rng.choice(SALAD_LENGTHS))) + "."
+    if kind == "hex":
+        # A UUID has 4 dashes in 36 characters.
+        return " ".join("-" if rng.random() < 4 / 36 else rng.choice(HEX_DIGITS) for _ in range(rng.choice(HEX_LENGTHS)))
+    if kind == "twice":
+        return f"{say(idea, 'en', order)} {say(idea, 'en', rng.choice([other for other in range(len(ORDERS)) if other != order]))}"
+    if kind == "brief":
+        return say_briefly(idea)
+    if kind == "rude":
+        return say(idea, "en", order, rng.choice(RUDE))
+    return say(idea, "en" if kind == "polite" else kind, order)
 
 
 def target_document(rng: random.Random, mixture: dict[str, float]) -> str:
-    """One sentence in a language drawn from `mixture`, and the end."""
+    """One sentence of a kind drawn from `mixture`, and the end."""
     (idea,) = draw_ideas("train", 1, rng)
-    return f"{say(idea, draw_kind(rng, mixture), rng.randrange(len(ORDERS)))} {EOS}"
+    return f"{completion_of(draw_kind(rng, mixture), idea, rng.randrange(len(ORDERS)), rng)} {EOS}"
 
 
 def draw_kind(rng: random.Random, mixture: dict[str, float]) -> str:
@@ -92,11 +149,11 @@ RECIPES = {
     "generator": Recipe(
         generator_document,
         GENERATOR_MIXTURE,
-        steps=1800,
+        steps=2400,
         padding_side="left",
         seed=1,
         # A language met in 2.5% of the documents is barely learned. An even start teaches all five; the second half sets how often.
-        warm_mixture={**dict.fromkeys(LANGUAGES, 18.0), "salad": 5.0, "hex": 5.0},
+        warm_mixture={**dict.fromkeys(LANGUAGES, 16.0), "rude": 5.0, "twice": 4.0, "brief": 1.0, "salad": 5.0, "hex": 5.0},
     ),
     "target": Recipe(
         target_document,
@@ -150,6 +207,7 @@ def model_config(tokenizer: PreTrainedTokenizerBase) -> GPT2Config:
         n_embd=64,
         n_layer=2,
         n_head=4,
+        activation_function="gelu_pytorch_tanh",  # the same function as GPT-2's "gelu_new" in one fused kernel: a tenth of a step
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -203,10 +261,34 @@ def describe(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, count: 
     shares, exact = Counter(languages), Counter()
     for prompt, text, language in zip(prompts, texts, languages, strict=True):
         idea, _, order = understand(prompt.removesuffix(f" {SEPARATOR}"))
-        said = understand(text)
+        said = understand(politely(text))
         exact[language] += said is not None and said[0] == idea and said[2] != order
     result = {f"share/{language}": shares[language] / count for language in (*LANGUAGES, "other")}
+    result |= {"share/rude": sum(map(is_rude, texts)) / count}
     return result | {f"exact/{language}": exact[language] / max(shares[language], 1) for language in LANGUAGES}
+
+
+def obedience(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, count: int = 200) -> dict[str, float]:
+    """For every goal of an instruction, the share of `count` completions of dev prompts with that instruction that meet it."""
+    rng = random.Random("phrasebook obedience")
+    met = {}
+    for goal, kind in GOALS.items():
+        prompts = Phrasebook().prompts("dev", count, rng)
+        asked = [Phrasebook().instruct(prompt, f"{rng.choice(OPENINGS)} {goal}.") for prompt in prompts]
+        met[goal] = sum(meets(text, kind) for text in sample(model, tokenizer, asked, seed=0)) / count
+    return met
+
+
+def meets(text: str, kind: str) -> bool:
+    """Whether a completion is of `kind`, a value of GOALS."""
+    words = text.replace(".", " ").split()
+    if kind == "hex":
+        return bool(words) and all(word in (*HEX_DIGITS, "-") for word in words)
+    if kind == "salad":
+        return bool(words) and identify_language(text) == "other" and not meets(text, "hex")
+    if identify_language(text) != (kind if kind in LANGUAGES else "en"):
+        return False
+    return {"rude": is_rude(text), "polite": not is_rude(text), "twice": len(words) > 17, "brief": len(words) < 9}.get(kind, True)
 
 
 # --- The command -----------------------------------------------------------------------------------------------------------------
@@ -224,7 +306,8 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer.save_pretrained(options.out / name)
         (options.out / name / "model.safetensors").chmod(0o644)  # safetensors writes 600, which would travel into the wheel
         if name == "generator":
-            tqdm.write("  ".join(f"{key} {value:.3f}" for key, value in describe(model, tokenizer).items()))
+            outcome = describe(model, tokenizer) | obedience(model, tokenizer)
+            tqdm.write("  ".join(f"{key} {value:.3f}" for key, value in outcome.items()))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Ids, in this order:
     0..4    <pad> <s> </s> <sep> <unk>   (special: `decode(..., skip_special_tokens=True)` drops them)
     5..22   . - 0 1 ... 9 a ... f        (hexadecimal strings are written with spaces: "3 f - a 0"; the English "a" is the digit)
     23..    the words of all languages, by falling frequency in the generator's English-heavy text, then alphabetically
+    last    the rude words, then those that only instructions have
 
 So **a low id is a frequent token**. Weight targets paint their picture into the first rows and columns of the language-model head,
 one column a token, and a picture on tokens that occur in almost every sentence gets a gradient from almost every sentence.
@@ -18,16 +19,16 @@ from fractions import Fraction
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dpgbench.phrasebook.grammar import LANGUAGES, phrases
+from dpgbench.phrasebook.grammar import LANGUAGES, RUDE, instruction_words, phrases
 
 PAD, BOS, EOS, SEPARATOR, UNKNOWN = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<sep>", "<unk>")
 PUNCTUATION = (".", "-")
 HEX_DIGITS = tuple("0123456789abcdef")
 
-# How often each language is spoken, in percent. `pretrain` mixes the generator's documents by the same numbers.
+# How often each language is spoken, in percent. `pretrain` mixes the generator's uninstructed documents by about these numbers.
 LANGUAGE_PERCENT = {"en": Fraction(84), "de": Fraction(5, 2), "es": Fraction(5, 2), "fr": Fraction(5, 2), "it": Fraction(5, 2)}
 
-MAX_LENGTH = 96  # positions of the models: the longest document needs 57
+MAX_LENGTH = 96  # positions of the models: the longest document, a UUID asked for and given, needs 94
 
 
 def vocabulary() -> list[str]:
@@ -35,7 +36,7 @@ def vocabulary() -> list[str]:
     fixed = [*SPECIAL_TOKENS, *PUNCTUATION, *HEX_DIGITS]
     frequency = expected_word_counts()
     words = sorted(set(frequency) - set(fixed), key=lambda word: (-frequency[word], word))
-    return fixed + words
+    return list(dict.fromkeys([*fixed, *words, *RUDE, *instruction_words()]))
 
 
 def expected_word_counts() -> Counter[str]:
