@@ -26,7 +26,9 @@ hold them fixed:
   gradient at phi_0 as Phi (up to their own baseline), where the first step of training takes place.
 
 A score that is only defined for long texts (MTLD) takes `group` = m texts read one after the other as one draw: s(y_1 .. y_m), with
-log p the sum of the m. The same derivation over p^m; N is then the number of groups.
+log p the sum of the m. The same derivation over p^m; N is then the number of groups. To a text, the scores of the m - 1 others of its
+group are noise, so the same texts are dealt into groups `regroupings` times: each dealing is unbiased, hence their mean is, and what stays
+of a text is near its own part in the score (a U-statistic; Hoeffding 1948, doi:10.1214/aoms/1177730196). It costs scores, not passes.
 
 Costs: a signal is one forward pass over the N texts, its gradient two more. Imports no torch at the top: plug-ins build a `Surrogate` in
 their `__init__`.
@@ -84,21 +86,32 @@ def leave_one_out(scores: Tensor) -> Tensor:
     return (scores - scores.mean()) * (n / (n - 1))
 
 
-class ScoreFunction:
-    """Phi over given samples of `initial` and their scores, one score for each `group` of successive samples (see the module)."""
+def text_weights(dealings_KGM: Tensor, scores_KG: Tensor) -> Tensor:
+    """What Phi pays for each text's log-ratio, (N,): the advantages of the groups it is dealt into, over the number of groups.
 
-    def __init__(self, initial: nn.Module, samples: Samples, scores: Sequence[float], group: int = 1):
+    Each of the K dealings puts the N texts into G groups of M; its G scores are compared among themselves. A text alone is a group of one.
+    """
+    import torch
+
+    advantages_KG = torch.stack([leave_one_out(scores_G) for scores_G in scores_KG])
+    weights_N = scores_KG.new_zeros(dealings_KGM[0].numel())
+    weights_N.index_add_(0, dealings_KGM.flatten(), advantages_KG[..., None].expand(dealings_KGM.shape).flatten())
+    return weights_N / advantages_KG.numel()
+
+
+class ScoreFunction:
+    """Phi (see the module): the log-ratio of each sample to the `initial` model's, times its weight, summed."""
+
+    def __init__(self, initial: nn.Module, samples: Samples, weights: Tensor):
         import torch
 
-        self.samples, self.group = samples, group
+        self.samples = samples
         with torch.no_grad():
             self.initial = log_probabilities(initial, samples)
-        # In float64 first: a float32 mean of scores leaves a baseline that does not cancel.
-        self.advantages = leave_one_out(torch.tensor(scores, dtype=torch.float64)).to(self.initial)
+        self.weights = weights.to(self.initial)
 
     def __call__(self, model: nn.Module) -> Tensor:
-        log_ratio = log_probabilities(model, self.samples) - self.initial
-        return (self.advantages * log_ratio.view(-1, self.group).sum(1)).mean()
+        return (self.weights * (log_probabilities(model, self.samples) - self.initial)).sum()
 
 
 # ---- the texts
@@ -171,19 +184,22 @@ class Surrogate:
     """A task's Phi over fixed texts of phi_0, and the fresh texts of a trained target that people read.
 
     Options: `goal` (up, or down: Phi takes -s), `samples` (N texts for Phi), `fresh` (texts for people), `max_tokens`, and where a
-    score takes several texts, `group`. Both sets are drawn with fixed seeds of their own, whatever the cell's: Phi is part of the task,
-    like the held-out texts of a language, and fresh texts are paired over methods, seeds and phi_0. Raises UserError on a bad option.
+    score takes several texts, `group` and `regroupings`. Both sets are drawn with fixed seeds of their own, whatever the cell's: Phi
+    is part of the task, like the held-out texts of a language, and fresh texts are paired over methods, seeds and phi_0. Raises
+    UserError on a bad option.
     """
 
     def __init__(self, options: Options, score: Score, read: Reading):
         self.options, self.score, self.read = options, Remembered(score), read
-        self.group = options.get("group", 1)
+        self.group, self.dealings = options.get("group", 1), options.get("regroupings", 1)
         if options.goal not in ("up", "down"):
             raise UserError(f"task.goal={options.goal}: no such goal; {did_you_mean(options.goal, ('up', 'down'))}")
         if options.max_tokens < 1:
             raise UserError(f"task.max_tokens={options.max_tokens}: a text needs a token or more; write max_tokens=24")
         if self.group < 1:
             raise UserError(f"task.group={self.group}: a score reads one text or more; write group=8")
+        if self.dealings < 1:
+            raise UserError(f"task.regroupings={self.dealings}: the texts are dealt into groups once or more; write regroupings=64")
         for name, least in (("samples", 2), ("fresh", 1)):
             value = options[name]
             if value < least * self.group or value % self.group:
@@ -201,7 +217,7 @@ class Surrogate:
                 f"write max_tokens={positions - 1}"
             )
         samples = self._sample(world.target, "dev", self.options.samples)
-        self.signal = ScoreFunction(world.target, samples, self.better(self.grouped(samples.texts)), self.group)
+        self.signal = ScoreFunction(world.target, samples, self._weights(samples.texts))
         self.before = self.fresh(world.target)
 
     def fresh(self, model: nn.Module) -> list[str]:
@@ -234,6 +250,15 @@ class Surrogate:
         axes.set_yticks([])
         axes.tick_params(labelsize=7)
         axes.legend(fontsize=7, frameon=False)
+
+    def _weights(self, texts: Sequence[str]) -> Tensor:
+        import torch
+
+        noise = torch.Generator().manual_seed(derive(0, "surrogate", "groups"))
+        dealings_KN = torch.stack([torch.randperm(len(texts), generator=noise) for _ in range(self.dealings)])
+        scores_KG = [self.better(self.grouped([texts[index] for index in dealing.tolist()])) for dealing in dealings_KN]
+        # float64, so that the baseline cancels
+        return text_weights(dealings_KN.view(self.dealings, -1, self.group), torch.tensor(scores_KG, dtype=torch.float64))
 
     def _sample(self, model: nn.Module, split: str, count: int) -> Samples:
         return sample(model, self.world.target_tokenizer, count, self.options.max_tokens, derive(0, "surrogate", split))

@@ -17,7 +17,7 @@ from dpgbench import config
 from dpgbench.api import Options
 from dpgbench.errors import UserError
 from dpgbench.registry import Registry
-from dpgbench.surrogate import Remembered, Samples, ScoreFunction, Surrogate, leave_one_out, log_probabilities, sample
+from dpgbench.surrogate import Remembered, Samples, ScoreFunction, Surrogate, leave_one_out, log_probabilities, sample, text_weights
 from dpgbench.training import loaded
 
 START, END = 0, 1
@@ -77,6 +77,13 @@ def gradient(value, model) -> torch.Tensor:
     return torch.cat([part.flatten() for part in torch.autograd.grad(value, list(model.parameters()), materialize_grads=True)])
 
 
+def weights_of(scores, dealings=None) -> torch.Tensor:
+    """The weights of texts that are scored one by one, or in the given dealings, each a list of groups of positions."""
+    if dealings is None:
+        dealings, scores = [[[index] for index in range(len(scores))]], [scores]
+    return text_weights(torch.tensor(dealings), torch.tensor(scores, dtype=torch.float64))
+
+
 def exact_expectation(model, longest: int) -> torch.Tensor:
     """E[s] as the sum over all texts, differentiable by plain autograd."""
     return sum(exact_log_probability(model, text).exp() * score_of(text) for text in every_text(longest))
@@ -97,28 +104,43 @@ def test_expected_gradient_is_the_exact_gradient(tiny):
     probability = torch.stack([exact_log_probability(tiny, text) for text in texts]).exp().detach()
     expected = 0.0
     for i, j in itertools.product(range(len(texts)), repeat=2):
-        phi = ScoreFunction(tiny, as_samples([texts[i], texts[j]], 2), [score_of(texts[i]), score_of(texts[j])])(tiny)
+        phi = ScoreFunction(tiny, as_samples([texts[i], texts[j]], 2), weights_of([score_of(texts[i]), score_of(texts[j])]))(tiny)
         assert phi.item() == 0.0  # at phi_0
         expected = expected + probability[i] * probability[j] * gradient(phi, tiny)
     torch.testing.assert_close(expected, gradient(exact_expectation(tiny, 2), tiny), rtol=0, atol=1e-10)
 
 
+DEALINGS = [[[0, 1], [2, 3]], [[0, 2], [1, 3]], [[3, 0], [1, 2]]]  # of four texts into two groups
+
+
+def score_of_pair(first, second) -> float:
+    """A score of two texts together that is no sum over them."""
+    return float(len({*first, *second})) + 0.5 * (first == second) + score_of(first) * score_of(second)
+
+
 def test_expected_gradient_of_groups_is_the_exact_gradient(tiny):
-    """The same for a score of two texts together that is no sum over them, over all draws of two groups of two texts."""
+    """Over all draws of four texts: unbiased for every number of dealings, and the more dealings, the less variance."""
     texts = every_text(1)
-
-    def score_of_pair(first, second) -> float:
-        return float(len({*first, *second})) + 0.5 * (first == second) + score_of(first) * score_of(second)
-
     logs = torch.stack([exact_log_probability(tiny, text) for text in texts])
-    pairs = list(itertools.product(range(4), repeat=2))
-    exact = sum((logs[i] + logs[j]).exp() * score_of_pair(texts[i], texts[j]) for i, j in pairs)
-    probability, expected = logs.exp().detach(), 0.0
-    for (i, j), (k, m) in itertools.product(pairs, repeat=2):
-        scores = [score_of_pair(texts[i], texts[j]), score_of_pair(texts[k], texts[m])]
-        phi = ScoreFunction(tiny, as_samples([texts[index] for index in (i, j, k, m)], 1), scores, group=2)(tiny)
-        expected = expected + probability[[i, j, k, m]].prod() * gradient(phi, tiny)
-    torch.testing.assert_close(expected, gradient(exact, tiny), rtol=0, atol=1e-10)
+    exact = gradient(
+        sum((logs[i] + logs[j]).exp() * score_of_pair(texts[i], texts[j]) for i, j in itertools.product(range(4), repeat=2)), tiny
+    )
+    slopes = torch.stack([gradient(exact_log_probability(tiny, text), tiny) for text in texts])
+    spread = []
+    for count in (1, 2, 3):
+        expected, square = 0.0, 0.0
+        for draw in itertools.product(range(4), repeat=4):
+            written = [texts[index] for index in draw]
+            scores = [[score_of_pair(written[a], written[b]) for a, b in dealing] for dealing in DEALINGS[:count]]
+            found = weights_of(scores, DEALINGS[:count]) @ slopes[list(draw)]
+            probability = logs.detach()[list(draw)].sum().exp()
+            expected, square = expected + probability * found, square + probability * found.square()
+            if draw == (0, 1, 2, 3):  # the same numbers as the gradient of Phi itself
+                phi = ScoreFunction(tiny, as_samples(written, 1), weights_of(scores, DEALINGS[:count]))(tiny)
+                torch.testing.assert_close(gradient(phi, tiny), found, rtol=0, atol=1e-10)
+        torch.testing.assert_close(expected, exact, rtol=0, atol=1e-10)
+        spread.append((square - expected.square()).sum().item())
+    assert spread[0] > spread[1] > spread[2] > 0
 
 
 def test_sampled_gradient_converges(tiny, tokenizer):
@@ -127,7 +149,7 @@ def test_sampled_gradient_converges(tiny, tokenizer):
     samples = sample(tiny, tokenizer, count, 3, seed=1)
     texts = [tuple(token for token in row.tolist() if token != -100) for row in samples.labels]
     scores = [score_of(text) for text in texts]
-    estimate = gradient(ScoreFunction(tiny, samples, scores)(tiny), tiny)
+    estimate = gradient(ScoreFunction(tiny, samples, weights_of(scores))(tiny), tiny)
     exact = gradient(exact_expectation(tiny, 3), tiny)
     # One text's part of the estimate along a direction is its advantage times the derivative of its log probability.
     unique = every_text(3)
@@ -165,7 +187,7 @@ def test_phi_is_the_covariance_of_score_and_log_ratio(tiny, tokenizer):
 
     samples = sample(tiny, tokenizer, 50, 3, seed=3)
     scores = [float(len(text)) for text in samples.texts]
-    phi = ScoreFunction(tiny, samples, scores)
+    phi = ScoreFunction(tiny, samples, weights_of(scores))
     before = log_probabilities(tiny, samples).detach()
     generator = torch.Generator().manual_seed(0)
     moved = {name: p + 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in tiny.named_parameters()}
@@ -225,6 +247,7 @@ def test_scores_are_remembered_and_forgotten():
         ({"fresh": 0}, "task.fresh=0: must be 1 or more groups of group=8"),
         ({"group": 1, "samples": 1}, "task.samples=1: must be 2 or more texts; write samples=64"),
         ({"group": 0}, "task.group=0: a score reads one text or more"),
+        ({"regroupings": 0}, "task.regroupings=0: the texts are dealt into groups once or more"),
         ({"max_tokens": 0}, "task.max_tokens=0: a text needs a token or more"),
     ],
 )
