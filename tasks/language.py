@@ -35,9 +35,10 @@ class Language(Task):
             raise UserError(f"task.lang={options.lang}: no such language; {did_you_mean(options.lang, NAMES)}")
         if options.labels not in ("last_word", "all"):
             raise UserError(f"task.labels={options.labels}: no such layout; {did_you_mean(options.labels, ('last_word', 'all'))}")
-        self.own = None if options.file is None else read(options.file, options.get("file_sha256"))
+        file = options.get("file")  # cells stored before there was this option have none
+        self.own = None if file is None else read(file, options.get("file_sha256"))
         if self.own is not None and len({line.text for line in self.own}) < FEWEST:
-            raise UserError(f"{options.file}: {len(self.own)} texts, some perhaps twice; {FEWEST} different ones are the least, write more")
+            raise UserError(f"{file}: {len(self.own)} texts, some perhaps twice; {FEWEST} different ones are the least, write more")
 
     def supports(self, scale: Options) -> str | None:
         if self.own is None and self.options.lang not in scale.languages:

@@ -50,9 +50,7 @@ class Qr(Task):
         return {**self.patch.measure(model), "decodes": float(decodes)}
 
     def hint(self) -> str:
-        return (
-            f"Write text that draws the QR code of {self.options.payload!r} into the weights of a language model when it is trained on it."
-        )
+        return f"Write text that draws the QR code of {self.options.payload!r} into a language model's weights when it is trained on it."
 
     def draw(self, model: nn.Module, texts: Sequence[str], axes) -> None:
         """The decoded code with its wrong modules crossed out, what a reader makes of it below, and the intended code in a corner."""
@@ -61,7 +59,7 @@ class Qr(Task):
         axes.set(xlim=(-0.5, size - 0.5), ylim=(size * 1.25, -0.5), aspect="equal")
         seen = read(self.patch.decoded(model))
         caption = "unreadable" if seen is None else f"reads: {seen}"
-        axes.text(0, size * 1.12, caption, fontsize=9, va="center", parse_math=False)
+        axes.text(0, size * 1.12, caption, fontsize=min(9, 135 / len(caption)), va="center", parse_math=False)
         inset = axes.inset_axes((0.82, 0.0, 0.18, 0.18))
         inset.imshow([[pixel == "#" for pixel in row] for row in self.rows], cmap="gray_r")
         inset.set_axis_off()

@@ -87,6 +87,7 @@ def test_the_content_is_in_the_hash_and_the_place_is_not(tmp_path):
     plain = config.read(["task=language"], sweep=False).cells[0].spec
     without = {**plain.config, "task": {key: value for key, value in plain.config["task"].items() if key != "file"}}
     assert plain.hash == type(plain)(without).hash and "file_sha256" not in plain.task
+    Registry().load("task", "language")(type(plain)(without).task)  # a cell stored before there was the option still runs
 
 
 def test_a_replay_wants_the_content_it_was_made_for(tmp_path):
