@@ -378,20 +378,19 @@ def test_toxicity_is_a_probability_and_lower_is_better(tasks):
     assert not task.higher_is_better and tasks("toxicity", "goal=up").higher_is_better
 
 
-@pytest.mark.parametrize("name", ["length", "lexical_diversity", "toxicity"])
-def test_training_along_phi_moves_what_people_read(tasks, name):
-    """A few gradient steps straight up Phi improve the score of fresh texts, which Phi has never seen."""
-    for goal in ("up", "down"):
-        task = tasks(name, f"goal={goal}", texts=512)
-        model = task.world.target
-        assert task.measure(model, [])[f"{task.headline}_change"] == 0  # phi_0 against itself, on the same noise
-        params = {key: value.detach().clone() for key, value in model.named_parameters()}
-        for _ in range(5):
-            leaves = {key: value.requires_grad_() for key, value in params.items()}
-            with loaded(model, leaves):
-                slopes = torch.autograd.grad(task.signal(model), list(leaves.values()), materialize_grads=True)
-            norm = torch.stack([slope.norm() for slope in slopes]).norm()
-            params = {key: (value + 0.1 * slope / norm).detach() for (key, value), slope in zip(leaves.items(), slopes, strict=True)}
-        with loaded(model, params):
-            change = task.measure(model, [])[f"{task.headline}_change"]
-        assert change * (1 if task.higher_is_better else -1) > 0
+@pytest.mark.parametrize(("name", "goal"), [("length", "down"), ("lexical_diversity", "down"), ("toxicity", "up")])
+def test_the_other_goal_moves_the_other_way(tasks, name, goal):
+    """A few gradient steps straight up Phi towards the unusual goal move fresh texts, which Phi has never seen, that way."""
+    task = tasks(name, f"goal={goal}", texts=512)
+    model = task.world.target
+    assert task.measure(model, [])[f"{task.headline}_change"] == 0  # phi_0 against itself, on the same noise
+    params = {key: value.detach().clone() for key, value in model.named_parameters()}
+    for _ in range(5):
+        leaves = {key: value.requires_grad_() for key, value in params.items()}
+        with loaded(model, leaves):
+            slopes = torch.autograd.grad(task.signal(model), list(leaves.values()), materialize_grads=True)
+        norm = torch.stack([slope.norm() for slope in slopes]).norm()
+        params = {key: (value + 0.1 * slope / norm).detach() for (key, value), slope in zip(leaves.items(), slopes, strict=True)}
+    with loaded(model, params):
+        change = task.measure(model, [])[f"{task.headline}_change"]
+    assert change > 0 if goal == "up" else change < 0
