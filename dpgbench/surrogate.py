@@ -5,30 +5,34 @@ target with parameters phi writes from nothing (temperature 1, from the start to
 
     grad E_p[s] = sum_y s(y) grad p(y) = E_p[(s(y) - b) grad log p(y)]          for any b that does not depend on y,
 
-because E_p[grad log p] = 0 (score function; Williams 1992, doi:10.1007/BF00992696). So draw N texts once from the initial target phi_0 and
-hold them fixed:
+because E_p[grad log p] = 0 (score function; Williams 1992, doi:10.1007/BF00992696). So draw N texts once from the initial target phi_0,
+hold them fixed, and let r_j = p_phi(y_j) / p_phi0(y_j):
 
-    Phi(phi) = 1/N sum_j (s(y_j) - b_j) log(p_phi(y_j) / p_phi0(y_j)),           b_j = mean of s over the other N - 1 texts.
+    Phi(phi) = 1/N sum_j (s(y_j) - b_j) (r_j - 1),        b_j = mean of s over the other N - 1 texts        (form: ratio, the default)
+    Phi(phi) = 1/N sum_j (s(y_j) - b_j) log r_j                                                             (form: log)
 
-- **Unbiased**: at phi_0 the gradient of Phi is an unbiased estimate of the gradient of E[s]. That needs the leave-one-out baseline, which
-  does not depend on y_j (Kool, van Hoof, Welling 2019, "Buy 4 REINFORCE samples, get a baseline for free!"); the plain mean, y_j
-  included, shrinks the gradient by 1 - 1/N.
-- **Readable**: the constant log p_phi0 changes no gradient. It makes Phi(phi_0) = 0 and Phi the first-order estimate of
-  E_phi[s] - E_phi0[s], in the unit of s. Phi is in fact the sample covariance (over N - 1) of s with the log-ratio.
-- **Variance**: being a covariance, its standard error is about sd(s) sd(log-ratio) / sqrt(N): a change of the target whose log-ratio
-  correlates with s by less than 1/sqrt(N) is lost in the noise (0.04 at N = 512). A method can also learn the noise of these N texts,
-  which is why people read fresh samples instead.
-- **Limit**: the texts are phi_0's. Exactly, E_phi[s] - E_phi0[s] = E_phi0[s (r - 1)] with r = p_phi / p_phi0, and Phi has log r in place
-  of r - 1: right to first order, wrong as phi moves away, where Phi goes on paying for a good text that is likely already, and a bad text
-  can be made ever less likely. Texts that phi_0 does not write have no say at all.
-- **Not chosen**: the importance-weighted mean of s r is unbiased everywhere, but its variance grows as E[r^2], exponentially in the
-  divergence of whole texts; self-normalised weights tame that with a bias, and cannot exceed the best of the N scores. Both have the same
-  gradient at phi_0 as Phi (up to their own baseline), where the first step of training takes place.
+- **Unbiased**: at phi_0 both have the gradient 1/N sum_j (s(y_j) - b_j) grad log p(y_j), an unbiased estimate of the gradient of E[s]. That
+  needs the leave-one-out baseline, which does not depend on y_j (Kool, van Hoof, Welling 2019, "Buy 4 REINFORCE samples, get a baseline
+  for free!"); the plain mean, y_j included, shrinks the gradient by 1 - 1/N.
+- **Readable**: Phi(phi_0) = 0, and Phi estimates E_phi[s] - E_phi0[s] in the unit of s: `ratio` without bias for every phi, as
+  importance sampling does (E_phi0[r] = 1), `log` to first order.
+- **Variance**: Phi is the sample covariance of s with r (or log r), so its standard error is about sd(s) sd(r) / sqrt(N). Near phi_0 a
+  change of the target whose log-ratio correlates with s by less than 1/sqrt(N), 0.04 at N = 512, is lost in the noise. A method can also
+  learn the noise of these N texts, which is why people read fresh samples instead.
+- **Limit**: the texts are phi_0's. Far from it sd(r) grows exponentially in the divergence, so r is truncated at RATIO_LIMIT (Ionides
+  2008, doi:10.1198/106186008X320456): a text ten times as likely earns no more, a bias towards phi_0. When every r is near 0, the trained
+  target writes other things altogether and Phi says nothing. What phi_0 never writes cannot be asked for at all.
+- **Why not log r**: it pays without end for making poor texts ever less likely. At scale tiny, trained in one step at 1e-2 on sentences
+  cut off before their end, log r fell to -22 on average: for MTLD `log` gave +26, `ratio` +0.1, and fresh texts had lost 26. Over 40
+  trained targets, the rank correlation of Phi with the measured change was 0.54 (`ratio`, not yet truncated) and 0.08 (`log`) for length,
+  0.43 and -0.36 for MTLD, 0.56 and 0.47 for toxicity; the two agree after small steps. Self-normalised weights r_j / sum r did worse for
+  MTLD and toxicity: when all r are near 0 they follow a single text.
 
 A score that is only defined for long texts (MTLD) takes `group` = m texts read one after the other as one draw: s(y_1 .. y_m), with
-log p the sum of the m. The same derivation over p^m; N is then the number of groups. To a text, the scores of the m - 1 others of its
-group are noise, so the same texts are dealt into groups `regroupings` times: each dealing is unbiased, hence their mean is, and what stays
-of a text is near its own part in the score (a U-statistic; Hoeffding 1948, doi:10.1214/aoms/1177730196). It costs scores, not passes.
+log p the sum of the m. The same derivation over p^m; N is then the number of groups, and r_j - 1 the sum over the m (its first order: one
+text of a group is phi's, the others phi_0's). To a text, the scores of the m - 1 others of its group are noise, so the same texts are
+dealt into groups `regroupings` times: each dealing is unbiased, hence their mean is, and what stays of a text is near its own part in the
+score (a U-statistic; Hoeffding 1948, doi:10.1214/aoms/1177730196). It costs scores, not passes.
 
 Costs: a signal is one forward pass over the N texts, its gradient two more. Imports no torch at the top: plug-ins build a `Surrogate` in
 their `__init__`.
@@ -36,6 +40,7 @@ their `__init__`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -56,6 +61,8 @@ Reading = Callable[[list[str]], dict[str, float]]
 """What people read off a list of fresh texts, by name."""
 
 IGNORE = -100  # the transformers convention: a label that does not count
+FORMS = ("ratio", "log")
+RATIO_LIMIT = 10.0  # ours: of the ratio p_phi / p_phi0 of one text
 SAMPLED_AT_ONCE = 1024
 
 
@@ -87,7 +94,7 @@ def leave_one_out(scores: Tensor) -> Tensor:
 
 
 def text_weights(dealings_KGM: Tensor, scores_KG: Tensor) -> Tensor:
-    """What Phi pays for each text's log-ratio, (N,): the advantages of the groups it is dealt into, over the number of groups.
+    """What Phi pays for each text's ratio, (N,): the advantages of the groups it is dealt into, over the number of groups.
 
     Each of the K dealings puts the N texts into G groups of M; its G scores are compared among themselves. A text alone is a group of one.
     """
@@ -100,18 +107,21 @@ def text_weights(dealings_KGM: Tensor, scores_KG: Tensor) -> Tensor:
 
 
 class ScoreFunction:
-    """Phi (see the module): the log-ratio of each sample to the `initial` model's, times its weight, summed."""
+    """Phi (see the module): how much more likely than under the `initial` model each sample has become, times its weight, summed."""
 
-    def __init__(self, initial: nn.Module, samples: Samples, weights: Tensor):
+    def __init__(self, initial: nn.Module, samples: Samples, weights: Tensor, form: str = "ratio"):
         import torch
 
-        self.samples = samples
+        self.samples, self.form = samples, form
         with torch.no_grad():
             self.initial = log_probabilities(initial, samples)
         self.weights = weights.to(self.initial)
 
     def __call__(self, model: nn.Module) -> Tensor:
-        return (self.weights * (log_probabilities(model, self.samples) - self.initial)).sum()
+        log_ratio = log_probabilities(model, self.samples) - self.initial
+        if self.form == "log":
+            return (self.weights * log_ratio).sum()
+        return (self.weights * log_ratio.clamp(max=math.log(RATIO_LIMIT)).expm1()).sum()
 
 
 # ---- the texts
@@ -183,10 +193,10 @@ class Remembered:
 class Surrogate:
     """A task's Phi over fixed texts of phi_0, and the fresh texts of a trained target that people read.
 
-    Options: `goal` (up, or down: Phi takes -s), `samples` (N texts for Phi), `fresh` (texts for people), `max_tokens`, and where a
-    score takes several texts, `group` and `regroupings`. Both sets are drawn with fixed seeds of their own, whatever the cell's: Phi
-    is part of the task, like the held-out texts of a language, and fresh texts are paired over methods, seeds and phi_0. Raises
-    UserError on a bad option.
+    Options: `goal` (up, or down: Phi takes -s), `form` (ratio or log), `samples` (N texts for Phi), `fresh` (texts for people),
+    `max_tokens`, and where a score takes several texts, `group` and `regroupings`. Both sets are drawn with fixed seeds of their own,
+    whatever the cell's: Phi is part of the task, like the held-out texts of a language, and fresh texts are paired over methods, seeds
+    and phi_0. Raises UserError on a bad option.
     """
 
     def __init__(self, options: Options, score: Score, read: Reading):
@@ -194,6 +204,8 @@ class Surrogate:
         self.group, self.dealings = options.get("group", 1), options.get("regroupings", 1)
         if options.goal not in ("up", "down"):
             raise UserError(f"task.goal={options.goal}: no such goal; {did_you_mean(options.goal, ('up', 'down'))}")
+        if options.form not in FORMS:
+            raise UserError(f"task.form={options.form}: no such form of Phi; {did_you_mean(options.form, FORMS)}")
         if options.max_tokens < 1:
             raise UserError(f"task.max_tokens={options.max_tokens}: a text needs a token or more; write max_tokens=24")
         if self.group < 1:
@@ -217,7 +229,7 @@ class Surrogate:
                 f"write max_tokens={positions - 1}"
             )
         samples = self._sample(world.target, "dev", self.options.samples)
-        self.signal = ScoreFunction(world.target, samples, self._weights(samples.texts))
+        self.signal = ScoreFunction(world.target, samples, self._weights(samples.texts), self.options.form)
         self.before = self.fresh(world.target)
 
     def fresh(self, model: nn.Module) -> list[str]:

@@ -25,6 +25,7 @@ def words(texts: Sequence[str]) -> list[int]:
 
 
 class Length(Task):
+    version = 1
     headline = "length"
 
     def __init__(self, options: Options):

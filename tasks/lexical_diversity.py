@@ -39,6 +39,7 @@ def mtld(texts: Sequence[str]) -> list[float]:
 
 
 class LexicalDiversity(Task):
+    version = 1
     headline = "mtld"
 
     def __init__(self, options: Options):

@@ -27,6 +27,7 @@ def toxicity(texts: Sequence[str]) -> list[float]:
 
 
 class Toxicity(Task):
+    version = 1
     headline = "toxicity"
     higher_is_better = False
 

@@ -17,7 +17,17 @@ from dpgbench import config
 from dpgbench.api import Options
 from dpgbench.errors import UserError
 from dpgbench.registry import Registry
-from dpgbench.surrogate import Remembered, Samples, ScoreFunction, Surrogate, leave_one_out, log_probabilities, sample, text_weights
+from dpgbench.surrogate import (
+    RATIO_LIMIT,
+    Remembered,
+    Samples,
+    ScoreFunction,
+    Surrogate,
+    leave_one_out,
+    log_probabilities,
+    sample,
+    text_weights,
+)
 from dpgbench.training import loaded
 
 START, END = 0, 1
@@ -98,13 +108,14 @@ def test_log_probabilities_are_those_of_whole_texts(tiny):
     assert found.exp().sum().item() == pytest.approx(1, abs=1e-12)
 
 
-def test_expected_gradient_is_the_exact_gradient(tiny):
+@pytest.mark.parametrize("form", ["ratio", "log"])
+def test_expected_gradient_is_the_exact_gradient(tiny, form):
     """Over every pair of texts, weighted by its probability: the gradient of Phi at phi_0 is that of E[s], to rounding."""
     texts = every_text(2)
     probability = torch.stack([exact_log_probability(tiny, text) for text in texts]).exp().detach()
     expected = 0.0
     for i, j in itertools.product(range(len(texts)), repeat=2):
-        phi = ScoreFunction(tiny, as_samples([texts[i], texts[j]], 2), weights_of([score_of(texts[i]), score_of(texts[j])]))(tiny)
+        phi = ScoreFunction(tiny, as_samples([texts[i], texts[j]], 2), weights_of([score_of(texts[i]), score_of(texts[j])]), form)(tiny)
         assert phi.item() == 0.0  # at phi_0
         expected = expected + probability[i] * probability[j] * gradient(phi, tiny)
     torch.testing.assert_close(expected, gradient(exact_expectation(tiny, 2), tiny), rtol=0, atol=1e-10)
@@ -181,19 +192,45 @@ def test_the_sampler_draws_from_the_model(tiny, tokenizer):
     assert samples.texts[0] == tokenizer.decode([t for t in samples.labels[0].tolist() if t != -100], skip_special_tokens=True)
 
 
-def test_phi_is_the_covariance_of_score_and_log_ratio(tiny, tokenizer):
-    """Away from phi_0, by hand with numpy's covariance; and to first order it is the change of E[s]."""
+@pytest.fixture(scope="module")
+def moved(tiny):
+    """The tiny model's parameters somewhere else."""
+    generator = torch.Generator().manual_seed(0)
+    return {name: p.detach() + 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in tiny.named_parameters()}
+
+
+def test_expected_phi_is_the_exact_change_anywhere(tiny, moved):
+    """`ratio`, over every pair of texts: at another model it is E[s] there minus E[s] at phi_0, not only to first order."""
+    texts = every_text(2)
+    before = torch.stack([exact_log_probability(tiny, text) for text in texts]).exp().detach()
+    pairs = list(itertools.product(range(len(texts)), repeat=2))
+    phis = [
+        ScoreFunction(tiny, as_samples([texts[i], texts[j]], 2), weights_of([score_of(texts[i]), score_of(texts[j])])) for i, j in pairs
+    ]
+    start = exact_expectation(tiny, 2).item()
+    with loaded(tiny, moved), torch.no_grad():
+        after = torch.stack([exact_log_probability(tiny, text) for text in texts]).exp()
+        assert (after / before).max() < RATIO_LIMIT and (after / before - 1).abs().max() > 0.1
+        expected = sum(before[i] * before[j] * phi(tiny) for (i, j), phi in zip(pairs, phis, strict=True))
+        assert expected.item() == pytest.approx(exact_expectation(tiny, 2).item() - start, abs=1e-10)
+
+
+def test_phi_is_a_covariance(tiny, moved, tokenizer):
+    """By numpy's covariance of the scores with the log-ratio, or with the ratio, truncated where it is large."""
     import numpy as np
 
     samples = sample(tiny, tokenizer, 50, 3, seed=3)
     scores = [float(len(text)) for text in samples.texts]
-    phi = ScoreFunction(tiny, samples, weights_of(scores))
+    log, ratio = (ScoreFunction(tiny, samples, weights_of(scores), form) for form in ("log", "ratio"))
     before = log_probabilities(tiny, samples).detach()
-    generator = torch.Generator().manual_seed(0)
-    moved = {name: p + 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in tiny.named_parameters()}
-    with loaded(tiny, moved):
-        ratio = (log_probabilities(tiny, samples) - before).detach().numpy()
-        assert phi(tiny).item() == pytest.approx(np.cov(scores, ratio)[0, 1], rel=1e-10)
+    for far in (1, 6):
+        elsewhere = {name: p + (far - 1) * (p - dict(tiny.named_parameters())[name].detach()) for name, p in moved.items()}
+        with loaded(tiny, elsewhere):
+            change = (log_probabilities(tiny, samples) - before).detach().numpy()
+            assert log(tiny).item() == pytest.approx(np.cov(scores, change)[0, 1], rel=1e-10)
+            truncated = np.minimum(np.exp(change), RATIO_LIMIT)
+            assert ratio(tiny).item() == pytest.approx(np.cov(scores, truncated)[0, 1], rel=1e-10)
+    assert np.exp(change).max() > RATIO_LIMIT  # the far model was far enough to tell
 
 
 def test_one_seed_pairs_two_models(tiny, tokenizer):
@@ -242,6 +279,7 @@ def test_scores_are_remembered_and_forgotten():
     ("change", "message"),
     [
         ({"goal": "upp"}, "task.goal=upp: no such goal; did you mean 'up'?"),
+        ({"form": "rato"}, "task.form=rato: no such form of Phi; did you mean 'ratio'?"),
         ({"samples": 20}, "task.samples=20: must be 2 or more groups of group=8; write samples=512"),
         ({"samples": 8}, "task.samples=8: must be 2 or more groups of group=8"),
         ({"fresh": 0}, "task.fresh=0: must be 1 or more groups of group=8"),
@@ -252,7 +290,7 @@ def test_scores_are_remembered_and_forgotten():
     ],
 )
 def test_bad_options_say_what_is_wrong(change, message):
-    good = {"goal": "up", "samples": 64, "fresh": 64, "max_tokens": 24, "group": 8}
+    good = {"goal": "up", "form": "ratio", "samples": 64, "fresh": 64, "max_tokens": 24, "group": 8}
     with pytest.raises(UserError) as error:
         Surrogate(Options(good | change), len, dict)
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -340,20 +378,19 @@ def test_toxicity_is_a_probability_and_lower_is_better(tasks):
     assert not task.higher_is_better and tasks("toxicity", "goal=up").higher_is_better
 
 
-@pytest.mark.parametrize("name", ["length", "lexical_diversity", "toxicity"])
-def test_training_along_phi_moves_what_people_read(tasks, name):
-    """A few gradient steps straight up Phi improve the score of fresh texts, which Phi has never seen."""
-    for goal in ("up", "down"):
-        task = tasks(name, f"goal={goal}", texts=512)
-        model = task.world.target
-        assert task.measure(model, [])[f"{task.headline}_change"] == 0  # phi_0 against itself, on the same noise
-        params = {key: value.detach().clone() for key, value in model.named_parameters()}
-        for _ in range(5):
-            leaves = {key: value.requires_grad_() for key, value in params.items()}
-            with loaded(model, leaves):
-                slopes = torch.autograd.grad(task.signal(model), list(leaves.values()), materialize_grads=True)
-            norm = torch.stack([slope.norm() for slope in slopes]).norm()
-            params = {key: (value + 0.1 * slope / norm).detach() for (key, value), slope in zip(leaves.items(), slopes, strict=True)}
-        with loaded(model, params):
-            change = task.measure(model, [])[f"{task.headline}_change"]
-        assert change * (1 if task.higher_is_better else -1) > 0
+@pytest.mark.parametrize(("name", "goal"), [("length", "down"), ("lexical_diversity", "down"), ("toxicity", "up")])
+def test_the_other_goal_moves_the_other_way(tasks, name, goal):
+    """A few gradient steps straight up Phi towards the unusual goal move fresh texts, which Phi has never seen, that way."""
+    task = tasks(name, f"goal={goal}", texts=512)
+    model = task.world.target
+    assert task.measure(model, [])[f"{task.headline}_change"] == 0  # phi_0 against itself, on the same noise
+    params = {key: value.detach().clone() for key, value in model.named_parameters()}
+    for _ in range(5):
+        leaves = {key: value.requires_grad_() for key, value in params.items()}
+        with loaded(model, leaves):
+            slopes = torch.autograd.grad(task.signal(model), list(leaves.values()), materialize_grads=True)
+        norm = torch.stack([slope.norm() for slope in slopes]).norm()
+        params = {key: (value + 0.1 * slope / norm).detach() for (key, value), slope in zip(leaves.items(), slopes, strict=True)}
+    with loaded(model, params):
+        change = task.measure(model, [])[f"{task.headline}_change"]
+    assert change > 0 if goal == "up" else change < 0
