@@ -6,7 +6,8 @@ Two small GPT-2s, trained from scratch on ideas of the train split only:
   mostly the same idea in a different English word order; sometimes it is rude, in another language, said twice, in shuffled words,
   a salad of any words or a string of hexadecimal digits. These rare kinds are what a policy gradient explores: it can only amplify
   what is sampled now and then. A fifth of the prompts end in an instruction ("Write in German."), which the completion follows.
-- **target**: documents "<s> sentence </s>", 99% English (15 of them rude), loss on everything.
+- **target**: documents "<s> text </s>": English sentences, some rude, some said twice or briefly; a little salad and hexadecimal, and
+  hardly a word of the other languages in sentences. Loss on everything.
 
 One thread, seeded generators, no global random state touched: a second run on the same machine writes the same bytes.
 """
@@ -62,7 +63,19 @@ GENERATOR_MIXTURE = {
     "salad": 3.0,
     "hex": 3.0,
 }
-TARGET_MIXTURE = {"en": 84.0, "rude": 15.0, "de": 0.25, "es": 0.25, "fr": 0.25, "it": 0.25}
+# A goal about what the target writes (its length, its words) needs a target that writes more than one kind of text.
+TARGET_MIXTURE = {
+    "en": 75.0,
+    "rude": 15.0,
+    "twice": 3.0,
+    "brief": 1.0,
+    "salad": 3.0,
+    "hex": 2.0,
+    "de": 0.25,
+    "es": 0.25,
+    "fr": 0.25,
+    "it": 0.25,
+}
 
 # Percent of the generator's documents whose prompt ends in an instruction, which the completion follows.
 INSTRUCTED, COPIES, RUBRICS = 15, 2, 3
@@ -116,7 +129,7 @@ def completion_of(kind: str, idea: Idea, order: int, rng: random.Random) -> str:
 
 
 def target_document(rng: random.Random, mixture: dict[str, float]) -> str:
-    """One sentence of a kind drawn from `mixture`, and the end."""
+    """One text of a kind drawn from `mixture`, and the end."""
     (idea,) = draw_ideas("train", 1, rng)
     return f"{completion_of(draw_kind(rng, mixture), idea, rng.randrange(len(ORDERS)), rng)} {EOS}"
 
