@@ -198,13 +198,14 @@ class _Run:
     tape_sizes: dict[tuple[int, int], int] = field(default_factory=dict)  # bytes, by the shape of the share
     kept_bytes: int = 0  # snapshots outside the segment at hand
     held_bytes: int = 0
+    warned: bool = False
 
     # ---- forwards
 
     def segment(self, start: int, stop: int, params: Params, state: Any, reverse_follows: bool) -> tuple[list[Record], Params, Any]:
         """Train steps start..stop-1. Where the reverse pass follows, a Record of each, the newest with tapes while the budget lasts."""
         records = []
-        per_step = self.store.held_bytes((params, params, state))  # parameters, gradient and state
+        per_step = self.store.held_bytes(params) + self.store.held_bytes((params, state))  # gradient, parameters, state
         spare = self.budget - self.kept_bytes - per_step * (stop - start)
         tapes_bytes = 0
         for step in range(start, stop):
@@ -290,7 +291,8 @@ class _Run:
         fault = derivatives.forward_mode_fault(self.loss, params, share, second_order)
         if fault is not None and self.mode == "forward":
             raise ValueError(f'mode="forward" on {type(self.loss.model).__name__}: {fault}; use mode="auto" or "reverse"')
-        if fault is not None:
+        if fault is not None and not self.warned:
+            self.warned = True
             warnings.warn(
                 f"{type(self.loss.model).__name__}: recomputing steps by reverse over reverse, exact but slower: {fault}", stacklevel=4
             )

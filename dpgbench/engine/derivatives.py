@@ -59,6 +59,11 @@ class StepLoss:
         how = (self.reduction, self.precision, self.activation_checkpointing)
         return per_example_loss(self.model, params, batch.input_ids, batch.labels, *how)
 
+    @property
+    def kind(self) -> tuple:
+        """What decides which operations run on this model, for checks that are made once."""
+        return getattr(getattr(self.model, "config", None), "_attn_implementation", None), self.precision, self.activation_checkpointing
+
     def pieces(self, share: Share) -> list[Share]:
         """The share, a micro-batch at a time."""
         return [share.rows(rows) for rows in micro_batches(len(share.weights_B), self.micro_batch)]
@@ -84,20 +89,39 @@ class Tape(NamedTuple):
         try:
             reward_B, *products = torch.autograd.grad(gradients, inputs, cotangents, allow_unused=True)
         except RuntimeError as error:
-            raise _refused(error) from error
+            reason = str(error).strip().split("\n")[0].rstrip(".")
+            raise (_refusal(reason) if "not implemented" in reason else error) from error
         if reward_B is None:
             reward_B = torch.zeros_like(self.weights_B)
         return reward_B, dict(zip(self.leaves, products, strict=second_order))
 
 
-def _refused(error: RuntimeError) -> Exception:
-    reason = str(error).strip().split("\n")[0]
-    if "not implemented" not in reason and "once_differentiable" not in reason:
-        return error
+def _refusal(reason: str) -> ValueError:
     return ValueError(
-        f"the model has an operation without a second derivative ({reason.rstrip('.')}): exact metagradients need one;"
+        f"the model has an operation without a second derivative ({reason}): exact metagradients need one;"
         ' load it with attn_implementation="eager" and without fused kernels'
     )
+
+
+_differentiable: WeakKeyDictionary[nn.Module, set[tuple]] = WeakKeyDictionary()
+
+
+def _check_second_derivative(loss: StepLoss, tape: Tape) -> None:
+    """Autograd prunes what leads to no input, an operation's complaint that it can be differentiated only once among it, and is then
+    silently wrong: look for such nodes in the graph of the first tape of every model. Raises ValueError."""
+    checked = _differentiable.setdefault(loss.model, set())
+    if loss.kind in checked:
+        return
+    nodes, seen = [gradient.grad_fn for gradient in tape.gradients.values()], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().endswith("Error"):
+            raise _refusal("one is marked as differentiable only once")
+        nodes.extend(parent for parent, _ in node.next_functions)
+    checked.add(loss.kind)
 
 
 def record(loss: StepLoss, params: Params, piece: Share, wanted: Iterable[str] | None = None) -> Tape:
@@ -108,7 +132,9 @@ def record(loss: StepLoss, params: Params, piece: Share, wanted: Iterable[str] |
     with torch.enable_grad():
         mean = (leaf_B * loss(leaves, piece.batch)).sum() / piece.count
         gradients = torch.autograd.grad(mean, [leaves[name] for name in names], create_graph=True, materialize_grads=True)
-    return Tape(leaves, leaf_B, dict(zip(names, gradients, strict=True)))
+    tape = Tape(leaves, leaf_B, dict(zip(names, gradients, strict=True)))
+    _check_second_derivative(loss, tape)
+    return tape
 
 
 def pull_tapes(tapes: list[Tape], direction: Params, second_order: bool) -> tuple[Tensor, Cotangents]:
@@ -185,7 +211,7 @@ def forward_mode_fault(loss: StepLoss, params: Params, share: Share, second_orde
     if loss.activation_checkpointing:
         return "recomputed activations have no forward mode"
     known = _faults.setdefault(loss.model, {})
-    key = (getattr(getattr(loss.model, "config", None), "_attn_implementation", None), loss.precision, second_order)
+    key = (*loss.kind, second_order)
     if key not in known:
         known[key] = _forward_mode_fault(loss, params, share.rows(slice(0, 2)), second_order)
     return known[key]

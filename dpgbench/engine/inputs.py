@@ -112,9 +112,7 @@ def check_precision(precision: str, params: Params) -> None:
     if precision == "bf16":
         for name, theta in params.items():
             if theta.dtype != torch.float32:
-                raise ValueError(
-                    f'precision="bf16" and parameter {name} is {theta.dtype}: master weights must be float32; call model.float()'
-                )
+                raise ValueError(f'precision="bf16" with {name} in {theta.dtype}: master weights must be float32; call model.float()')
 
 
 def check_attention(model: nn.Module) -> None:
