@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dpgbench.engine.fused import cross_entropy, faster_activations
 from dpgbench.engine.inputs import IGNORE, check_reduction
 from dpgbench.engine.optimizers import Params
 
@@ -88,15 +89,17 @@ def per_example_loss(
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_autocast(precision, input_ids.device))
+        stack.enter_context(faster_activations(model))
         if activation_checkpointing:
             stack.enter_context(_checkpointed_layers(model, precision))
         logits_BLV = torch.func.functional_call(model, dict(params), (), {"input_ids": input_ids, "use_cache": False}).logits
     if logits_BLV.dtype in (torch.float16, torch.bfloat16):
         logits_BLV = logits_BLV.float()
-    targets_BL = labels[:, 1:]
-    loss_BL = F.cross_entropy(logits_BLV[:, :-1].transpose(1, 2), targets_BL, ignore_index=IGNORE, reduction="none")
+    # The last position predicts nothing; an ignored target for it is cheaper than a copy of all the other logits.
+    targets_BL = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    loss_BL = cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten(), IGNORE).view(targets_BL.shape)
     if reduction == "length":
-        return loss_BL.sum(1) / targets_BL.shape[1]
+        return loss_BL.sum(1) / (labels.shape[1] - 1)
     return loss_BL.sum(1) / (targets_BL != IGNORE).sum(1).clamp(min=1)
 
 
@@ -116,7 +119,8 @@ def _checkpointed_layers(model: nn.Module, precision: str) -> Iterator[None]:
             current = dict(layer.named_parameters())
 
             def compute(*args, **kwargs):
-                with loaded(layer, current), sdpa_kernel(SDPBackend.MATH), _autocast(precision, args[0].device):
+                autocast = _autocast(precision, args[0].device)
+                with loaded(layer, current), sdpa_kernel(SDPBackend.MATH), faster_activations(layer), autocast:
                     return forward(*args, **kwargs)
 
             return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

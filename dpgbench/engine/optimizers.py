@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dpgbench.engine.fused import blocked
+
 Params = dict[str, Tensor]
 Cotangents = Mapping[str, "Tensor | None"]  # derivative of the metric to each tensor; None or absent = structurally zero
 
@@ -113,38 +115,53 @@ class AdamW:
 
     def update(self, params: Params, gradients: Params, state: Moments, step: int) -> tuple[Params, Moments]:
         (b1, b2), (c1, c2) = self.betas, self._corrections(step)
+
+        def formula(theta: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            m = b1 * m + (1 - b1) * g
+            v = b2 * v + (1 - b2) * g * g
+            denominator = (v / c2 + self.eps_root).sqrt() + self.eps
+            return theta * (1 - self.lr * self.weight_decay) - (self.lr / c1) * m / denominator, m, v
+
         new_params, first, second = {}, {}, {}
         for name, theta in params.items():
-            g = gradients[name]
-            first[name] = m = b1 * state.first[name] + (1 - b1) * g
-            second[name] = v = b2 * state.second[name] + (1 - b2) * g * g
-            denominator = (v / c2 + self.eps_root).sqrt() + self.eps
-            new_params[name] = theta * (1 - self.lr * self.weight_decay) - (self.lr / c1) * m / denominator
+            results = blocked(formula, theta, gradients[name], state.first[name], state.second[name])
+            new_params[name], first[name], second[name] = results
         return new_params, Moments(first, second)
 
     def vjp(
         self, gradients: Params, new_state: Moments, step: int, to_params: Cotangents, to_state: Moments | None
     ) -> tuple[Cotangents, Cotangents, Moments]:
         (b1, b2), (c1, c2) = self.betas, self._corrections(step)
+
+        def through_theta(to_theta: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            root = (v / c2 + self.eps_root).sqrt()
+            denominator = root + self.eps
+            to_m_hat = -self.lr * to_theta / denominator
+            m_over_root = m / root
+            if self.eps_root == 0:  # an unused token's row: 0 / 0, where the limit along real gradients is zero
+                m_over_root = torch.where(root > 0, m_over_root, 0.0)
+            to_v = to_m_hat * m_over_root / denominator * (-0.5 / (c1 * c2))
+            return to_theta * (1 - self.lr * self.weight_decay), to_m_hat / c1, to_v
+
+        def through_moments(g: Tensor, to_m: Tensor, to_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return (1 - b1) * to_m + (2 * (1 - b2)) * g * to_v, b1 * to_m, b2 * to_v
+
         to_first, to_second = to_state or ({}, {})
         to_gradients, to_old_params, to_old_first, to_old_second = {}, {}, {}, {}
         for name, g in gradients.items():
             to_theta, to_m, to_v = to_params.get(name), to_first.get(name), to_second.get(name)
             if to_theta is not None:
-                m, root = new_state.first[name], (new_state.second[name] / c2 + self.eps_root).sqrt()
-                denominator = root + self.eps
-                to_old_params[name] = to_theta * (1 - self.lr * self.weight_decay)
-                to_m_hat = -self.lr * to_theta / denominator
-                m_over_root = m / root
-                if self.eps_root == 0:  # an unused token's row: 0 / 0, where the limit along real gradients is zero
-                    m_over_root = torch.where(root > 0, m_over_root, 0.0)
-                to_m = add_cotangents(to_m_hat / c1, to_m)
-                to_v = add_cotangents(to_m_hat * m_over_root / denominator * (-0.5 / (c1 * c2)), to_v)
-            from_m = None if to_m is None else (1 - b1) * to_m
-            from_v = None if to_v is None else 2 * (1 - b2) * g * to_v
-            to_gradients[name] = add_cotangents(from_m, from_v)
-            to_old_first[name] = None if to_m is None else b1 * to_m
-            to_old_second[name] = None if to_v is None else b2 * to_v
+                parts = blocked(through_theta, to_theta, new_state.first[name], new_state.second[name])
+                to_old_params[name] = parts[0]
+                to_m, to_v = add_cotangents(parts[1], to_m), add_cotangents(parts[2], to_v)
+            if to_m is not None and to_v is not None:
+                to_gradients[name], to_old_first[name], to_old_second[name] = blocked(through_moments, g, to_m, to_v)
+            else:
+                from_m = None if to_m is None else (1 - b1) * to_m
+                from_v = None if to_v is None else (2 * (1 - b2)) * g * to_v
+                to_gradients[name] = add_cotangents(from_m, from_v)
+                to_old_first[name] = None if to_m is None else b1 * to_m
+                to_old_second[name] = None if to_v is None else b2 * to_v
         return to_gradients, to_old_params, Moments(to_old_first, to_old_second)
 
 
