@@ -173,6 +173,10 @@ class RunSpec:
         relevant = {section: dict(values) if isinstance(values, dict) else values for section, values in self.config.items()}
         for section in ("task", "method"):
             relevant[section].pop("label", None)
+        for setting in ("memory_budget", "checkpoint", "offload"):  # time and memory, not numbers
+            relevant["training"].pop(setting, None)
+        if relevant["training"].get("precision") == "full":
+            del relevant["training"]["precision"]  # what cells had before there was a choice
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:10]
 
     @property
