@@ -67,17 +67,17 @@ class Findings:
     def verdict(self) -> tuple[str, list[str]]:
         """ "yes", "with care" or "no", and the reasons."""
         wrong, doubts = [], []
-        if self.fd_correlation < 0.999:
+        if not self.fd_correlation >= 0.999:  # so that NaN is wrong too
             wrong.append(
                 "the derivatives are not those of this training run: an operation of the model or the signal has a wrong derivative"
             )
-        if self.rounding < 0.99:
+        if not self.rounding >= 0.99:
             wrong.append("rounding drowns the rewards: train in float32 or float64, or with a larger learning rate")
         if self.bf16_correlation is not None and self.bf16_correlation < 0.95:
             doubts.append('bfloat16 changes the rewards: use precision="full"')
         if self.saturation is not None and self.saturation > 0.9:
             doubts.append(f"AdamW's first step is nearly all sign: raise eps_root to about {self.suggested_eps_root:.0e}")
-        if self.lds < 0.5:
+        if not self.lds >= 0.5:
             wrong.append("rewards do not rank the outcomes of training on half of the data: the change is too large for a derivative")
         elif self.lds < 0.9:
             doubts.append("rewards rank the outcomes of training on half of the data only roughly")

@@ -210,7 +210,7 @@ class _Run:
         tapes_bytes = 0
         for step in range(start, stop):
             tapes = None
-            if reverse_follows and self._tapes_wanted() and self._predicted(step, stop) <= spare:
+            if reverse_follows and self._tape_wanted(step) and self._predicted(step, stop) <= spare:
                 tapes, weight = self._recorded(step, params, spare - tapes_bytes)
                 if tapes is not None and self._predicted(step, stop) > spare and step + 1 < stop:
                     tapes = None  # now that its weight is known: the budget is for later steps
@@ -228,8 +228,8 @@ class _Run:
             params = new_params
         return records, params, state
 
-    def _tapes_wanted(self) -> bool:
-        return self.mode in ("auto", "tape")
+    def _tape_wanted(self, step: int) -> bool:
+        return self.mode in ("auto", "tape") and len(self.shares[step].weights_B) > 0  # a small batch leaves some process without a share
 
     def _predicted(self, step: int, stop: int) -> float:
         """Bytes of the tapes of steps step..stop-1, from those already weighed: an upper bound for other shapes, 0 if none is known."""

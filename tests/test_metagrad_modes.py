@@ -113,11 +113,11 @@ def test_the_self_check_notices_a_wrong_rule(monkeypatch):
     """With torch's own layer_norm the self-check fails: auto falls back to reverse over reverse, loudly and exactly; forced is refused."""
     model, (batches, _) = tiny_gpt2(), make_case(3, "padded")
     monkeypatch.setattr(derivatives, "_layer_norm", F.layer_norm)
-    with pytest.warns(UserWarning, match="reverse over reverse, exact but slower: its Hessian-vector product is .* off") as caught:
+    with pytest.warns(UserWarning, match=r"reverse over reverse, exact but slower: its Hessian-vector product is .* off") as caught:
         out = metagradients(model, batches, held_out, OPTIMIZERS["adamw"], memory_budget=0)
     assert sum("slower" in str(warning.message) for warning in caught) == 1 and out.modes == ("forward", "reverse", "reverse")
     assert relative_error(out.rewards, oracle(model, batches, held_out, OPTIMIZERS["adamw"])[0]) < 1e-8
-    with pytest.raises(ValueError, match='mode="forward" on GPT2LMHeadModel: its Hessian-vector product is .* off; use mode="auto"'):
+    with pytest.raises(ValueError, match=r'mode="forward" on GPT2LMHeadModel: its Hessian-vector product is .* off; use mode="auto"'):
         metagradients(model, batches, held_out, OPTIMIZERS["adamw"], mode="forward")
 
 
