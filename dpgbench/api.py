@@ -175,6 +175,10 @@ class RunSpec:
         for section in ("task", "method"):
             relevant[section].pop("label", None)
             relevant[section].pop("file", None)  # `file_sha256` stands for it
+        for setting in ("memory_budget", "checkpoint", "offload"):  # time and memory, not numbers
+            relevant["training"].pop(setting, None)
+        if relevant["training"].get("precision") == "full":
+            del relevant["training"]["precision"]  # what cells had before there was a choice
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:10]
 
     @property

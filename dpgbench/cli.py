@@ -1,4 +1,4 @@
-"""The command line: run | sweep | status | report | list. The only file that prints, and the only one that ends the process."""
+"""The command line: run | sweep | status | report | list | check. The only file that prints, and the only one that ends the process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +20,9 @@ from dpgbench.config import Cell, Request
 from dpgbench.errors import UserError, did_you_mean
 from dpgbench.registry import Registry
 
+if TYPE_CHECKING:
+    from dpgbench.check import Findings
+
 USAGE = """\
 usage: python -m dpgbench COMMAND [key=value ...]
 
@@ -27,6 +31,7 @@ usage: python -m dpgbench COMMAND [key=value ...]
   status  [the same words]                     where each cell stands; without words, every run folder
   report  suite=NAME                           table, figures and page of a sweep, from its run folders or its parquet
   list                                         every method, task, scale and suite
+  check metagrad task=language seed=0          can this cell's rewards be trusted? directions=8 subsets=32 say how much to measure
 
   --dry-run      with run and sweep: print the grid, what is done, what is skipped and why, what it would cost
   results=DIR    where results go (default: results)        plugins=DIR    your own methods/, tasks/ and configs/
@@ -35,7 +40,7 @@ usage: python -m dpgbench COMMAND [key=value ...]
 A bare key such as steps=2 or lang=es sets the one option of that name; task=all and method=all mean every one there is.
 """
 
-COMMANDS = ("run", "sweep", "status", "report", "list")
+COMMANDS = ("run", "sweep", "status", "report", "list", "check")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,6 +83,8 @@ def _command(words: list[str]) -> int:
         return _status(words)
     if command == "report":
         return _report(words)
+    if command == "check":
+        return _check(words)
     if command == "run" and any(word.startswith("spec=") for word in words):
         request = _replay(words)
     else:
@@ -248,6 +255,55 @@ def _list(words: list[str]) -> int:
         table.add_row(f"suite={name}", title)
     console.print(table, highlight=False)
     return 0
+
+
+def _check(words: list[str]) -> int:
+    """Measure how far a cell's metagradients can be trusted. Returns 0 for yes and with care, 1 for no."""
+    if not words or words[0] != "metagrad":
+        given = words[0] if words else "nothing"
+        raise UserError(f"check {given}: there is one thing to check; write `check metagrad`, then task=, scale=, seed= as with run")
+    own = ("directions=", "subsets=")
+    counts = {key: values[0] for key, values in config.parse(word for word in words[1:] if word.startswith(own)).items()}
+    for key, count in counts.items():
+        if type(count) is not int or count < 3:
+            raise UserError(f"{key}={count}: a correlation needs 3 or more; write {key}=8")
+    (cell,) = config.read([word for word in words[1:] if not word.startswith(own)], sweep=False).cells
+    if cell.skip:
+        raise UserError(cell.skip)
+    plugins = config.parse(words[1:]).get("plugins", [None])[0]
+    from dpgbench.check import measure_cell
+
+    found = measure_cell(cell.spec, Path(plugins) if plugins else None, **counts)
+    console = _console()
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for row in _check_rows(found):
+        table.add_row(*row)
+    console.print(f"{cell.spec.task.label}, scale {cell.spec.scale.name}, seed {cell.spec.seed}: {found.examples} texts, T={found.steps}")
+    console.print(table, highlight=False)
+    answer, reasons = found.verdict
+    console.print(
+        f"Can these rewards be trusted here? {answer.capitalize()}{': ' + '; '.join(reasons) if reasons else ''}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 1 if answer == "no" else 0
+
+
+def _check_rows(found: Findings) -> list[tuple[str, str, str]]:
+    """What was measured, its value, what it means."""
+    rows = [
+        ("finite differences", f"{found.fd_correlation:.6f}", f"correlation with the exact derivative; largest error {found.fd_error:.1e}"),
+        ("rounding", f"{found.rounding:.6f}", "correlation of the rewards with float64 ones"),
+        ("linear datamodelling score", f"{found.lds:.3f}", "rank correlation of predicted and actual Phi, half of the texts left out"),
+        ("metasmoothness", f"{found.metasmoothness:.3f}", "1: parameters move in proportion to the weights' change; 0: at random"),
+    ]
+    if found.saturation is not None:
+        said = f"of AdamW's first step is a sign, at eps_root={found.eps_root:.0e}; suggested {found.suggested_eps_root:.0e} or more"
+        rows.append(("saturation", f"{found.saturation:.3f}", said))
+    if found.bf16_correlation is not None:
+        rows.append(("bfloat16", f"{found.bf16_correlation:.4f}", "correlation of the rewards with float32 ones"))
+    rows.append(("cost", f"{found.cost:.2f}", f"times training alone; steps by {', '.join(dict.fromkeys(found.modes))}"))
+    return rows
 
 
 def _console() -> Console:

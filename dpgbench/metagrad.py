@@ -3,12 +3,9 @@
     tau_i = dPhi(phi_T) / dw_i,   phi_{t+1} = update(phi_t, (1/|B_t|) sum_{i in B_t} w_i grad l(x_i; phi_t))
 
 Three moves, each a function below: train forwards and record every step (`_Run.segment`); start from dPhi/dphi_T
-(`signal_gradients`); walk the steps backwards (`_Run.reverse`). A step's reverse is two pull-backs: through the optimizer
-in closed form, which gives lambda = dPhi/dgradient, and through the gradient of the loss, where
-    tau_i = <lambda, grad l_i> / |B_t|    and    dPhi/dphi_t += H_t lambda,   H_t the Hessian of the weighted mean loss.
-Both come from one backward pass through the step's own backward pass (`Tape`). The first step needs no H_0 lambda, so a
-forward-mode product suffices there. No backward ever follows a forward-mode product: the forward rule of layer_norm treats
-its statistics as constants, which is right on its own and silently wrong when differentiated again.
+(`signal_gradients`); walk the steps backwards (`_Run.reverse`). A step's reverse is two pull-backs: through the optimizer in closed
+form, which gives lambda = dPhi/dgradient, and through the gradient of the loss, in one of the three ways of `engine.derivatives`.
+The newest steps keep their tapes while the memory budget lasts, the others are recomputed, and what is structurally zero is skipped.
 
 Shape suffixes: B examples in a batch, N examples in total.
 Cost unit: F = one forward pass over the batch; a training step is 3F.
@@ -17,41 +14,52 @@ Sources: DPG = arXiv 2604.08423 (section on dataset policy gradients); REPLAY = 
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dpgbench.training import (
+from dpgbench.engine import derivatives
+from dpgbench.engine.derivatives import Share, StepLoss, Tape
+from dpgbench.engine.inputs import (
     Batch,
-    Cotangents,
-    Optimizer,
-    Params,
-    Signal,
-    add_cotangents,
+    check_attention,
     check_batches,
     check_model,
+    check_precision,
     check_reduction,
     check_scalar,
-    initial_parameters,
-    loaded,
-    mean_gradients,
-    micro_batches,
-    per_example_loss,
+    device_of,
     split_weights,
 )
+from dpgbench.engine.loss import initial_parameters, loaded
+from dpgbench.engine.memory import OverBudget, Store, budget_bytes, weighed
+from dpgbench.engine.optimizers import Cotangents, Optimizer, Params, add_cotangents
+from dpgbench.engine.parallel import Alone, Together
+from dpgbench.training import Signal, mean_gradients
+
+log = logging.getLogger(__name__)
+MODES = ("auto", "tape", "reverse", "forward")
 
 
 @dataclass(frozen=True)
 class Metagradients:
-    """rewards (N,): dPhi/dw_i in the order of the concatenated batches; value: Phi(phi_T); params: phi_T by name."""
+    """rewards (N,): dPhi/dw_i in the order of the concatenated batches; value: Phi(phi_T); params: phi_T by name.
+
+    modes: how each step was differentiated, "tape", "reverse" or "forward" (see `engine.derivatives`); tape_bytes: what the
+    heaviest tape that was recorded weighs, None if none was; held_bytes: the most that tapes and states held at a time."""
 
     rewards: Tensor
     value: float
     params: Params
+    modes: tuple[str, ...] = ()
+    tape_bytes: int | None = None
+    held_bytes: int = 0
 
 
 def metagradients(
@@ -63,48 +71,77 @@ def metagradients(
     micro_batch: int | None = None,
     checkpoint: str | int = "all",
     reduction: str = "length",
+    *,
+    memory_budget: int | float | None = None,
+    mode: str = "auto",
+    precision: str = "full",
+    offload: str | None = None,
+    activation_checkpointing: bool = False,
+    data_parallel: bool = False,
 ) -> Metagradients:
     """dPhi/dw_i of every training example at the given weights (default ones), exact through all T steps.
 
     model: a transformers causal LM, left unchanged; batches: T dicts of "input_ids" and "labels", (B, L) long, right padded,
     labels aligned with input_ids, -100 ignored; signal: module -> 0-d tensor, higher is better, called once on the module
-    with phi_T inside. weights (N,), micro_batch and reduction as in `training.train`. An example without labels gets 0.
+    with phi_T inside. weights (N,), micro_batch, reduction and precision as in `training.train`. An example without labels gets 0.
 
+    memory_budget: what tapes and states may hold, in bytes (int) or as a share of the device's memory (float; None: half).
+    mode: "auto" keeps the newest steps' tapes while the budget lasts and recomputes the rest, reverse over forward where a
+    self-check passes and else, with a warning, reverse over reverse; "tape", "reverse" and "forward" force one way.
     checkpoint: "all" keeps parameters, gradient and moments of every step (4 copies of the parameters a step with AdamW);
     an int k keeps the state before every k-th step and replays k steps at a time (3T/k + 4k copies); "sqrt" is k = ceil(sqrt(T)).
+    offload: None, "cpu" or "disk", where states wait for the reverse pass. activation_checkpointing: training steps keep no activations
+    inside a decoder layer (1F more a step); the reverse pass's own memory is bounded by micro_batch.
+    data_parallel: under torchrun, every process passes the same arguments, computes its share of each batch, and gets all rewards.
 
-    Cost, beside training's 3FT: T=1 at most 2F (3F with micro_batch), less when the metric reads few parameters; T>1: 6F for
-    the last step, 9F per middle step (9F also for the last with micro_batch), 3F for the first; 3F more per replayed step.
-    The last step keeps its own tape, about twice the activations of a training step: set micro_batch where that is too much.
-    Raises ValueError on malformed input, on active dropout, on attention kernels without a second derivative, and when the
-    signal is not a finite scalar that depends on the parameters. Source: DPG, arXiv 2604.08423; REPLAY, arXiv 2503.13751."""
+    Cost, beside training's 3FT: with its tape a step costs 6F, recomputed 8F (reverse over reverse: 9F), the first step at most 2F
+    or 3F, less when the metric reads few parameters; 3F more per replayed step. A tape weighs two to three times a step's activations.
+    Raises ValueError on malformed input, on active dropout, on operations without a second derivative, when the signal is not a
+    finite scalar that depends on the parameters, and when processes disagree. Sources: DPG, arXiv 2604.08423; REPLAY, arXiv 2503.13751."""
     check_model(model)
-    _check_attention(model)
+    check_attention(model)
     check_reduction(reduction)
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}: it must be one of {', '.join(MODES)}; pass one of them")
     params = initial_parameters(model)
+    check_precision(precision, params)
     steps, weights_N = check_batches(batches, params, weights, micro_batch)
     length = segment_length(checkpoint, len(steps))
-    run = _Run(model, optimizer, steps, split_weights(weights_N, steps), micro_batch, reduction)
+    budget = math.inf if mode == "tape" else budget_bytes(memory_budget, device_of(params))
+    group = Together() if data_parallel else Alone()
+    group.check_agreement(steps, weights_N, params)
+    shares = [_share(group, batch, weights_B) for batch, weights_B in zip(steps, split_weights(weights_N, steps), strict=True)]
+    loss = StepLoss(model, micro_batch, reduction, precision, activation_checkpointing)
 
-    starts = range(0, len(steps), length)
-    state, snapshots, records = optimizer.init(params), [], []
-    for start in starts:
-        snapshots.append((params, state))
-        records.clear()  # only the last segment's records outlive the forward pass
-        stop = min(start + length, len(steps))
-        records, params, state = run.segment(start, stop, params, state, tape_last=stop == len(steps))
+    with Store(offload) as store:
+        run = _Run(loss, optimizer, shares, group, store, mode, budget)
+        starts = range(0, len(steps), length)
+        state, snapshots, records = optimizer.init(params), [], []
+        for start in starts:
+            records.clear()  # only the last segment's records outlive the forward pass
+            if start < starts[-1]:
+                run.kept_bytes += store.held_bytes((params, state))
+                snapshots.append(store.put((params, state)))
+            stop = min(start + length, len(steps))
+            records, params, state = run.segment(start, stop, params, state, reverse_follows=stop == len(steps))
+        del state
 
-    value, to_params = signal_gradients(model, params, signal)
-    to_state = None
-    rewards: list[Tensor] = []
-    for start in reversed(starts):
-        snapshot = snapshots.pop()
-        if not records:
-            records, _, _ = run.segment(start, start + length, *snapshot)
-        while records:
-            reward_B, to_params, to_state = run.reverse(records.pop(), to_params, to_state)
-            rewards.append(reward_B)
-    return Metagradients(torch.cat(rewards[::-1]), value, params)
+        value, to_params = signal_gradients(model, params, signal)
+        to_state = None
+        rewards: list[Tensor] = []
+        for start in reversed(starts):
+            if not records:
+                snapshot = snapshots.pop()()
+                run.kept_bytes -= store.held_bytes(snapshot)
+                records, _, _ = run.segment(start, start + length, *snapshot, reverse_follows=True)
+                del snapshot
+            while records:
+                reward_B, to_params, to_state = run.reverse(records.pop(), to_params, to_state)
+                rewards.append(reward_B)
+    modes = tuple(run.modes[step] for step in range(len(steps)))
+    log.info("T=%d: %s; %.0f MB held at most", len(steps), _runs(modes), run.held_bytes / 1e6)
+    rewards_N = group.collected(rewards[::-1], [share.count for share in shares])
+    return Metagradients(rewards_N, value, params, modes, max(run.tape_sizes.values(), default=None), run.held_bytes)
 
 
 def segment_length(checkpoint: str | int, steps: int) -> int:
@@ -138,109 +175,147 @@ def signal_gradients(model: nn.Module, params: Params, signal: Signal) -> tuple[
     return value.item(), dict(zip(leaves, cotangents, strict=True))
 
 
-class Tape(NamedTuple):
-    """A step's gradient with the graph that computed it: differentiable in `leaves` (parameters) and `weights_B`."""
-
-    leaves: Params
-    weights_B: Tensor
-    gradients: Params
-
-    def pull(self, to_gradients: Params, second_order: bool) -> tuple[Tensor, Cotangents]:
-        """From lambda = dPhi/dgradient: (dPhi/dw (B,), H lambda by name). Uses the tape up.
-
-        `second_order=False` leaves H lambda out: autograd then skips the whole path to the parameters. Cost at most 6F, or 2F."""
-        pairs = [(self.gradients[name], cotangent) for name, cotangent in to_gradients.items() if self.gradients[name].requires_grad]
-        if not pairs:  # the metric reads parameters that the loss does not touch
-            return torch.zeros_like(self.weights_B), {}
-        inputs = [self.weights_B, *(self.leaves.values() if second_order else ())]
-        gradients, cotangents = zip(*pairs, strict=True)
-        reward_B, *products = torch.autograd.grad(gradients, inputs, cotangents, allow_unused=True)
-        if reward_B is None:
-            reward_B = torch.zeros_like(self.weights_B)
-        return reward_B, dict(zip(self.leaves, products, strict=second_order))
-
-
 class Record(NamedTuple):
-    """What the reverse pass needs of step `step`: phi_t, its gradient, the state after it, perhaps its tape."""
+    """What the reverse pass needs of step `step`: its tapes if they were kept, and phi_t, its gradient and the state after it."""
 
     step: int
-    params: Params
-    gradients: Params
-    new_state: Any
-    tape: Tape | None
+    tapes: list[Tape] | None
+    tensors: Callable[[], tuple[Params, Params, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
-    """The forward and the reverse pass over one training run; holds what stays the same from step to step."""
+    """The forward and the reverse pass over one training run, and what they learn on the way."""
 
-    model: nn.Module
+    loss: StepLoss
     optimizer: Optimizer
-    steps: Sequence[Batch]
-    weights: Sequence[Tensor]  # one (B,) per step
-    micro_batch: int | None
-    reduction: str
+    shares: Sequence[Share]
+    group: Alone
+    store: Store
+    mode: str
+    budget: float
+    modes: dict[int, str] = field(default_factory=dict)
+    tape_sizes: dict[tuple[int, int], int] = field(default_factory=dict)  # bytes, by the shape of the share
+    kept_bytes: int = 0  # snapshots outside the segment at hand
+    held_bytes: int = 0
+    warned: bool = False
 
-    def segment(self, start: int, stop: int, params: Params, state: Any, tape_last: bool = False) -> tuple[list[Record], Params, Any]:
-        """Train steps start..stop-1, keeping a Record of each; with `tape_last` the last one keeps its tape if it is in one piece."""
+    # ---- forwards
+
+    def segment(self, start: int, stop: int, params: Params, state: Any, reverse_follows: bool) -> tuple[list[Record], Params, Any]:
+        """Train steps start..stop-1. Where the reverse pass follows, a Record of each, the newest with tapes while the budget lasts."""
         records = []
+        per_step = self.store.held_bytes(params) + self.store.held_bytes((params, state))  # gradient, parameters, state
+        spare = self.budget - self.kept_bytes - per_step * (stop - start)
+        tapes_bytes = 0
         for step in range(start, stop):
-            batch, weights_B, tape = self.steps[step], self.weights[step], None
-            if tape_last and step == stop - 1 and len(micro_batches(len(weights_B), self.micro_batch)) == 1:
-                tape = self.tape(step, params, slice(None), params)
-                gradients = {name: gradient.detach() for name, gradient in tape.gradients.items()}
+            tapes = None
+            if reverse_follows and self._tape_wanted(step) and self._predicted(step, stop) <= spare:
+                tapes, weight = self._recorded(step, params, spare - tapes_bytes)
+                if tapes is not None and self._predicted(step, stop) > spare and step + 1 < stop:
+                    tapes = None  # now that its weight is known: the budget is for later steps
+            if tapes is None:
+                gradients = self._gradients(step, params)
             else:
-                gradients = mean_gradients(self.model, params, batch, weights_B, self.micro_batch, self.reduction)
+                tapes_bytes += weight
+                gradients = _detached_sum(tapes)
+            gradients = self.group.summed(gradients, params)
             with torch.no_grad():
                 new_params, state = self.optimizer.update(params, gradients, state, step)
-            records.append(Record(step, params, gradients, state, tape))
+            if reverse_follows:
+                records.append(Record(step, tapes, self.store.put((params, gradients, state))))
+                self.held_bytes = max(self.held_bytes, self.kept_bytes + per_step * len(records) + tapes_bytes)
             params = new_params
         return records, params, state
 
+    def _tape_wanted(self, step: int) -> bool:
+        return self.mode in ("auto", "tape") and len(self.shares[step].weights_B) > 0  # a small batch leaves some process without a share
+
+    def _predicted(self, step: int, stop: int) -> float:
+        """Bytes of the tapes of steps step..stop-1, from those already weighed: an upper bound for other shapes, 0 if none is known."""
+        return sum(self._predicted_one(later) for later in range(step, stop))
+
+    def _predicted_one(self, step: int) -> float:
+        rows, width = self.shares[step].batch.input_ids.shape
+        if (rows, width) in self.tape_sizes or not self.tape_sizes:
+            return self.tape_sizes.get((rows, width), 0)
+        # Activations grow with the tokens, attention with their square.
+        return min(size * (rows / r) * (width / w) * max(1, width / w) for (r, w), size in self.tape_sizes.items() if r)
+
+    def _recorded(self, step: int, params: Params, limit: float) -> tuple[list[Tape] | None, int]:
+        """The step's tapes and their bytes, or (None, 0) when they would weigh more than `limit`."""
+        share = self.shares[step]
+        try:
+            with weighed(limit, (*params.values(), *share.batch, share.weights_B)) as scale:
+                tapes = [derivatives.record(self.loss, params, piece) for piece in self.loss.pieces(share)]
+        except OverBudget:
+            shape = tuple(share.batch.input_ids.shape)
+            self.tape_sizes[shape] = max(self.tape_sizes.get(shape, 0), int(limit) + 1)
+            return None, 0
+        self.tape_sizes[tuple(share.batch.input_ids.shape)] = scale.bytes
+        return tapes, scale.bytes
+
+    def _gradients(self, step: int, params: Params) -> Params:
+        share, loss = self.shares[step], self.loss
+        how = (loss.micro_batch, loss.reduction, loss.precision, loss.activation_checkpointing)
+        return mean_gradients(loss.model, params, share.batch, share.weights_B, *how, count=share.count)
+
+    # ---- backwards
+
     def reverse(self, record: Record, to_params: Cotangents, to_state: Any) -> tuple[Tensor, Cotangents, Any]:
         """Pull the cotangents of (phi_{t+1}, state) back through step t: (dPhi/dw_t (B,), those of phi_t and of its state)."""
+        params, gradients, new_state = record.tensors()
         with torch.no_grad():
-            to_gradients, to_params, to_state = self.optimizer.vjp(record.gradients, record.new_state, record.step, to_params, to_state)
-        live = {name: cotangent for name, cotangent in to_gradients.items() if cotangent is not None}
-        first = record.step == 0
-        pieces = []
-        for rows in micro_batches(len(self.weights[record.step]), self.micro_batch):
-            if record.tape is not None:
-                reward_B, products = record.tape.pull(live, second_order=not first)
-            elif first:
-                reward_B, products = self.forward_product(record, rows, live), {}
-            else:
-                reward_B, products = self.tape(record.step, record.params, rows, live).pull(live, second_order=True)
-            pieces.append(reward_B)
-            to_params = {name: add_cotangents(to_params.get(name), products.get(name)) for name in record.params}
-        return torch.cat(pieces), to_params, to_state
+            to_gradients, to_params, to_state = self.optimizer.vjp(gradients, new_state, record.step, to_params, to_state)
+        direction = {name: cotangent for name, cotangent in to_gradients.items() if cotangent is not None}
+        second_order = record.step > 0  # phi_0 is given: nothing before it to pull back to
+        if len(self.shares[record.step].weights_B) == 0:  # no share of a small batch
+            self.modes[record.step], reward_B, products = "forward", self.shares[record.step].weights_B.clone(), {}
+        elif record.tapes is not None:
+            self.modes[record.step] = "tape"
+            reward_B, products = derivatives.pull_tapes(record.tapes, direction, second_order)
+        else:
+            reward_B, products = self._recompute(record.step, params, direction, second_order)
+        if second_order:
+            products = self.group.summed(products, params)
+        return reward_B, {name: add_cotangents(to_params.get(name), products.get(name)) for name in params}, to_state
 
-    def tape(self, step: int, params: Params, rows: slice, wanted: Mapping[str, Any]) -> Tape:
-        """Record the gradient of the rows' share of step `step`'s mean loss, to the parameters named in `wanted`. Cost at most 3F."""
-        batch, weights_B = self.steps[step], self.weights[step]
-        leaves = {name: theta.detach().requires_grad_() for name, theta in params.items()}
-        leaf_B = weights_B[rows].detach().requires_grad_()
-        with torch.enable_grad():
-            loss_B = per_example_loss(self.model, leaves, batch.input_ids[rows], batch.labels[rows], self.reduction)
-            mean = (leaf_B * loss_B).sum() / len(weights_B)
-            names = list(wanted)
-            gradients = torch.autograd.grad(mean, [leaves[name] for name in names], create_graph=True, materialize_grads=True)
-        return Tape(leaves, leaf_B, dict(zip(names, gradients, strict=True)))
+    def _recompute(self, step: int, params: Params, direction: Params, second_order: bool) -> tuple[Tensor, Cotangents]:
+        share = self.shares[step]
+        self.modes[step] = mode = "reverse" if self.mode == "reverse" or self._forward_fault(params, share, second_order) else "forward"
+        compute = derivatives.reverse_over_reverse if mode == "reverse" else derivatives.reverse_over_forward
+        return compute(self.loss, params, share, direction, second_order)
 
-    def forward_product(self, record: Record, rows: slice, direction: Params) -> Tensor:
-        """<direction, grad l_i> / B for every row, by one forward-mode product: at most 3F and no tape."""
-        batch, names = self.steps[record.step], list(direction)
-
-        def loss(*moved: Tensor) -> Tensor:
-            params = {**record.params, **dict(zip(names, moved, strict=True))}
-            return per_example_loss(self.model, params, batch.input_ids[rows], batch.labels[rows], self.reduction)
-
-        with torch.no_grad():
-            _, slope_B = torch.func.jvp(loss, tuple(record.params[name] for name in names), tuple(direction.values()))
-        return slope_B / len(batch.input_ids)
+    def _forward_fault(self, params: Params, share: Share, second_order: bool) -> bool:
+        """Whether the forward-mode way is closed to this model. Raises ValueError if it is the way that was asked for."""
+        fault = derivatives.forward_mode_fault(self.loss, params, share, second_order)
+        if fault is not None and self.mode == "forward":
+            raise ValueError(f'mode="forward" on {type(self.loss.model).__name__}: {fault}; use mode="auto" or "reverse"')
+        if fault is not None and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{type(self.loss.model).__name__}: recomputing steps by reverse over reverse, exact but slower: {fault}", stacklevel=4
+            )
+        return fault is not None
 
 
-def _check_attention(model: nn.Module) -> None:
-    kind = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if kind not in (None, "eager", "sdpa"):
-        raise ValueError(f'attn_implementation={kind!r}: it must be "eager" or "sdpa", others have no second derivative; reload the model')
+def _share(group: Alone, batch: Batch, weights_B: Tensor) -> Share:
+    rows = group.rows(len(weights_B))
+    return Share(Batch(batch.input_ids[rows], batch.labels[rows]), weights_B[rows], len(weights_B))
+
+
+def _detached_sum(tapes: Sequence[Tape]) -> Params:
+    total = {name: gradient.detach() for name, gradient in tapes[0].gradients.items()}
+    for tape in tapes[1:]:
+        total = {name: total[name] + gradient.detach() for name, gradient in tape.gradients.items()}
+    return total
+
+
+def _runs(modes: Sequence[str]) -> str:
+    """ "step 0 forward, steps 1-3 tape" for the log."""
+    said, start = [], 0
+    for step in range(1, len(modes) + 1):
+        if step == len(modes) or modes[step] != modes[start]:
+            said.append(f"{f'step {start}' if step - start == 1 else f'steps {start}-{step - 1}'} {modes[start]}")
+            start = step
+    return ", ".join(said)

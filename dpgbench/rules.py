@@ -48,6 +48,21 @@ def _check_training(training: _Section) -> None:
     training.require("lr", training["lr"] > 0, "a learning rate is positive; write training.lr=1e-3")
     training.require("inner_steps", training["inner_steps"] >= 1, "the target needs at least one optimizer step; write inner_steps=1")
     training.require("max_length", training["max_length"] >= 2, "an example needs two tokens or more; write max_length=24")
+    _check_engine(training)
+
+
+def _check_engine(training: _Section) -> None:
+    """Settings of the metagradient engine; cells stored before there were any have none."""
+    values = {"precision": "full", "memory_budget": 0.5, "checkpoint": None, "offload": None, **training.values}
+    engine = _Section("training", values)
+    engine.require_one_of("precision", "full", "bf16")
+    budget = values["memory_budget"]
+    good = isinstance(budget, int | float) and (0 <= budget <= 1 or (budget > 1 and float(budget).is_integer()))
+    engine.require("memory_budget", good, "a share of the device's memory up to 1, or bytes; write memory_budget=0.5 or memory_budget=4e9")
+    kept = values["checkpoint"]
+    good = kept in (None, "all", "sqrt") or (type(kept) is int and kept >= 1)
+    engine.require("checkpoint", good, "null, all, sqrt or a number of steps from 1 up; write checkpoint=sqrt")
+    engine.require("offload", values["offload"] in (None, "cpu", "disk"), "null, cpu or disk; write offload=disk")
 
 
 def _check_scale(scale: _Section, inner_steps: int) -> None:

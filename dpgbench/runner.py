@@ -146,7 +146,7 @@ class _Cell:
     def _score(self, snapshot: Snapshot) -> _Scored:
         """Draw the deployment dataset (charged), train a fresh target on it and measure that (not charged)."""
         from dpgbench.training import loaded, train
-        from dpgbench.workbench import optimizer_of
+        from dpgbench.workbench import engine_of, optimizer_of
 
         clock = time.perf_counter()
         with self.meter.deployment() as price:
@@ -157,7 +157,8 @@ class _Cell:
             raise CellError(f"snapshot {snapshot.step}: sample returned {len(texts)} texts for {wanted}")
         target, training = self.world.target, self.spec.training
         batches, _ = self.bench.batches(texts, "deployment", steps=self.spec.scale.deployment_steps)
-        params = train(target, batches, optimizer_of(training), micro_batch=training.micro_batch, reduction=training.reduction)
+        how = {"micro_batch": training.micro_batch, "reduction": training.reduction, "precision": engine_of(training)["precision"]}
+        params = train(target, batches, optimizer_of(training), **how)
         with loaded(target, params):
             import torch
 

@@ -31,6 +31,17 @@ def optimizer_of(training: Options) -> SGD | AdamW:
     return AdamW(training.lr, tuple(training.betas), training.eps, training.eps_root, training.weight_decay)
 
 
+def engine_of(training: Options) -> dict[str, Any]:
+    """The metagradient engine's settings as configured; cells stored before there were any get the defaults."""
+    given = training.plain()
+    return {
+        "precision": given.get("precision", "full"),
+        "memory_budget": given.get("memory_budget"),
+        "checkpoint": given.get("checkpoint") or "all",
+        "offload": given.get("offload"),
+    }
+
+
 class Workbench:
     """One cell's tools. `options` are the method's own;"""
 
@@ -110,7 +121,7 @@ class Workbench:
         batches, order = self.batches(texts, *names)
 
         def differentiate() -> Metagradients:
-            how = {"micro_batch": training.micro_batch, "reduction": training.reduction}
+            how = {"micro_batch": training.micro_batch, "reduction": training.reduction, **engine_of(training)}
             return metagradients(self.world.target, batches, self.task.signal, optimizer=self.optimizer, **how)
 
         shapes = tuple(tuple(batch["input_ids"].shape) for batch in batches)
