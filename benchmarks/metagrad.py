@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +31,7 @@ MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 35), "MALLOC_TOP_PAD_": str(1 << 26),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }  # fmt: skip
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 NAMES = {
     "loop": "training alone, an ordinary loop", "train": "training alone, `dpgbench.training.train`", "ours": "**dpgbench**",
     "tight": "**dpgbench**, budget: T=1's peak and 16 states", "sqrt": "**dpgbench**, the same budget, `checkpoint=\"sqrt\"`",
@@ -99,7 +100,7 @@ def sizes() -> tuple[int, int]:
     return out.tape_bytes, out.held_bytes - out.tape_bytes
 
 
-def timed(steps: int, signal: str, names: list[str], repetitions: int) -> Iterator[dict]:
+def timed(steps: int, signal: str, names: list[str], repetitions: int, clock: Callable[[], float]) -> Iterator[dict]:
     """What is known after every call: medians of the seconds and of the ratios to training in the same repetition, and how far the rewards
     are from the unroll's, or from dpgbench's where the unroll does not take part (of the largest reward).
     """
@@ -111,9 +112,9 @@ def timed(steps: int, signal: str, names: list[str], repetitions: int) -> Iterat
     seconds, rewards = {name: [] for name in functions}, {}
     for _ in range(repetitions):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             rewards[name] = function(*arguments)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
             yield _summary(seconds, rewards)
 
 
@@ -198,6 +199,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(NAMES), help="contestants, by their short names")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: CPU seconds, for a machine that is shared; with --threads 1")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-times", action="store_true")
     parser.add_argument("--table", action="store_true")
@@ -221,12 +223,17 @@ def main() -> None:
             megabytes = peak(name, int(steps), signal)
         print(megabytes)
         return
-    stored["versions"] = {"torch": torch.__version__, "python": platform.python_version(), "threads": options.threads}
+    stored["versions"] = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": options.threads,
+        "clock": options.clock,
+    }
     for signal in options.signals:
         for steps in options.steps:
             cell = stored["cells"].setdefault(f"{steps} {signal}", {})
             if not options.no_times:
-                for entries in timed(steps, signal, options.only, options.repetitions):
+                for entries in timed(steps, signal, options.only, options.repetitions, CLOCKS[options.clock]):
                     for name, entry in entries.items():
                         cell[name] = {**cell.get(name, {}), **entry}
                     save(stored)

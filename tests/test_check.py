@@ -95,7 +95,8 @@ def test_bf16_is_compared_with_full_precision():
     "change, answer, words",
     [
         ({}, "yes", ""), ({"fd_correlation": 0.99}, "no", "wrong derivative"), ({"rounding": 0.9}, "no", "rounding drowns"),
-        ({"lds": 0.3}, "no", "do not rank"), ({"lds": 0.8}, "with care", "only roughly"), ({"metasmoothness": 0.1}, "with care", "not metasmooth"),
+        ({"lds": 0.3}, "no", "do not rank"), ({"lds": 0.8}, "with care", "only roughly"),
+        ({"metasmoothness": 0.1}, "with care", "not metasmooth"),
         ({"saturation": 0.95}, "with care", "eps_root to about 1e-04"), ({"bf16_correlation": 0.9}, "with care", 'use precision="full"'),
         ({"lds": float("nan")}, "no", "do not rank"),
     ],
