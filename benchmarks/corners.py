@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--columns", default="38:130:4", help="first:end:step of the corner's column")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 1.0])
     parser.add_argument("overrides", nargs="*", help="settings, such as strength=6000 eps_root=5e-6")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     spec = config.read([f"task={options.task}", *options.overrides], sweep=False).cells[0].spec
     target, tokenizer = models.load_target(spec.scale)
     task = Registry().load("task", options.task)(spec.task)
