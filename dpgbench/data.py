@@ -30,6 +30,9 @@ class Corpus(Protocol):
     def prompts(self, split: str, count: int, rng: random.Random) -> list[Prompt]:
         """Drawn with replacement; the same `rng` state gives the same prompts."""
 
+    def instruct(self, prompt: Prompt, instruction: str) -> Prompt:
+        """`prompt` with `instruction` said after it."""
+
     def held_out(self, language: str, split: str, count: int) -> list[str]:
         """The first `count` texts of a fixed list, in that language."""
 
@@ -61,6 +64,10 @@ class Topics:
 
     def prompts(self, split: str, count: int, rng: random.Random) -> list[Prompt]:
         return [[{"role": "user", "content": REPHRASE.format(passage=rng.choice(self._of(split)))}] for _ in range(count)]
+
+    def instruct(self, prompt: Prompt, instruction: str) -> Prompt:
+        *before, last = prompt
+        return [*before, {**last, "content": f"{last['content']}\n\n{instruction}"}]
 
     def held_out(self, language: str, split: str, count: int) -> list[str]:
         if language == "en":
@@ -174,6 +181,11 @@ class World:
         """As training examples of the target, on its device; see `encode`."""
         batch = encode(self.target_tokenizer, texts, self.training.max_length)
         return {name: tensor.to(self.target.device) for name, tensor in batch.items()}
+
+    def prompts(self, split: str, count: int, rng: random.Random) -> list[Prompt]:
+        """The corpus's, with the scale's `instruction` after each if it has one: the same for every method."""
+        prompts, instruction = self.corpus.prompts(split, count, rng), self.scale.get("instruction")
+        return prompts if instruction is None else [self.corpus.instruct(prompt, instruction) for prompt in prompts]
 
     def held_out(self, language: str, split: str, count: int) -> list[str]:
         return self.corpus.held_out(language, split, count)

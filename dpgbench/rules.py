@@ -73,6 +73,10 @@ def _check_scale(scale: _Section, inner_steps: int) -> None:
     steps, source = (given, "deployment_steps") if given else (inner_steps, "inner_steps")
     fix = f"write deployment_texts={max(1, texts // steps) * steps}"
     scale.require("deployment_texts", texts >= 1 and texts % steps == 0, f"must divide into {source}={steps} batches; {fix}")
+    said = scale["instruction"]
+    scale.require(
+        "instruction", said is None or (isinstance(said, str) and said.strip()), "a sentence or null; write scale.instruction=null"
+    )
     scale.require("snapshots", scale["snapshots"] >= 1, "at least the last snapshot is scored; write snapshots=1")
     scale.require("threads", scale["threads"] >= 1, "a cell needs a thread; write threads=1")
 

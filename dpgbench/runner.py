@@ -89,7 +89,7 @@ class _Cell:
         self.meter = compute.Meter()
         self.bench = Workbench(spec, TaskView(self.task), self.world, generator, self.meter, self._record)
         # Held-out prompts: one fixed list per seed, whatever the method.
-        self.prompts = self.world.corpus.prompts("test", spec.scale.deployment_texts, stream(spec.seed, "deployment prompts"))
+        self.prompts = self.world.prompts("test", spec.scale.deployment_texts, stream(spec.seed, "deployment prompts"))
 
     def run(self) -> None:
         """Let the method work, score the snapshots that are due, and mark the cell done."""

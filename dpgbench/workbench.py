@@ -81,7 +81,7 @@ class Workbench:
 
     def prompts(self, count: int, *names: object) -> list[Prompt]:
         """Training prompts: the same for every method that asks with the same names."""
-        return self.world.corpus.prompts("train", count, stream(self.spec.seed, "prompts", *names))
+        return self.world.prompts("train", count, stream(self.spec.seed, "prompts", *names))
 
     def sample(self, prompts: Sequence[Prompt], *names: object) -> list[str]:
         """One completion of the generator per prompt, charged as generation."""

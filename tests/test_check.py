@@ -143,7 +143,6 @@ def test_the_tiny_scale_can_be_trusted(dpgbench):
         ("check policy", "check policy: there is one thing to check"),
         ("check metagrad subsets=1", "subsets=1: a correlation needs 3 or more; write subsets=8"),
         ("check metagrad task=nonsense", "task=nonsense: no such task"),
-        ("check metagrad scale=small task=language", "no held-out text in German"),
         ("check metagrad training.memory_budget=1.5", "training.memory_budget=1.5: a share of the device's memory up to 1, or bytes"),
         ("check metagrad checkpoint=0", "training.checkpoint=0: null, all, sqrt or a number of steps"),
         ("check metagrad precision=fp8", "training.precision=fp8: "),

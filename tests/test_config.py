@@ -98,6 +98,7 @@ def test_run_takes_one_cell():
         (["inner_steps=3"], "must divide into inner_steps=3 batches"),
         (["deployment_steps=7"], "must divide into deployment_steps=7 batches; write deployment_texts=252"),
         (["deployment_steps=0"], "scale.deployment_steps=0: at least one optimizer step"),
+        (["instruction=[]"], "scale.instruction=[]: a sentence or null"),
         (["averaging=1"], "policy.averaging=1.0: a decay is at least 0 and below 1"),
         (["scale_advantages=global"], "policy.scale_advantages=global"),
         (["method=active_inheritance", "n=0"], "method.n=0"),

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dpgbench import data, models, phrasebook
+from dpgbench.api import Options
 from dpgbench.data import Topics, encode
 from dpgbench.errors import UserError
 from dpgbench.seeds import derive, stream, torch_seeded
@@ -42,6 +43,19 @@ def test_topics_are_prose_in_disjoint_splits():
     (prompt,) = topics.prompts("train", 1, random.Random(0))
     assert prompt[0]["role"] == "user" and "rephrase it in different terms" in prompt[0]["content"]
     assert topics.prompts("dev", 3, random.Random(1)) == topics.prompts("dev", 3, random.Random(1))
+
+
+def test_an_instruction_follows_every_prompt():
+    """The scale's `instruction`, in a chat and in the phrasebook; the prompts are otherwise the same."""
+    for corpus, said in ((Topics(), "\n\nWrite in German."), (phrasebook.Phrasebook(), "Write in German. <sep>")):
+        told, silent = (
+            data.World(Options({"instruction": instruction}), None, corpus, None, None).prompts("test", 3, random.Random(0))
+            for instruction in ("Write in German.", None)
+        )
+        assert silent == corpus.prompts("test", 3, random.Random(0))
+        for prompt, before in zip(told, silent, strict=True):
+            prompt, before = (p if isinstance(p, str) else p[-1]["content"] for p in (prompt, before))
+            assert prompt.startswith(before.removesuffix("<sep>")) and prompt.endswith(said)
 
 
 @pytest.mark.parametrize("language", phrasebook.Phrasebook.languages)
