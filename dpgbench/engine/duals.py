@@ -177,28 +177,39 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g_ND: Tensor, g_dot_ND: Tensor):
-        x_ND, mean, r, weight, x_dot_ND, n_dot_ND, weight_dot = ctx.saved_tensors
-        to_x_ND, to_x_dot_ND = torch.empty_like(x_ND), torch.empty_like(x_ND)
-        to_weight, to_bias = torch.zeros_like(weight), torch.zeros_like(weight)
-        blocks = row_blocks(x_ND, mean, r, x_dot_ND, n_dot_ND, g_ND, g_dot_ND, to_x_ND, to_x_dot_ND)
-        for x, mu, r, x_dot, n_dot, g, g_dot, to_x, to_x_dot in blocks:
-            n = (x - mu).mul_(r)
-            to_n_dot = g_dot * weight
-            to_x_dot.copy_(_normalising(to_n_dot, x, mu, r))
-            # J depends on x: <to_n_dot, J(x_dot)> hangs on n with -r (to_n_dot <n, x_dot> + x_dot <n, to_n_dot>), and on r with
-            # <to_n_dot, n_dot> / r, where the derivative of r is -r^2 n
-            to_n = (to_n_dot * _mean_product(n, x_dot)).addcmul_(x_dot, _mean_product(n, to_n_dot)).mul_(-r)
-            to_n.addcmul_(g, weight).addcmul_(g_dot, weight_dot)
-            torch.addcmul(_normalising(to_n, x, mu, r), n, r * _mean_product(to_n_dot, n_dot), value=-1, out=to_x)
-            to_weight += n.mul_(g).addcmul_(g_dot, n_dot).sum(0)
-            to_bias += g.sum(0)
-        return to_x_ND, to_weight, to_bias, to_x_dot_ND, None, None, None
+        x_ND, mean, r, weight, *_ = ctx.saved_tensors
+        to_x_ND, to_weight = _layer_norm_pulled(*ctx.saved_tensors, g_dot_ND)
+        more_ND, more, to_bias = _layer_norm_backward(g_ND, x_ND, mean, r, weight)
+        to_x_dot_ND = _normalising(g_dot_ND, x_ND, mean, r, weight)
+        return to_x_ND.add_(more_ND), to_weight.add_(more), to_bias if ctx.needs_input_grad[2] else None, to_x_dot_ND, None, None, None
 
 
-def _normalising(v_ND: Tensor, x_ND: Tensor, mean: Tensor, r: Tensor) -> Tensor:
-    """J(v), which is also how a cotangent of n goes back to x."""
-    nothing = [True, False, False]
-    return torch.ops.aten.native_layer_norm_backward(v_ND.contiguous(), x_ND, x_ND.shape[-1:], mean, r, None, None, nothing)[0]
+def _layer_norm_pulled(
+    x_ND: Tensor, mean: Tensor, r: Tensor, weight: Tensor, x_dot_ND: Tensor, n_dot_ND: Tensor, weight_dot: Tensor, g_dot_ND: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of <g_dot, y_dot> to x and weight.
+
+    J depends on x: with to_n_dot = g_dot weight, <to_n_dot, J(x_dot)> hangs on n by -r (to_n_dot <n, x_dot> + x_dot <n, to_n_dot>),
+    and on r by <to_n_dot, n_dot> / r, where the derivative of r is -r^2 n."""
+    to_x_ND, to_weight = torch.empty_like(x_ND), torch.zeros_like(weight)
+    for to_x, x, mu, rstd, x_dot, n_dot, g_dot in row_blocks(to_x_ND, x_ND, mean, r, x_dot_ND, n_dot_ND, g_dot_ND):
+        n = (x - mu).mul_(rstd)
+        to_n_dot = g_dot * weight
+        to_n = (to_n_dot * _mean_product(n, x_dot)).addcmul_(x_dot, _mean_product(n, to_n_dot)).mul_(-rstd).addcmul_(g_dot, weight_dot)
+        torch.addcmul(_normalising(to_n, x, mu, rstd), n, rstd * _mean_product(to_n_dot, n_dot), value=-1, out=to_x)
+        to_weight += torch.mul(g_dot, n_dot, out=to_n_dot).sum(0)
+    return to_x_ND, to_weight
+
+
+def _layer_norm_backward(g_ND: Tensor, x_ND: Tensor, mean: Tensor, r: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of <g, y> to x, weight and bias."""
+    return torch.ops.aten.native_layer_norm_backward(g_ND.contiguous(), x_ND, weight.shape, mean, r, weight, weight, [True] * 3)
+
+
+def _normalising(v_ND: Tensor, x_ND: Tensor, mean: Tensor, r: Tensor, weight: Tensor | None = None) -> Tensor:
+    """J(v), or J(v weight): how a cotangent of n, or of y, goes back to x."""
+    what = (x_ND.shape[-1:], mean, r, weight, None, [True, False, False])
+    return torch.ops.aten.native_layer_norm_backward(v_ND.contiguous(), x_ND, *what)[0]
 
 
 def _mean_product(left_ND: Tensor, right_ND: Tensor) -> Tensor:
