@@ -10,7 +10,7 @@ from test_training import relative_error
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dpgbench.engine import fused
+from dpgbench.engine import fused, layer_norm
 from dpgbench.engine.derivatives import DualRules
 
 
@@ -138,3 +138,29 @@ def test_linear_and_matmul_are_differentiable_in_every_tangent():
             found.append(torch.autograd.grad(y_dot, tangents, normal(*y_dot.shape, seed=20)))
         for ours, theirs in zip(*found, strict=True):
             assert relative_error(ours, theirs) < 1e-10
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6), (250, 600)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm_on_a_tape(shape, bias):
+    """Value, gradient and second derivative of a LayerNorm module equal the plain formula's; gradgradcheck holds."""
+    module = torch.nn.LayerNorm(shape[-1:], bias=bias).double()
+    values = [(2 * normal(*size, seed=index)).requires_grad_() for index, size in enumerate([shape, shape[-1:], shape[-1:]][: 2 + bias])]
+    g, u = normal(*shape, seed=5).requires_grad_(), [normal(*value.shape, seed=6) for value in values]
+
+    def ours(*values):
+        with layer_norm.faster_layer_norms(module):
+            assert "forward" in vars(module)
+            return torch.func.functional_call(module, dict(zip(("weight", "bias"), values[1:], strict=False)), values[0])
+
+    found = []
+    for function in (ours, plain_layer_norm):
+        y = function(*values)
+        slopes = torch.autograd.grad(y, values, g, create_graph=True)
+        some = torch.autograd.grad(slopes[1], [values[0], g], u[1], retain_graph=True)
+        found.append([y, *slopes, *some, *torch.autograd.grad(slopes, [*values[:2], g], u)])
+    for actual, expected in zip(*found, strict=True):
+        assert relative_error(actual, expected) < 1e-10
+    assert "forward" not in vars(module)
+    if shape[0] == 2:
+        assert torch.autograd.gradcheck(ours, values) and torch.autograd.gradgradcheck(ours, values)

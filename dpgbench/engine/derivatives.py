@@ -10,7 +10,7 @@ H the Hessian of the weighted mean loss. The ways differ in what they keep and w
               (1/B) sum_i w_i <lambda, grad l_i> is H lambda, 5F more: reverse over forward. 8F, without the second part 3F.
 
 PyTorch's forward rule of layer_norm treats the saved mean and rstd as constants: right on its own, silently wrong when it is
-differentiated again. `engine.duals` has a rule of its own, and `forward_mode_fault` compares the third way with the second on every
+differentiated again. `engine.layer_norm` has a rule of its own, and `forward_mode_fault` compares the third way with the second on every
 model before it is used.
 
 Shape suffixes: B examples in a batch.
@@ -30,8 +30,8 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from dpgbench.engine.duals import RULES
-from dpgbench.engine.duals import layer_norm as _layer_norm
 from dpgbench.engine.inputs import Batch, micro_batches
+from dpgbench.engine.layer_norm import layer_norm as _layer_norm
 from dpgbench.engine.loss import per_example_loss
 from dpgbench.engine.optimizers import Cotangents, Params, add_cotangents
 

@@ -6,7 +6,7 @@ kernels. `RULES` says which function has which rule; a rule falls back on PyTorc
 other shapes). Each result can be differentiated once more in reverse, which is all that is needed, and not twice.
 
 Names: of a function y of x, x_dot and y_dot are tangents; g and g_dot the cotangents of y and y_dot, to_x and to_x_dot those of x and
-x_dot. Shape suffixes: N rows, D columns, S matrices in a stack.
+x_dot. Shapes: S matrices in a stack.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpgbench.engine.fused import dual, row_blocks, value_and_tangent
+from dpgbench.engine.fused import dual, value_and_tangent
 
 
 def _products(*pairs: tuple[Tensor | None, Tensor | None], plus: Tensor | None = None, transposed: bool = False) -> Tensor | None:
@@ -157,82 +157,6 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
     return _matmul(_softmax(scores, -1), value)
-
-
-# ---------------------------------------------------------------- layer_norm
-
-
-class _LayerNorm(torch.autograd.Function):
-    """y = n weight + bias with n = (x - mean) r, r = rsqrt(variance + eps). With <,> the mean over a row, the derivative of n is the
-    symmetric map J: v -> r (v - <v> - n <n, v>), so y_dot = J(x_dot) weight + n weight_dot + bias_dot."""
-
-    @staticmethod
-    def forward(ctx, x_ND: Tensor, weight: Tensor, bias: Tensor | None, x_dot_ND: Tensor, weight_dot: Tensor, bias_dot: Tensor | None, eps):
-        y_ND, mean, r = torch.native_layer_norm(x_ND, weight.shape, weight, bias, eps)
-        n_dot_ND = _normalising(x_dot_ND, x_ND, mean, r)
-        y_dot_ND = torch.native_layer_norm(x_ND, weight.shape, weight_dot, bias_dot, eps)[0].addcmul_(n_dot_ND, weight)
-        ctx.save_for_backward(x_ND, mean, r, weight, x_dot_ND, n_dot_ND, weight_dot)
-        return y_ND, y_dot_ND
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g_ND: Tensor, g_dot_ND: Tensor):
-        x_ND, mean, r, weight, *_ = ctx.saved_tensors
-        to_x_ND, to_weight = _layer_norm_pulled(*ctx.saved_tensors, g_dot_ND)
-        more_ND, more, to_bias = _layer_norm_backward(g_ND, x_ND, mean, r, weight)
-        to_x_dot_ND = _normalising(g_dot_ND, x_ND, mean, r, weight)
-        return to_x_ND.add_(more_ND), to_weight.add_(more), to_bias if ctx.needs_input_grad[2] else None, to_x_dot_ND, None, None, None
-
-
-def _layer_norm_pulled(
-    x_ND: Tensor, mean: Tensor, r: Tensor, weight: Tensor, x_dot_ND: Tensor, n_dot_ND: Tensor, weight_dot: Tensor, g_dot_ND: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradient of <g_dot, y_dot> to x and weight.
-
-    J depends on x: with to_n_dot = g_dot weight, <to_n_dot, J(x_dot)> hangs on n by -r (to_n_dot <n, x_dot> + x_dot <n, to_n_dot>),
-    and on r by <to_n_dot, n_dot> / r, where the derivative of r is -r^2 n."""
-    to_x_ND, to_weight = torch.empty_like(x_ND), torch.zeros_like(weight)
-    for to_x, x, mu, rstd, x_dot, n_dot, g_dot in row_blocks(to_x_ND, x_ND, mean, r, x_dot_ND, n_dot_ND, g_dot_ND):
-        n = (x - mu).mul_(rstd)
-        to_n_dot = g_dot * weight
-        to_n = (to_n_dot * _mean_product(n, x_dot)).addcmul_(x_dot, _mean_product(n, to_n_dot)).mul_(-rstd).addcmul_(g_dot, weight_dot)
-        torch.addcmul(_normalising(to_n, x, mu, rstd), n, rstd * _mean_product(to_n_dot, n_dot), value=-1, out=to_x)
-        to_weight += torch.mul(g_dot, n_dot, out=to_n_dot).sum(0)
-    return to_x_ND, to_weight
-
-
-def _layer_norm_backward(g_ND: Tensor, x_ND: Tensor, mean: Tensor, r: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of <g, y> to x, weight and bias."""
-    return torch.ops.aten.native_layer_norm_backward(g_ND.contiguous(), x_ND, weight.shape, mean, r, weight, weight, [True] * 3)
-
-
-def _normalising(v_ND: Tensor, x_ND: Tensor, mean: Tensor, r: Tensor, weight: Tensor | None = None) -> Tensor:
-    """J(v), or J(v weight): how a cotangent of n, or of y, goes back to x."""
-    what = (x_ND.shape[-1:], mean, r, weight, None, [True, False, False])
-    return torch.ops.aten.native_layer_norm_backward(v_ND.contiguous(), x_ND, *what)[0]
-
-
-def _mean_product(left_ND: Tensor, right_ND: Tensor) -> Tensor:
-    return (left_ND * right_ND).mean(-1, keepdim=True)
-
-
-def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *_):  # the names are those of torch's own signature
-    """layer_norm whose forward-mode product may be differentiated again."""
-    (x, x_dot), (w, w_dot), (b, b_dot) = (value_and_tangent(tensor) for tensor in (input, weight, bias))
-    if x_dot is None or w is None or len(normalized_shape) != 1 or torch.is_autocast_enabled(input.device.type):
-        return _composed_layer_norm(input, normalized_shape, weight, bias, eps)
-    rows, rows_dot = x.contiguous().flatten(0, -2), x_dot.contiguous().flatten(0, -2)
-    y, y_dot = _LayerNorm.apply(rows, w, b, rows_dot, torch.zeros_like(w) if w_dot is None else w_dot, b_dot, eps)
-    return dual(y.view(x.shape), y_dot.view(x.shape))
-
-
-def _composed_layer_norm(input, normalized_shape, weight, bias, eps):
-    """Written out in var_mean and rsqrt, whose forward-mode rules may be differentiated again."""
-    across = tuple(range(-len(normalized_shape), 0))
-    variance, mean = torch.var_mean(input, across, correction=0, keepdim=True)
-    output = (input - mean) * torch.rsqrt(variance + eps)
-    output = output if weight is None else output * weight
-    return output if bias is None else output + bias
 
 
 RULES = {

@@ -41,10 +41,10 @@ def blocked(formula: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tupl
 
 def _ordinary(*tensors: Tensor) -> bool:
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return not recorded and all(tensor.device.type == "cpu" and not _transformed(tensor) for tensor in tensors)
+    return not recorded and all(tensor.device.type == "cpu" and not transformed(tensor) for tensor in tensors)
 
 
-def _transformed(tensor: Tensor) -> bool:
+def transformed(tensor: Tensor) -> bool:
     """Whether torch.func.jvp, vmap or grad is looking through this tensor."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
@@ -65,12 +65,24 @@ def dual(value: Tensor, tangent: Tensor) -> Tensor:
     return forward_ad.make_dual(value, tangent)
 
 
+@contextmanager
+def forwards_replaced(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
+    """Inside, these modules compute these functions."""
+    for module, forward in forwards.items():
+        module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            module.__dict__.pop("forward", None)
+
+
 # ---------------------------------------------------------------- GELU, tanh form
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), twice differentiable in reverse, once in forward mode and reverse."""
-    if _transformed(x):
+    if transformed(x):
         return F.gelu(x, approximate="tanh")
     value, tangent = value_and_tangent(x)
     return _Gelu.apply(x) if tangent is None else dual(*_GeluDual.apply(value, tangent))
@@ -149,14 +161,8 @@ def faster_activations(model: nn.Module) -> Iterator[None]:
     from transformers import activations
 
     kinds = tuple(getattr(activations, name) for name in ("NewGELUActivation", "GELUTanh", "PytorchGELUTanh") if hasattr(activations, name))
-    modules = [module for module in model.modules() if isinstance(module, kinds)]
-    for module in modules:
-        module.__dict__["forward"] = gelu_tanh
-    try:
+    with forwards_replaced({module: gelu_tanh for module in model.modules() if isinstance(module, kinds)}):
         yield
-    finally:
-        for module in modules:
-            module.__dict__.pop("forward", None)
 
 
 # ---------------------------------------------------------------- cross-entropy
@@ -168,7 +174,7 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor, ignore: int) -> Tensor:
     Saves the logits and one number per row, where the composed form saves three tensors of the logits' size."""
     real_N = targets_N != ignore
     where_N = targets_N.where(real_N, 0)
-    value, tangent = (None, None) if _transformed(logits_NV) else value_and_tangent(logits_NV)
+    value, tangent = (None, None) if transformed(logits_NV) else value_and_tangent(logits_NV)
     if tangent is not None:
         loss_N = dual(*_CrossEntropyDual.apply(value, tangent, where_N))
     elif value is not None and value.device.type == "cpu":
