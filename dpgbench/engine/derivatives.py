@@ -10,8 +10,8 @@ H the Hessian of the weighted mean loss. The ways differ in what they keep and w
               (1/B) sum_i w_i <lambda, grad l_i> is H lambda, 5F more: reverse over forward. 8F, without the second part 3F.
 
 PyTorch's forward rule of layer_norm treats the saved mean and rstd as constants: right on its own, silently wrong when it is
-differentiated again. `ComposedLayerNorm` writes it out in primitives whose rules are right, and `forward_mode_fault` compares the
-third way with the second on every model before it is used.
+differentiated again. `engine.layer_norm` has a rule of its own, and `forward_mode_fault` compares the third way with the second on every
+model before it is used.
 
 Shape suffixes: B examples in a batch.
 """
@@ -26,9 +26,12 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from dpgbench.engine.duals import RULES
 from dpgbench.engine.inputs import Batch, micro_batches
+from dpgbench.engine.layer_norm import layer_norm as _layer_norm
 from dpgbench.engine.loss import per_example_loss
 from dpgbench.engine.optimizers import Cotangents, Params, add_cotangents
 
@@ -153,14 +156,14 @@ def reverse_over_forward(loss: StepLoss, params: Params, share: Share, direction
 
 
 def _forward_piece(loss: StepLoss, params: Params, piece: Share, direction: Params, second_order: bool) -> tuple[Tensor, Cotangents]:
-    names = list(direction)
     leaves = {name: theta.detach().requires_grad_(second_order) for name, theta in params.items()}
-
-    def moved(*values: Tensor) -> Tensor:
-        return loss({**leaves, **dict(zip(names, values, strict=True))}, piece.batch)
-
-    with torch.set_grad_enabled(second_order), ComposedLayerNorm():
-        _, slope_B = torch.func.jvp(moved, tuple(leaves[name] for name in names), tuple(direction.values()))
+    with torch.set_grad_enabled(second_order):
+        with forward_ad.dual_level(), DualRules():
+            moving = {name: forward_ad.make_dual(leaves[name], tangent) for name, tangent in direction.items()}
+            slope_B = forward_ad.unpack_dual(loss({**leaves, **moving}, piece.batch)).tangent
+        # Outside of the level: inside, the backward pass would carry tangents of its own.
+        if slope_B is None:  # the metric reads parameters that the loss does not touch
+            return torch.zeros_like(piece.weights_B), {}
         slope_B = slope_B / piece.count
         if not second_order:
             return slope_B, {}
@@ -184,19 +187,12 @@ def _over_pieces(pulled: Iterable[tuple[Tensor, Cotangents]]) -> tuple[Tensor, C
     return torch.cat(rewards), total
 
 
-class ComposedLayerNorm(TorchFunctionMode):
-    """Inside, layer_norm is computed from var_mean and rsqrt, whose forward-mode rules may be differentiated again."""
+class DualRules(TorchFunctionMode):
+    """Inside, operations on dual tensors go by the rules of `engine.duals` where it has one."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return (_layer_norm if function in (F.layer_norm, torch.layer_norm) else function)(*args, **(kwargs or {}))
-
-
-def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *_):  # the names are those of torch's own signature
-    across = tuple(range(-len(normalized_shape), 0))
-    variance, mean = torch.var_mean(input, across, correction=0, keepdim=True)
-    output = (input - mean) * torch.rsqrt(variance + eps)
-    output = output if weight is None else output * weight
-    return output if bias is None else output + bias
+        rule = _layer_norm if function in (F.layer_norm, torch.layer_norm) else RULES.get(function, function)
+        return rule(*args, **(kwargs or {}))
 
 
 # ---------------------------------------------------------------- can this model be differentiated this way?

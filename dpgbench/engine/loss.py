@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpgbench.engine.fused import cross_entropy, faster_activations
 from dpgbench.engine.inputs import IGNORE, check_reduction
+from dpgbench.engine.layer_norm import faster_layer_norms
 from dpgbench.engine.optimizers import Params
 
 
@@ -90,6 +91,7 @@ def per_example_loss(
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_autocast(precision, input_ids.device))
         stack.enter_context(faster_activations(model))
+        stack.enter_context(faster_layer_norms(model))
         if activation_checkpointing:
             stack.enter_context(_checkpointed_layers(model, precision))
         logits_BLV = torch.func.functional_call(model, dict(params), (), {"input_ids": input_ids, "use_cache": False}).logits
@@ -120,7 +122,7 @@ def _checkpointed_layers(model: nn.Module, precision: str) -> Iterator[None]:
 
             def compute(*args, **kwargs):
                 autocast = _autocast(precision, args[0].device)
-                with loaded(layer, current), sdpa_kernel(SDPBackend.MATH), faster_activations(layer), autocast:
+                with loaded(layer, current), sdpa_kernel(SDPBackend.MATH), faster_activations(layer), faster_layer_norms(layer), autocast:
                     return forward(*args, **kwargs)
 
             return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
