@@ -12,11 +12,11 @@ from dpgbench import compute
 from dpgbench.api import Options, Prompt, RunSpec, TaskView
 from dpgbench.data import World
 from dpgbench.engine.loss import initial_parameters
-from dpgbench.errors import CellError
+from dpgbench.errors import CellError, UserError
 from dpgbench.metagrad import Metagradients, metagradients, signal_gradients
 from dpgbench.models import Generator
 from dpgbench.seeds import derive, stream, torch_seeded
-from dpgbench.training import SGD, AdamW, first_step_dots, gradient_dots, one_step_values
+from dpgbench.training import SGD, AdamW, first_step_dots, gradient_dots, loaded, one_step_values, train
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,6 +145,30 @@ class Workbench:
             )
         self.note(phi=float(outcome.value))
         return Metagradients(rewards, outcome.value, outcome.params)
+
+    def dataset_value(self, texts: Sequence[str], *names: object) -> float:
+        """Phi of a fresh target trained on the texts by T steps: one number for all of them. Cost: 3TF for T batches, and one Phi.
+
+        Raises CellError if it is not finite, UserError if the texts do not make T batches of one size.
+        """
+        training, target = self.spec.training, self.world.target
+        if len(texts) % training.inner_steps or not texts:
+            least = max(1, len(texts) // training.inner_steps) * training.inner_steps
+            raise UserError(
+                f"training.inner_steps={training.inner_steps}: a dataset of {len(texts)} texts must divide into as many batches; "
+                f"make it {least} texts or lower inner_steps"
+            )
+        batches, _ = self.batches(texts, *names)
+        how = {"micro_batch": training.micro_batch, "reduction": training.reduction, "precision": engine_of(training)["precision"]}
+        params = train(target, batches, self.optimizer, **how)
+        with loaded(target, params), torch.no_grad():
+            value = float(self.task.signal(target))
+        trained = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        self.meter.charge("training", 3 * self._forward_flops(batches), trained=trained)
+        self.meter.charge("scoring", self._signal_cost())
+        if not math.isfinite(value):
+            raise CellError(f"dataset_value: Phi is {value:g} after training; lower training.lr={training.lr}")
+        return value
 
     def one_step_utilities(self, texts: Sequence[str]) -> list[float]:
         """For each text alone: Phi of a fresh target after one step on that text. Cost: 3F and one Phi per text."""

@@ -7,6 +7,7 @@ import torch
 
 from dpgbench import config
 from dpgbench.errors import UserError
+from dpgbench.registry import Registry
 
 
 def linear(model):
@@ -20,6 +21,10 @@ def linear(model):
     ("words", "message"),
     [
         (["method=influence", "estimator=dots"], "method.estimator=dots: no such estimator; did you mean 'dot'? choose from: adam, dot"),
+        (
+            ["method=naive", "datasets=3", "group_size=4"],
+            "method.datasets=3: 2 or more, and must divide policy.group_size=4; write datasets=null for 4, or raise group_size",
+        ),
     ],
 )
 def test_bad_options_are_one_line(words, message):
@@ -64,3 +69,53 @@ def test_influences_are_charged_three_forwards_and_the_gradient_of_phi_once(benc
         spent.append(work.meter.flops["scoring"] - before)
     forward = forward_flops(work.world.target, 6, work.spec.training.max_length)
     assert spent[1] == spent[2] == pytest.approx(3 * forward) and spent[0] > spent[1]
+
+
+# ---- naive
+
+
+@pytest.mark.parametrize(
+    ("datasets", "values", "scaling"), [(4, [1.0, 2.0, 3.0, 6.0], "group"), (2, [1.0, 3.0], "batch"), (2, [1.0, 3.0], "none")]
+)
+def test_naive_compares_datasets(bench, monkeypatch, datasets, values, scaling):
+    """Two prompts, four completions each. The k-th of a prompt goes to dataset k mod D and is paid that dataset's Phi; what reaches the
+    loss is (Phi_d - mean) / std over datasets, which TRL's subtraction of the group mean leaves alone.
+
+    D=4, Phi = (1, 2, 3, 6): mean 3, deviations (-2, -1, 0, 3), squares 14, std over datasets sqrt(14 / 3).
+    """
+    from trl import GRPOTrainer
+
+    work = bench("method=naive", f"datasets={datasets}", "completions=8", "group_size=4", f"scale_advantages={scaling}", "steps=1")
+    seen, used = [], []
+    work.dataset_value = lambda texts, *names: seen.append(texts) or values[len(seen) - 1]
+    inner = GRPOTrainer._generate_and_score_completions
+
+    def spy(self, inputs):
+        output = inner(self, inputs)
+        used.extend(output["advantages"].tolist())
+        return output
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", spy)
+    list(Registry().load("method", "naive")(work.options).run(work))
+    texts = work.lines[0]["rollouts"]["texts"]
+    assert seen == [texts[first::datasets] for first in range(datasets)]
+    assert work.lines[0]["rollouts"]["rewards"] == (values * 8)[:8] and work.lines[0]["phi"] == sum(values) / datasets
+    phi = torch.tensor(values * (8 // datasets))
+    by_hand = {4: [-2.0, -1.0, 0.0, 3.0], 2: [-1.0, 1.0]}[datasets] * (8 // datasets)
+    deviation = {"group": phi[:4].std().item(), "batch": phi.std().item(), "none": 1.0}[scaling]
+    if (datasets, scaling) == (4, "group"):
+        assert deviation == pytest.approx((14 / 3) ** 0.5)
+    assert used == pytest.approx([value / deviation for value in by_hand], abs=1e-5)
+
+
+def test_a_datasets_value_is_phi_of_a_target_trained_on_it(bench):
+    """Against metagradients' own forward pass on the same texts, T=2, and charged 3F and one Phi."""
+    from dpgbench.compute import forward_flops
+
+    work = bench("task=l2_norm", "inner_steps=2")
+    texts = work.sample(work.prompts(8, "a test"), "a test")
+    value = work.dataset_value(texts, "x")
+    assert work.meter.flops["training"] == pytest.approx(3 * forward_flops(work.world.target, 8, work.spec.training.max_length))
+    assert value == pytest.approx(work.metagradients(texts, "x").value, rel=1e-6)
+    with pytest.raises(UserError, match="inner_steps=2: a dataset of 7 texts must divide into as many batches; make it 6 texts"):
+        work.dataset_value(texts[:7])
