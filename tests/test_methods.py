@@ -21,6 +21,8 @@ def linear(model):
     ("words", "message"),
     [
         (["method=influence", "estimator=dots"], "method.estimator=dots: no such estimator; did you mean 'dot'? choose from: adam, dot"),
+        (["method=prompt_only", "search=0"], "method.search=0: at least the hint is tried; write search=1 for it alone"),
+        (["method=prompt_only", "search_texts=0"], "method.search_texts=0: a target needs a text or more; write search_texts=64"),
         (
             ["method=naive", "datasets=3", "group_size=4"],
             "method.datasets=3: 2 or more, and must divide policy.group_size=4; write datasets=null for 4, or raise group_size",
@@ -119,3 +121,59 @@ def test_a_datasets_value_is_phi_of_a_target_trained_on_it(bench):
     assert value == pytest.approx(work.metagradients(texts, "x").value, rel=1e-6)
     with pytest.raises(UserError, match="inner_steps=2: a dataset of 7 texts must divide into as many batches; make it 6 texts"):
         work.dataset_value(texts[:7])
+
+
+# ---- prompt_only
+
+
+def prompt_only(work):
+    """Its one snapshot."""
+    (snapshot,) = Registry().load("method", "prompt_only")(work.options).run(work)
+    return snapshot
+
+
+def test_the_hint_follows_every_prompt_and_is_followed(bench):
+    """The phrasebook's generator knows "Write in German.", and writes it; nothing is spent before the deployment dataset."""
+    work = bench("task=language", "lang=de", "method=prompt_only")
+    snapshot = prompt_only(work)
+    assert snapshot.step == 1 and work.meter.total_flops == 0 and work.lines == []
+    prompts = work.prompts(32, "a test")
+    texts = snapshot.sample(prompts)
+    assert texts == work.sample([f"{prompt.removesuffix(' <sep>')} Write in German. <sep>" for prompt in prompts], "deployment")
+    assert sum(work.task.score(texts)) > 16 > 2 * sum(work.task.score(work.sample(prompts, "deployment")))
+
+
+def test_the_search_keeps_the_best_by_phi(bench, monkeypatch):
+    """The hint and all eleven goals of the phrasebook but the hint's own; the highest value wins, the first of equals, and all are paid."""
+    work = bench("task=language", "lang=de", "method=prompt_only", "search=11", "search_texts=4")
+    said = []
+    monkeypatch.setattr(work, "dataset_value", lambda texts, *names: said.append(texts) or float(len(said) in (3, 5)))
+    snapshot = prompt_only(work)
+    tried = [line["instruction"] for line in work.lines]
+    assert tried[0] == "Write in German." and sorted(tried) == sorted(work.world.instructions()) and len(set(tried)) == 11
+    assert snapshot.step == 11 and work.meter.flops["generate"] > 0
+    prompts = work.prompts(4, "search")
+    assert work.sample(work.world.instruct(prompts, tried[2]), "deployment") == snapshot.sample(prompts)
+    assert said[2] == work.sample(work.world.instruct(prompts, tried[2]), "search"), "the same prompts and noise for every candidate"
+
+
+def test_a_search_finds_the_language_that_phi_wants(bench):
+    """Without the hint's help: Phi of targets trained on 64 texts each ranks German over what else the corpus can say."""
+    work = bench("task=language", "lang=de", "method=prompt_only", "search=11", "search_texts=64", "inner_steps=2", "training.lr=1e-3")
+    prompt_only(work)
+    values = {line["instruction"]: line["phi"] for line in work.lines}
+    assert max(values, key=values.get) == "Write in German."
+    assert work.meter.flops["training"] > 0 and work.meter.flops["scoring"] > 0
+
+
+def test_a_search_beyond_what_there_is_is_refused(bench):
+    work = bench("task=language", "lang=de", "method=prompt_only", "search=12")
+    with pytest.raises(UserError, match=r"method\.search=12: the hint and 10 instructions of the corpus are all there is; write search=11"):
+        prompt_only(work)
+
+
+def test_a_task_without_a_hint_is_skipped():
+    from dpgbench.api import Options, TaskInfo
+
+    method = Registry().load("method", "prompt_only")(Options({"search": 1, "search_texts": 1}))
+    assert method.supports(TaskInfo("opening", Options({}), frozenset({"signal"}))).startswith("opening has no hint")
