@@ -204,7 +204,7 @@ def environment() -> dict[str, Any]:
 
     import torch
 
-    scores = ("alt-profanity-check", "scikit-learn", "lexicalrichness", "py3langid", "rapidfuzz", "zxing-cpp")  # what measures are read with
+    scores = ("alt-profanity-check", "scikit-learn", "lexicalrichness", "py3langid", "rapidfuzz", "zxing-cpp")  # read the texts
     packages = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "numpy", *scores)
     return {
         "dpgbench": __version__,
