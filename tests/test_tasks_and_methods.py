@@ -345,18 +345,25 @@ def test_qr_holds_its_stated_capacity_and_no_more(level, index):
 UUID = "3fa0c1d7-58e2-4b96-a7d4-0e6c92b1f835"
 
 
+def whole_uuid(*words: str) -> list[str]:
+    """The task with all 36 characters, where the recipe of tiny teaches the first few, and `words` of a test's own."""
+    given = {word.split("=")[0] for word in words}
+    room = {"text": UUID, "max_length": 40, "max_completion_tokens": 38}
+    return ["task=uuid", *words, *(f"{key}={value}" for key, value in room.items() if key not in given)]
+
+
 @pytest.mark.parametrize(
     ("text", "similarity"),
     [(UUID, 1), (" ".join(UUID), 1), (UUID[:18], 18 / 36), ("z" + UUID, 36 / 37), ("0" + UUID[1:], 35 / 36), ("", 0), ("king", 0)],
 )
 def test_uuid_scores_by_edit_distance(text, similarity, worlds):
     """By hand: 1 - insertions, deletions and substitutions over the longer length; whitespace does not count."""
-    assert prepared(worlds, "task=uuid").score([text]) == [pytest.approx(similarity)]
+    assert prepared(worlds, *whole_uuid()).score([text]) == [pytest.approx(similarity)]
 
 
 def test_uuid_phi_is_the_loss_of_a_training_example(worlds):
     """One example whose every token is a label: Phi is minus transformers' own loss, and the bits leave the end out."""
-    task = prepared(worlds, "task=uuid")
+    task = prepared(worlds, *whole_uuid())
     batch = task.world.encode([" ".join(UUID)])
     assert (
         batch["labels"][0].ne(-100).sum() == 38 and batch["input_ids"][0, :4].tolist() == task.world.target_tokenizer("3 f a")["input_ids"]
@@ -374,7 +381,7 @@ def test_uuid_phi_is_the_loss_of_a_training_example(worlds):
 @pytest.mark.parametrize("written", [UUID, UUID + "77", UUID[:-1], "77" + UUID, ""])
 def test_uuid_reads_what_the_target_writes_greedily(written, worlds):
     """Against a target that continues by rote: it emits the UUID if it starts with it, and stops at its end or at the UUID's length."""
-    task = prepared(worlds, "task=uuid")
+    task = prepared(worlds, *whole_uuid())
     tokenizer = task.world.target_tokenizer
     script = [*tokenizer(" ".join(written))["input_ids"], tokenizer.eos_token_id]
 
@@ -389,7 +396,7 @@ def test_uuid_reads_what_the_target_writes_greedily(written, worlds):
 
 def test_uuid_where_the_tokenizer_puts_nothing_in_front(worlds):
     """The first token is given: it is no label, costs nothing, and greedy writing starts from it."""
-    spec = config.read(["task=uuid"], sweep=False).cells[0].spec
+    spec = config.read(whole_uuid(), sweep=False).cells[0].spec
     world = worlds(spec)
     tokenizer = world.target_tokenizer
 
@@ -425,7 +432,7 @@ def test_uuid_where_the_tokenizer_puts_nothing_in_front(worlds):
 )
 def test_uuid_refuses_a_string_that_does_not_fit(words, message, worlds):
     with pytest.raises(UserError, match=re.escape(message)):
-        prepared(worlds, "task=uuid", *words)
+        prepared(worlds, *whole_uuid(*words))
 
 
 def test_language_labels_only_the_last_word(worlds):
