@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -137,6 +139,8 @@ def peak(name: str, steps: int, signal: str) -> float:
     def read(key: str) -> int:
         return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
 
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the sizing run above has freed, glibc still holds: it would hide what this call takes
     before = read("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     function(*arguments)

@@ -33,12 +33,22 @@ class Corpus(Protocol):
     def instruct(self, prompt: Prompt, instruction: str) -> Prompt:
         """`prompt` with `instruction` said after it."""
 
+    def instructions(self) -> list[str]:
+        """Instructions that its generator can follow, whatever the task: what a search over prompts has to choose from."""
+
     def held_out(self, language: str, split: str, count: int) -> list[str]:
         """The first `count` texts of a fixed list, in that language."""
 
     def identify_language(self, text: str) -> str:
         """A language code, or "other"."""
 
+
+# Ours: ways of writing that differ in language, length, tone and material, for a search over prompts.
+INSTRUCTIONS = (
+    "Write in English.", "Write in German.", "Write in Spanish.", "Write in French.", "Write in Italian.", "Write at length.",
+    "Write in one short sentence.", "Write politely.", "Write rudely.", "Use many different words.", "Use few words, again and again.",
+    "Write in digits only.",
+)  # fmt: skip
 
 # Multilingual LAMBADA on the model hub, and the SHA-256 its card gives for each file: machine translations of one English test set.
 LAMBADA = "EleutherAI/lambada_openai"
@@ -68,6 +78,9 @@ class Topics:
     def instruct(self, prompt: Prompt, instruction: str) -> Prompt:
         *before, last = prompt
         return [*before, {**last, "content": f"{last['content']}\n\n{instruction}"}]
+
+    def instructions(self) -> list[str]:
+        return list(INSTRUCTIONS)
 
     def held_out(self, language: str, split: str, count: int) -> list[str]:
         if language == "en":
@@ -185,7 +198,15 @@ class World:
     def prompts(self, split: str, count: int, rng: random.Random) -> list[Prompt]:
         """The corpus's, with the scale's `instruction` after each if it has one: the same for every method."""
         prompts, instruction = self.corpus.prompts(split, count, rng), self.scale.get("instruction")
-        return prompts if instruction is None else [self.corpus.instruct(prompt, instruction) for prompt in prompts]
+        return prompts if instruction is None else self.instruct(prompts, instruction)
+
+    def instruct(self, prompts: Sequence[Prompt], instruction: str) -> list[Prompt]:
+        """Each prompt with `instruction` said after it."""
+        return [self.corpus.instruct(prompt, instruction) for prompt in prompts]
+
+    def instructions(self) -> list[str]:
+        """What the corpus has to choose from, in a fixed order."""
+        return self.corpus.instructions()
 
     def held_out(self, language: str, split: str, count: int) -> list[str]:
         return self.corpus.held_out(language, split, count)

@@ -204,7 +204,8 @@ def environment() -> dict[str, Any]:
 
     import torch
 
-    packages = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "numpy")
+    scores = ("alt-profanity-check", "scikit-learn", "lexicalrichness", "py3langid", "rapidfuzz", "zxing-cpp")  # read the texts
+    packages = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "numpy", *scores)
     return {
         "dpgbench": __version__,
         "commit": _commit(),

@@ -49,14 +49,19 @@ class PairedDifference:
     exact: bool = True
 
 
+def check_level(level: float) -> None:
+    """ValueError unless 0 < level < 1."""
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level is {level}, but a confidence level lies strictly between 0 and 1")
+
+
 def mean_interval(values: Sequence[float] | np.ndarray | pd.Series, level: float = 0.95) -> Interval:
     """Mean and Student t interval (ddof=1) of independent values, one per seed.
 
     NaNs are counted in `missing` and left out. One value has a mean and a NaN interval; none has NaN throughout. An infinite
     value is a value (a diverged loss, say): it makes the mean infinite and leaves no interval. ValueError unless 0 < level < 1.
     """
-    if not 0.0 < level < 1.0:
-        raise ValueError(f"level is {level}, but a confidence level lies strictly between 0 and 1")
+    check_level(level)
     given = np.asarray(values, dtype=float).ravel()
     present = given[~np.isnan(given)]
     n, missing = len(present), len(given) - len(present)
@@ -72,6 +77,21 @@ def mean_interval(values: Sequence[float] | np.ndarray | pd.Series, level: float
     return Interval(n, mean, mean - half_width, mean + half_width, missing)
 
 
+def pairs_by_seed(values_by_seed_a: pd.Series, values_by_seed_b: pd.Series) -> tuple[pd.DataFrame, int]:
+    """(columns a and b on the seeds both have, sorted by seed; how many seeds only one side has). A NaN is a seed not had.
+
+    ValueError for a seed listed twice.
+    """
+    for side, series in (("a", values_by_seed_a), ("b", values_by_seed_b)):
+        if not series.index.is_unique:
+            twice = sorted(set(series.index[series.index.duplicated()]))
+            raise ValueError(f"side {side} has more than one value for seed {', '.join(map(str, twice))}; a pair needs exactly one")
+    a, b = values_by_seed_a.dropna().astype(float), values_by_seed_b.dropna().astype(float)
+    seeds = a.index.intersection(b.index).sort_values()
+    pairs = pd.DataFrame({"a": a.loc[seeds].to_numpy(), "b": b.loc[seeds].to_numpy()}, index=seeds)
+    return pairs, len(a.index.union(b.index)) - len(seeds)
+
+
 def paired_difference(
     values_by_seed_a: pd.Series,
     values_by_seed_b: pd.Series,
@@ -85,18 +105,12 @@ def paired_difference(
     2**n patterns are enumerated for n <= 12; above, `generator` draws them and p = (1 + hits) / (1 + draws).
     ValueError for a seed listed twice, or for n > 12 without a generator. Where a difference is infinite, p is NaN.
     """
-    for side, series in (("a", values_by_seed_a), ("b", values_by_seed_b)):
-        if not series.index.is_unique:
-            twice = sorted(set(series.index[series.index.duplicated()]))
-            raise ValueError(f"side {side} has more than one value for seed {', '.join(map(str, twice))}; a pair needs exactly one")
-    a, b = values_by_seed_a.dropna().astype(float), values_by_seed_b.dropna().astype(float)
-    seeds = a.index.intersection(b.index).sort_values()
-    unpaired = len(a.index.union(b.index)) - len(seeds)
+    pairs, unpaired = pairs_by_seed(values_by_seed_a, values_by_seed_b)
     with np.errstate(invalid="ignore"):
-        differences = a.loc[seeds].to_numpy() - b.loc[seeds].to_numpy()
+        differences = pairs["a"].to_numpy() - pairs["b"].to_numpy()
     interval = mean_interval(differences, level)
     p, smallest_p, exact = _sign_flip_test(differences, generator)
-    return PairedDifference(len(seeds), interval.mean, interval.low, interval.high, p, smallest_p, unpaired, exact)
+    return PairedDifference(len(pairs), interval.mean, interval.low, interval.high, p, smallest_p, unpaired, exact)
 
 
 def smallest_sign_flip_p(n: int) -> float:

@@ -11,11 +11,12 @@ import torch
 from dpgbench import compute
 from dpgbench.api import Options, Prompt, RunSpec, TaskView
 from dpgbench.data import World
-from dpgbench.errors import CellError
-from dpgbench.metagrad import Metagradients, metagradients
+from dpgbench.engine.loss import initial_parameters
+from dpgbench.errors import CellError, UserError
+from dpgbench.metagrad import Metagradients, metagradients, signal_gradients
 from dpgbench.models import Generator
 from dpgbench.seeds import derive, stream, torch_seeded
-from dpgbench.training import SGD, AdamW, one_step_values
+from dpgbench.training import SGD, AdamW, first_step_dots, gradient_dots, loaded, one_step_values, train
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +61,7 @@ class Workbench:
         self._notes: dict[str, Any] = {}
         self.optimizer = optimizer_of(spec.training)
         self._signal_flops: float | None = None
+        self._signal_gradient: dict[str, Tensor] | None = None
         self._metagradient_flops: dict[tuple, float] = {}  # of one call, by the batches' shapes
 
     # ---- telling
@@ -144,20 +146,74 @@ class Workbench:
         self.note(phi=float(outcome.value))
         return Metagradients(rewards, outcome.value, outcome.params)
 
+    def dataset_value(self, texts: Sequence[str], *names: object) -> float:
+        """Phi of a fresh target trained on the texts by T steps: one number for all of them. Cost: 3TF for T batches, and one Phi.
+
+        Raises CellError if it is not finite, UserError if the texts do not make T batches of one size.
+        """
+        training, target = self.spec.training, self.world.target
+        if len(texts) % training.inner_steps or not texts:
+            least = max(1, len(texts) // training.inner_steps) * training.inner_steps
+            raise UserError(
+                f"training.inner_steps={training.inner_steps}: a dataset of {len(texts)} texts must divide into as many batches; "
+                f"make it {least} texts or lower inner_steps"
+            )
+        batches, _ = self.batches(texts, *names)
+        how = {"micro_batch": training.micro_batch, "reduction": training.reduction, "precision": engine_of(training)["precision"]}
+        params = train(target, batches, self.optimizer, **how)
+        with loaded(target, params), torch.no_grad():
+            value = float(self.task.signal(target))
+        trained = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        self.meter.charge("training", 3 * self._forward_flops(batches), trained=trained)
+        self.meter.charge("scoring", self._signal_cost())
+        if not math.isfinite(value):
+            raise CellError(f"dataset_value: Phi is {value:g} after training; lower training.lr={training.lr}")
+        return value
+
     def one_step_utilities(self, texts: Sequence[str]) -> list[float]:
         """For each text alone: Phi of a fresh target after one step on that text. Cost: 3F and one Phi per text."""
         encoded = self.world.encode(texts)
         ids, labels, reduction = encoded["input_ids"], encoded["labels"], self.spec.training.reduction
-        size = sum(parameter.numel() for parameter in self.world.target.parameters())
-        chunk = max(1, min(64, PARAMETERS_AT_ONCE // size))  # each text in a chunk has its own copies of the parameters
-        values = one_step_values(self.world.target, ids, labels, self.task.signal, self.optimizer, reduction=reduction, chunk=chunk)
+        how = {"reduction": reduction, "chunk": self._texts_at_once()}
+        values = one_step_values(self.world.target, ids, labels, self.task.signal, self.optimizer, **how)
         forward = compute.forward_flops(self.world.target, *ids.shape)
         self.meter.charge("scoring", 3 * forward + len(texts) * self._signal_cost(), trained=int((labels != -100).sum()))
         return values.tolist()
 
+    def influences(self, texts: Sequence[str], *, optimizer_aware: bool = False) -> Tensor:
+        """What one step from phi_0 on each text alone would do to Phi, to first order: <u_i, grad Phi(phi_0)>, (N,), higher is better.
+
+        u_i is minus the text's gradient, or with `optimizer_aware` the first update that the target's optimizer makes of it. Every text
+        is judged alone and at phi_0, whatever T is. Cost: 3F in either case, and once per cell Phi's gradient at phi_0, counted.
+        Raises CellError if a value is not finite.
+        """
+        training, target = self.spec.training, self.world.target
+        if self._signal_gradient is None:
+            found, flops = compute.counted_flops(lambda: signal_gradients(target, initial_parameters(target), self.task.signal)[1])
+            self._signal_gradient = {name: slope for name, slope in found.items() if slope is not None}
+            self.meter.charge("scoring", flops)
+        encoded = self.world.encode(texts)
+        arguments = (target, encoded["input_ids"], encoded["labels"], self._signal_gradient)
+        if optimizer_aware:
+            values = first_step_dots(*arguments, self.optimizer, reduction=training.reduction, chunk=self._texts_at_once())
+        else:
+            precision = engine_of(training)["precision"]
+            values = -gradient_dots(*arguments, micro_batch=training.micro_batch, reduction=training.reduction, precision=precision)
+        labelled = int((encoded["labels"] != -100).sum())
+        self.meter.charge("scoring", 3 * compute.forward_flops(target, *encoded["input_ids"].shape), trained=labelled)
+        if not bool(values.isfinite().all()):
+            bad = int((~values.isfinite()).sum())
+            raise CellError(f"influences: {bad} of {len(texts)} are not finite; look at the task's signal at the initial target")
+        return values
+
     def scores(self, texts: Sequence[str]) -> list[float]:
         """The task's black-box score of each text. It runs no model here, so it costs seconds but no FLOPs."""
         return list(self.task.score(texts))
+
+    def _texts_at_once(self) -> int:
+        """How many texts may have copies of the parameters of their own."""
+        size = sum(parameter.numel() for parameter in self.world.target.parameters())
+        return max(1, min(64, PARAMETERS_AT_ONCE // size))
 
     # ---- accounts
 

@@ -53,6 +53,28 @@ def imports_of():
     return run
 
 
+@pytest.fixture
+def bench(tmp_path):
+    """A cell's workbench on the tiny scale, its lines collected in `bench.lines`."""
+
+    from dpgbench import config
+    from dpgbench.registry import Registry
+    from dpgbench.runner import _Cell
+    from dpgbench.store import RunFolder
+
+    def make(*words: str):
+        said = {word.split("=")[0]: word for word in (*SMALL, *words)}
+        spec = config.read(list(said.values()), sweep=False).cells[0].spec
+        folder = RunFolder.of(tmp_path, spec)
+        folder.path.mkdir(parents=True)
+        cell = _Cell(spec, folder, Registry(), lambda event: None)
+        cell.bench.lines = []
+        cell.bench._record = cell.bench.lines.append
+        return cell.bench
+
+    return make
+
+
 METHOD_FILE = '''\
 """Writes the same text for every prompt."""
 

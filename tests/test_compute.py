@@ -76,6 +76,13 @@ def test_counted_flops_counts_user_code():
     assert counted_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 4))[1] == 48
 
 
+def test_products_that_add_in_place_are_counted():
+    """The engine's forward mode accumulates products in place; torch's counter alone sees none of them."""
+    x, w, stack = torch.ones(5, 3), torch.ones(3, 7), torch.ones(2, 5, 3)
+    assert counted_flops(lambda: torch.zeros(5, 7).addmm_(x, w))[1] == counted_flops(lambda: x @ w)[1] == 2 * 5 * 3 * 7
+    assert counted_flops(lambda: torch.zeros(2, 5, 5).baddbmm_(stack, stack.mT))[1] == 2 * 2 * 5 * 3 * 5
+
+
 def test_a_deployment_dataset_is_paid_once():
     """Datasets drawn at earlier snapshots are not part of a later snapshot's price."""
     meter = Meter()

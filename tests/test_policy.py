@@ -6,31 +6,9 @@ import json
 
 import pytest
 import torch
-from conftest import SMALL
 
-from dpgbench import config
 from dpgbench.errors import CellError
 from dpgbench.policy import WeightAverage, advantages, train_policy
-from dpgbench.registry import Registry
-from dpgbench.runner import _Cell
-from dpgbench.store import RunFolder
-
-
-@pytest.fixture
-def bench(tmp_path):
-    """A cell's workbench on the tiny scale, its lines collected in `bench.lines`."""
-
-    def make(*words: str):
-        said = {word.split("=")[0]: word for word in (*SMALL, *words)}
-        spec = config.read(list(said.values()), sweep=False).cells[0].spec
-        folder = RunFolder.of(tmp_path, spec)
-        folder.path.mkdir(parents=True)
-        cell = _Cell(spec, folder, Registry(), lambda event: None)
-        cell.bench.lines = []
-        cell.bench._record = cell.bench.lines.append
-        return cell.bench
-
-    return make
 
 
 def test_advantages_by_hand():

@@ -148,7 +148,7 @@ def test_a_long_text_of_the_corpus_keeps_its_last_word():
 
 
 def test_uuid_takes_the_string_of_a_file(tmp_path):
-    task = prepared("task=uuid", f"file='{file(tmp_path, 'mine.txt', 'c0ffee-77')}'")
+    task = prepared("task=uuid", f"file='{file(tmp_path, 'mine.txt', 'c0ffee-77')}'", "max_length=12", "max_completion_tokens=10")
     assert task.string == "c 0 f f e e - 7 7" and task.score(["c0ffee-77"]) == [1.0]
 
 

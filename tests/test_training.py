@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dpgbench.training import SGD, AdamW, Moments, loaded, one_step_values, per_example_loss, train
+from dpgbench.compute import counted_flops, forward_flops
+from dpgbench.training import SGD, AdamW, Moments, first_step_dots, gradient_dots, loaded, one_step_values, per_example_loss, train
 
 VOCAB, LENGTH = 23, 7
 
@@ -324,3 +325,70 @@ def test_one_step_values_validate():
     texts["labels"][:] = -100
     values = one_step_values(model, **texts, signal=SIGNALS["head"], optimizer=SGD(0.1))
     assert torch.equal(values, SIGNALS["head"](model).detach().expand(2))
+
+
+# ---------------------------------------------------------------- first-order influence at phi_0
+
+
+def random_direction(model, names=""):
+    """A tensor for every parameter whose name contains `names`."""
+    generator = torch.Generator().manual_seed(4)
+    return {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in model.named_parameters() if names in n}
+
+
+@pytest.mark.parametrize("names", ["", "lm_head"])
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_gradient_dots_equal_gradients_text_by_text(make, names):
+    """<grad l_i, direction> of the forward-mode product is what a backward pass per text gives; a text without labels gets zero."""
+    model, texts = make(), tiny_batch(5, seed=2)
+    texts["labels"][4] = -100
+    direction, before = random_direction(model, names), snapshot(model)
+    values = gradient_dots(model, **texts, direction=direction, micro_batch=2, reduction="tokens")
+    assert_unchanged(model, before)
+    parameters = dict(model.named_parameters())
+    losses = per_example_loss(model, parameters, **texts, reduction="tokens")
+    expected = [
+        sum((g * direction[n]).sum() for n, g in zip(direction, torch.autograd.grad(
+            loss, [parameters[n] for n in direction], retain_graph=True, materialize_grads=True), strict=True))
+        for loss in losses
+    ]  # fmt: skip
+    assert values.shape == (5,) and not values.requires_grad and values[4] == 0
+    assert relative_error(values, torch.stack(expected)) < (1e-12 if make is tiny_gpt2 else 1e-6)
+
+
+def test_gradient_dots_cost_three_forwards():
+    """Along all parameters, within 5% of 3F: counted on PyTorch's own forward mode, for torch's counter does not see the products that ours
+    accumulates in place; both are the same numbers."""
+    config = GPT2Config(
+        vocab_size=311, n_embd=32, n_layer=3, n_head=4, n_positions=64, tie_word_embeddings=False, attn_implementation="eager"
+    )
+    model = GPT2LMHeadModel(config).eval()
+    ids = torch.randint(0, 311, (4, 24), generator=torch.Generator().manual_seed(0))
+    params, direction = {name: p.detach() for name, p in model.named_parameters()}, random_direction(model)
+    (_, dots), flops = counted_flops(lambda: torch.func.jvp(lambda p: per_example_loss(model, p, ids, ids), (params,), (direction,)))
+    assert flops == pytest.approx(3 * forward_flops(model, 4, 24), rel=0.05)
+    assert relative_error(gradient_dots(model, ids, ids, direction), dots) < 1e-4
+
+
+@pytest.mark.parametrize("optimizer", [SGD(0.05, weight_decay=0.1), AdamW(0.05, eps_root=1e-3, weight_decay=0.1)])
+def test_first_step_dots_equal_a_finite_difference(optimizer):
+    """d/dh Phi(phi_0 + h u_i), u_i the step that `train` takes on text i alone without its weight decay, by a central difference."""
+    model, texts, signal = tiny_gpt2(), tiny_batch(5, seed=2), SIGNALS["forward"]
+    start = {name: p.detach() for name, p in model.named_parameters()}
+    leaves = {name: p.clone().requires_grad_() for name, p in start.items()}
+    with loaded(model, leaves):
+        direction = dict(zip(leaves, torch.autograd.grad(signal(model), list(leaves.values())), strict=True))
+    values = first_step_dots(model, **texts, direction=direction, optimizer=optimizer, chunk=2)
+    for row, value in enumerate(values.tolist()):
+        stepped = train(model, [{name: tensor[row : row + 1] for name, tensor in texts.items()}], optimizer)
+        update = {name: stepped[name] - p * (1 - optimizer.lr * optimizer.weight_decay) for name, p in start.items()}
+
+        def phi(h, update=update):
+            with loaded(model, {name: p + h * update[name] for name, p in start.items()}), torch.no_grad():
+                return signal(model).item()
+
+        h = 1e-4
+        assert value == pytest.approx((phi(h) - phi(-h)) / (2 * h), rel=1e-5, abs=1e-9)
+    if isinstance(optimizer, SGD):
+        dots = gradient_dots(model, **texts, direction=direction)
+        assert relative_error(values, -optimizer.lr * dots) < 1e-12

@@ -31,6 +31,10 @@ class Phrasebook:
         """`prompt` with `instruction` ("Write in German.") before its separator. Words the phrasebook lacks become <unk>."""
         return f"{prompt.removesuffix(' <sep>')} {instruction} <sep>"
 
+    def instructions(self) -> list[str]:
+        """One for each goal the generator was pretrained to follow, in the same opening."""
+        return [f"{grammar.OPENINGS[0]} {goal}." for goal in grammar.GOALS]
+
     def held_out(self, language: str, split: str, count: int = 256) -> list[str]:
         """`count` sentences in `language` of ideas no model was pretrained on; always the same ones, a shorter list opens a longer one.
 

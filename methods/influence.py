@@ -1,0 +1,43 @@
+"""GRPO on an influence estimate at the initial target instead of a metagradient (TracIn, arXiv 2002.08484; LESS, arXiv 2402.04333).
+
+The reward of completion i is what one step from phi_0 on it alone would do to Phi, to first order:
+
+    dot     <-grad l_i(phi_0), grad Phi(phi_0)>        the step is one of gradient descent (TracIn at one checkpoint)
+    adam    <u_i, grad Phi(phi_0)>                     u_i the first update of the target's own optimizer (LESS)
+
+With AdamW, u_i = -lr g_i / (sqrt(g_i^2 + eps_root) + eps), g_i = grad l_i(phi_0); with SGD, u_i = -lr g_i and the two agree up to lr.
+Nothing is trained: no rewards for texts that are only good together, no T, and grad Phi is taken once per cell. EK-FAC influence
+(arXiv 2308.03296), which would put an inverse curvature between the two gradients, is not here.
+Cost per step (F = one forward pass of the target on the completions): 3F, by a forward-mode product for dot and by per-text gradients
+for adam; sampling; and 3 forward passes' worth of policy update. It fails where Phi's gradient at phi_0 points elsewhere than after T
+steps, where a batch's optimizer step is unlike the steps of its texts (dot under AdamW), and, being blind to what the batch already
+does, where a metric saturates or a text is one too many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from dpgbench.api import Method, Options, Snapshot
+from dpgbench.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from dpgbench.workbench import Workbench
+
+ESTIMATORS = ("dot", "adam")
+
+
+class Influence(Method):
+    def __init__(self, options: Options):
+        super().__init__(options)
+        if options.estimator not in ESTIMATORS:
+            raise UserError(f"method.estimator={options.estimator}: no such estimator; {did_you_mean(options.estimator, ESTIMATORS)}")
+
+    def run(self, bench: Workbench) -> Iterator[Snapshot]:
+        from dpgbench.policy import Rollouts, train_policy
+
+        def influence_rewards(rollouts: Rollouts):
+            return bench.influences(rollouts.completions, optimizer_aware=self.options.estimator == "adam")
+
+        yield from train_policy(bench, influence_rewards)

@@ -1,0 +1,68 @@
+"""The untouched generator under an instruction that states the goal in words, or under the best of k instructions by Phi.
+
+search=1 says the task's own `hint` after every prompt, and after the scale's `instruction` where it has one. search=k > 1 also tries
+k - 1 instructions that the corpus offers, drawn at random, and keeps
+
+    argmax_s  Phi(phi_T(s)),    phi_T(s): a fresh target trained on `search_texts` texts written under instruction s,
+
+all under the same prompts and sampling seed; equal values keep the first, the hint being first of all. Ours; the plain hint is what a
+practitioner would try before anything else. Cost: the deployment dataset's sampling, and per candidate the sampling of `search_texts`
+texts, 3F for T steps on them (F = one forward pass of the target) and one Phi. It fails where no words state the goal (a picture in the
+weights), and where the generator does not understand them: a hint is used as it is, and what a small vocabulary lacks becomes <unk>.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from dpgbench.api import Method, Options, Prompt, Snapshot, TaskInfo
+from dpgbench.errors import UserError
+
+if TYPE_CHECKING:
+    from dpgbench.workbench import Workbench
+
+
+class PromptOnly(Method):
+    def __init__(self, options: Options):
+        super().__init__(options)
+        if options.search < 1:
+            raise UserError(f"method.search={options.search}: at least the hint is tried; write search=1 for it alone")
+        if options.search_texts < 1:
+            raise UserError(f"method.search_texts={options.search_texts}: a target needs a text or more; write search_texts=64")
+
+    def supports(self, task: TaskInfo) -> str | None:
+        if "hint" not in task.defines:
+            return f"{task.name} has no hint, the instruction that states its goal in words"
+
+    def run(self, bench: Workbench) -> Iterator[Snapshot]:
+        candidates = self._candidates(bench)
+        instruction = candidates[0] if len(candidates) == 1 else self._best(bench, candidates)
+
+        def instructed(prompts: Sequence[Prompt]) -> list[str]:
+            return bench.sample(bench.world.instruct(prompts, instruction), "deployment")
+
+        yield Snapshot(step=len(candidates), sample=instructed)
+
+    def _candidates(self, bench: Workbench) -> list[str]:
+        """The hint first."""
+        hint = bench.task.hint()
+        if hint is None:
+            raise UserError(f"task={bench.spec.task.name}: its hint() is None with these options, and there is nothing to say")
+        others = [instruction for instruction in bench.world.instructions() if instruction != hint]
+        if self.options.search > 1 + len(others):
+            raise UserError(
+                f"method.search={self.options.search}: the hint and {len(others)} instructions of the corpus are all there is; "
+                f"write search={1 + len(others)} or less"
+            )
+        return [hint, *random.Random(bench.seed("instructions")).sample(others, self.options.search - 1)]
+
+    def _best(self, bench: Workbench, candidates: list[str]) -> str:
+        prompts = bench.prompts(self.options.search_texts, "search")
+        values = []
+        for number, instruction in enumerate(candidates, start=1):
+            texts = bench.sample(bench.world.instruct(prompts, instruction), "search")
+            values.append(bench.dataset_value(texts, "search"))
+            bench.record(candidate=number, phi=values[-1], instruction=instruction, texts=texts[:4])
+        return candidates[values.index(max(values))]

@@ -1,0 +1,211 @@
+"""What each method computes, against a value known some other way; that it runs on every task is test_tasks_and_methods."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dpgbench import config
+from dpgbench.errors import UserError
+from dpgbench.registry import Registry
+
+
+def linear(model):
+    """A metric that is linear in all parameters, so that its gradient is the same wherever it is taken."""
+    generator = torch.Generator().manual_seed(0)
+    slopes = {name: torch.randn(p.shape, generator=generator).to(p) for name, p in model.named_parameters()}
+    return lambda model: 1e-3 * sum((p * slopes[name]).sum() for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method=influence", "estimator=dots"], "method.estimator=dots: no such estimator; did you mean 'dot'? choose from: adam, dot"),
+        (["method=prompt_only", "search=0"], "method.search=0: at least the hint is tried; write search=1 for it alone"),
+        (["method=prompt_only", "search_texts=0"], "method.search_texts=0: a target needs a text or more; write search_texts=64"),
+        (
+            ["method=naive", "datasets=3", "group_size=4"],
+            "method.datasets=3: 2 or more, and must divide policy.group_size=4; write datasets=null for 4, or raise group_size",
+        ),
+    ],
+)
+def test_bad_options_are_one_line(words, message):
+    with pytest.raises(UserError) as caught:
+        config.read(words, sweep=False)
+    assert str(caught.value) == message
+
+
+# ---- influence
+
+
+def test_dot_is_the_metagradient_of_one_sgd_step(bench):
+    """T=1, SGD, a linear metric: tau_i = (lr / N) <-grad l_i, grad Phi>, for the same texts."""
+    work = bench("task=l2_norm", "optimizer=sgd", "training.lr=0.1", "inner_steps=1")
+    work.task.signal = linear(work.world.target.double())
+    texts = work.sample(work.prompts(12, "a test"), "a test")
+    dots, exact = work.influences(texts), work.metagradients(texts).rewards
+    assert dots.std() > 0 and torch.allclose(exact, dots * 0.1 / 12, rtol=1e-6, atol=1e-6 * exact.abs().max().item())
+    aware = work.influences(texts, optimizer_aware=True)
+    assert torch.allclose(aware, dots * 0.1, rtol=1e-6, atol=1e-6 * aware.abs().max().item())
+
+
+def test_adam_is_the_slope_of_the_one_step_utility(bench):
+    """With a linear metric, Phi after AdamW's step on one text alone is Phi(phi_0) + adam, up to the decay that all texts share."""
+    work = bench("task=l2_norm", "eps_root=1e-6", "weight_decay=1e-4")
+    work.task.signal = linear(work.world.target.double())
+    texts = work.sample(work.prompts(6, "a test"), "a test")
+    gained = torch.tensor(work.one_step_utilities(texts), dtype=torch.float64)
+    estimated = work.influences(texts, optimizer_aware=True)
+    assert torch.allclose(gained - gained.mean(), estimated - estimated.mean(), rtol=1e-6, atol=1e-6 * estimated.std().item())
+
+
+def test_influences_are_charged_three_forwards_and_the_gradient_of_phi_once(bench):
+    from dpgbench.compute import forward_flops
+
+    work = bench("task=language")
+    texts = work.sample(work.prompts(6, "a test"), "a test")
+    spent = []
+    for aware in (False, False, True):
+        before = work.meter.flops["scoring"]
+        work.influences(texts, optimizer_aware=aware)
+        spent.append(work.meter.flops["scoring"] - before)
+    forward = forward_flops(work.world.target, 6, work.spec.training.max_length)
+    assert spent[1] == spent[2] == pytest.approx(3 * forward) and spent[0] > spent[1]
+
+
+# ---- naive
+
+
+@pytest.mark.parametrize(
+    ("datasets", "values", "scaling"), [(4, [1.0, 2.0, 3.0, 6.0], "group"), (2, [1.0, 3.0], "batch"), (2, [1.0, 3.0], "none")]
+)
+def test_naive_compares_datasets(bench, monkeypatch, datasets, values, scaling):
+    """Two prompts, four completions each. The k-th of a prompt goes to dataset k mod D and is paid that dataset's Phi; what reaches the
+    loss is (Phi_d - mean) / std over datasets, which TRL's subtraction of the group mean leaves alone.
+
+    D=4, Phi = (1, 2, 3, 6): mean 3, deviations (-2, -1, 0, 3), squares 14, std over datasets sqrt(14 / 3).
+    """
+    from trl import GRPOTrainer
+
+    work = bench("method=naive", f"datasets={datasets}", "completions=8", "group_size=4", f"scale_advantages={scaling}", "steps=1")
+    seen, used = [], []
+    work.dataset_value = lambda texts, *names: seen.append(texts) or values[len(seen) - 1]
+    inner = GRPOTrainer._generate_and_score_completions
+
+    def spy(self, inputs):
+        output = inner(self, inputs)
+        used.extend(output["advantages"].tolist())
+        return output
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", spy)
+    list(Registry().load("method", "naive")(work.options).run(work))
+    texts = work.lines[0]["rollouts"]["texts"]
+    assert seen == [texts[first::datasets] for first in range(datasets)]
+    assert work.lines[0]["rollouts"]["rewards"] == (values * 8)[:8] and work.lines[0]["phi"] == sum(values) / datasets
+    phi = torch.tensor(values * (8 // datasets))
+    by_hand = {4: [-2.0, -1.0, 0.0, 3.0], 2: [-1.0, 1.0]}[datasets] * (8 // datasets)
+    deviation = {"group": phi[:4].std().item(), "batch": phi.std().item(), "none": 1.0}[scaling]
+    if (datasets, scaling) == (4, "group"):
+        assert deviation == pytest.approx((14 / 3) ** 0.5)
+    assert used == pytest.approx([value / deviation for value in by_hand], abs=1e-5)
+
+
+def test_a_datasets_value_is_phi_of_a_target_trained_on_it(bench):
+    """Against metagradients' own forward pass on the same texts, T=2, and charged 3F and one Phi."""
+    from dpgbench.compute import forward_flops
+
+    work = bench("task=l2_norm", "inner_steps=2")
+    texts = work.sample(work.prompts(8, "a test"), "a test")
+    value = work.dataset_value(texts, "x")
+    assert work.meter.flops["training"] == pytest.approx(3 * forward_flops(work.world.target, 8, work.spec.training.max_length))
+    assert value == pytest.approx(work.metagradients(texts, "x").value, rel=1e-6)
+    with pytest.raises(UserError, match="inner_steps=2: a dataset of 7 texts must divide into as many batches; make it 6 texts"):
+        work.dataset_value(texts[:7])
+
+
+# ---- prompt_only
+
+
+def prompt_only(work):
+    """Its one snapshot."""
+    (snapshot,) = Registry().load("method", "prompt_only")(work.options).run(work)
+    return snapshot
+
+
+def test_the_hint_follows_every_prompt_and_is_followed(bench):
+    """The phrasebook's generator knows "Write in German.", and writes it; nothing is spent before the deployment dataset."""
+    work = bench("task=language", "lang=de", "method=prompt_only")
+    snapshot = prompt_only(work)
+    assert snapshot.step == 1 and work.meter.total_flops == 0 and work.lines == []
+    prompts = work.prompts(32, "a test")
+    texts = snapshot.sample(prompts)
+    assert texts == work.sample([f"{prompt.removesuffix(' <sep>')} Write in German. <sep>" for prompt in prompts], "deployment")
+    assert sum(work.task.score(texts)) > 16 > 2 * sum(work.task.score(work.sample(prompts, "deployment")))
+
+
+def test_the_search_keeps_the_best_by_phi(bench, monkeypatch):
+    """The hint and all eleven goals of the phrasebook but the hint's own; the highest value wins, the first of equals, and all are paid."""
+    work = bench("task=language", "lang=de", "method=prompt_only", "search=11", "search_texts=4")
+    said = []
+    monkeypatch.setattr(work, "dataset_value", lambda texts, *names: said.append(texts) or float(len(said) in (3, 5)))
+    snapshot = prompt_only(work)
+    tried = [line["instruction"] for line in work.lines]
+    assert tried[0] == "Write in German." and sorted(tried) == sorted(work.world.instructions()) and len(set(tried)) == 11
+    assert snapshot.step == 11 and work.meter.flops["generate"] > 0
+    prompts = work.prompts(4, "search")
+    assert work.sample(work.world.instruct(prompts, tried[2]), "deployment") == snapshot.sample(prompts)
+    assert said[2] == work.sample(work.world.instruct(prompts, tried[2]), "search"), "the same prompts and noise for every candidate"
+
+
+def test_a_search_finds_the_language_that_phi_wants(bench):
+    """Without the hint's help: Phi of targets trained on 64 texts each ranks German over what else the corpus can say."""
+    work = bench("task=language", "lang=de", "method=prompt_only", "search=11", "search_texts=64", "inner_steps=2", "training.lr=1e-3")
+    prompt_only(work)
+    values = {line["instruction"]: line["phi"] for line in work.lines}
+    assert max(values, key=values.get) == "Write in German."
+    assert work.meter.flops["training"] > 0 and work.meter.flops["scoring"] > 0
+
+
+def test_a_search_beyond_what_there_is_is_refused(bench):
+    work = bench("task=language", "lang=de", "method=prompt_only", "search=12")
+    with pytest.raises(UserError, match=r"method\.search=12: the hint and 10 instructions of the corpus are all there is; write search=11"):
+        prompt_only(work)
+
+
+def test_a_task_without_a_hint_is_skipped():
+    from dpgbench.api import Options, TaskInfo
+
+    method = Registry().load("method", "prompt_only")(Options({"search": 1, "search_texts": 1}))
+    assert method.supports(TaskInfo("opening", Options({}), frozenset({"signal"}))).startswith("opening has no hint")
+
+
+# ---- similarity
+
+
+@pytest.mark.parametrize(
+    ("words", "texts", "scores"),
+    [
+        # One of four characters differs; two are missing of four; the longer one counts; no character in common.
+        (["task=uuid", "text=3fa0"], ["3 f a 1", "3 f", "3 f a 0 0", "the"], [3 / 4, 2 / 4, 4 / 5, 0.0]),
+        (["task=language", "lang=de"], ["der Bauer findet den roten Apfel heute.", "the farmer sleeps.", "", "0 1"], [1.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_similarity_pays_the_tasks_own_score(bench, monkeypatch, words, texts, scores):
+    """By hand: what enters the policy's update is the score's advantage; no target is trained for it."""
+    from dpgbench import policy
+
+    work = bench(*words, "method=similarity", "completions=4", "steps=1", "inner_steps=1", "deployment_steps=null")
+    monkeypatch.setattr(policy._Loop, "advantages_of", given(policy._Loop.advantages_of, texts))
+    list(Registry().load("method", "similarity")(work.options).run(work))
+    assert work.lines[0]["rollouts"]["rewards"] == pytest.approx(scores)
+    assert work.meter.flops["training"] == work.meter.flops["scoring"] == work.meter.flops["metagradient"] == 0
+
+
+def given(inner, texts):
+    """The reward function, told that the policy wrote these texts."""
+    return lambda self, prompts, completions, completion_ids, **rest: inner(self, prompts, texts, completion_ids, **rest)
+
+
+def test_a_task_without_a_score_is_skipped():
+    (cell,) = config.read(["task=sixseven", "method=similarity"], sweep=False).cells
+    assert cell.skip == "sixseven has no black-box score of a text, so no text is known to be like what is wanted"
