@@ -89,6 +89,9 @@ class Task(ABC):
     def score(self, texts: Sequence[str]) -> list[float] | None:
         """A black-box score of each text, higher is better, where a natural one exists. Define it only then."""
 
+    def references(self) -> list[str] | None:
+        """Texts that show what is wanted, in a fixed order, none of them held out from methods. Define it only where there are some."""
+
     def hint(self) -> str | None:
         """The instruction that states the goal in words, for methods that steer with a prompt."""
 
@@ -100,7 +103,7 @@ class TaskView:
     """What a method may see of a task: the signal on the dev split, and never `measure` nor the test split."""
 
     def __init__(self, task: Task):
-        self.signal, self.score, self.hint = task.signal, task.score, task.hint
+        self.signal, self.score, self.hint, self.references = task.signal, task.score, task.hint, task.references
         self.options = task.options
 
 
@@ -122,6 +125,8 @@ class Snapshot:
     """The method's own counter: policy updates, or the size of its search."""
     sample: Callable[[Sequence[Prompt]], list[str]]
     """One text per prompt. The harness calls it on held-out prompts, right away, and charges what it spends to the method."""
+    params: dict[str, Tensor] | None = None
+    """For anchors of the scale alone: parameters that the target reached without any text, measured in place of training on texts."""
 
 
 class Method(ABC):
@@ -146,7 +151,8 @@ class RunSpec:
     """One cell: a task, a method, a seed and every setting that changes its numbers, resolved."""
 
     config: Mapping[str, Any]
-    """Sections `task`, `method`, `training`, `scale` (plain dicts with `name` and `version` in the first two) and `seed`."""
+    """Sections `task`, `method`, `training`, `scale` (plain dicts with `name` and `version` in the first two), `seed`, and `budget` where
+    there is one."""
 
     @property
     def task(self) -> Options:
@@ -163,6 +169,11 @@ class RunSpec:
     @property
     def scale(self) -> Options:
         return Options(self.config["scale"])
+
+    @property
+    def budget(self) -> dict[str, float]:
+        """The limits there are, by the names of `compute.Budget`."""
+        return self.config.get("budget", {})
 
     @property
     def seed(self) -> int:

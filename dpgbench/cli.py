@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dpgbench import config, store
@@ -244,8 +245,12 @@ def _list(words: list[str]) -> int:
     console = _console()
     for kind in ("method", "task"):
         table = Table(f"{kind}s", "", box=None, pad_edge=False, title_justify="left")
-        for file in registry.files(kind):
-            table.add_row(file.name, f"[red]unusable: {file.error}[/]" if file.error else file.summary)
+        rows = {
+            file.name: f"[red]unusable: {escape(file.error)}[/]" if file.error else escape(file.summary) for file in registry.files(kind)
+        }
+        rows |= {name: escape(_first_comment(path)) for name, path in config.presets(registry, kind).items()}
+        for name in sorted(rows):
+            table.add_row(name, rows[name])
         console.print(table, highlight=False)
         console.print()
     table = Table("scales and suites", "", box=None, pad_edge=False)

@@ -71,6 +71,26 @@ class Meter:
         return sum(self.flops.values())
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What a method's answer may cost, its deployment dataset included: FLOPs, generated tokens, seconds. None: no limit.
+
+    A limit on seconds makes a cell's numbers depend on the machine and on what else it does; the other two do not.
+    """
+
+    flops: float | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+
+    def __bool__(self) -> bool:
+        return any(limit is not None for limit in (self.flops, self.tokens, self.seconds))
+
+    def share(self, spent: Meter) -> float:
+        """The largest share of a limit that is spent: 0 without limits, above 1 if it is too much."""
+        used = ((self.flops, spent.total_flops), (self.tokens, spent.tokens_generated), (self.seconds, spent.seconds))
+        return max((value / limit for limit, value in used if limit is not None), default=0.0)
+
+
 def matmul_weights(model: nn.Module) -> int:
     """N: the number of weights that multiply activations, once per module (a tied head counts, an embedding look-up does not)."""
     from torch import nn

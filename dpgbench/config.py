@@ -26,7 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpgbench import rules, texts
+from dpgbench import matching, rules, texts
 from dpgbench.api import Options, RunSpec, TaskInfo
 from dpgbench.errors import UserError, did_you_mean
 from dpgbench.registry import Registry, home
@@ -62,7 +62,7 @@ def read(arguments: Sequence[str], *, sweep: bool) -> Request:
     plugins = words.pop("plugins", [None])[0]
     registry = Registry(Path(plugins) if plugins else None)
     results = Path(str(words.pop("results", ["results"])[0]))
-    suite = words.pop("suite", None)
+    suite, match = words.pop("suite", None), matching.label_in(words.pop("budget", None))
     title, lines = "", [words]
     if suite is not None:
         title, lines = _suite(str(suite[0]), registry, words)
@@ -73,7 +73,11 @@ def read(arguments: Sequence[str], *, sweep: bool) -> Request:
     composer.check_used(words)
     for config in configs:
         launcher = config.pop("launcher")
+        if match:
+            config["budget"] = {**config.get("budget", {}), "flops": math.inf}  # until the cell is known to run
         cell = _cell(config, registry)
+        if match and not cell.skip:
+            config["budget"]["flops"] = matching.flops_of(match, cell.spec, results)
         cells.setdefault(cell.spec.folder, cell)
     if not sweep and len(cells) > 1:
         raise UserError(f"run takes one cell and this line names {len(cells)}; use `sweep` for a grid")
@@ -93,6 +97,12 @@ def replay(path: Path, registry: Registry) -> Cell:
     if missing:
         raise UserError(f"spec={path}: section {missing[0]!r} is missing; give a spec.yaml as written into a run folder")
     return _cell(config, registry)
+
+
+def presets(registry: Registry, kind: str) -> dict[str, Path]:
+    """The YAML files of a plug-in under another name: the same file with other options. By that name."""
+    plain = {file.name for file in registry.files(kind)}
+    return {name: path for name, path in files(registry, kind).items() if name not in plain}
 
 
 def suites(registry: Registry) -> dict[str, str]:
@@ -251,7 +261,9 @@ def _plain(config: DictConfig) -> dict[str, Any]:
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"the configuration does not resolve: {str(error).splitlines()[0]}") from None
-    return {key: resolved[key] for key in (*SECTIONS, "seed", "launcher")}
+    kept = {key: resolved[key] for key in (*SECTIONS, "seed", "launcher")}
+    limits = {name: limit for name, limit in resolved["budget"].items() if limit is not None}
+    return {**kept, "budget": limits} if limits else kept
 
 
 def _cell(config: dict[str, Any], registry: Registry) -> Cell:

@@ -8,7 +8,9 @@ group mean then changes nothing, because every scaling here leaves groups with m
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -41,10 +43,19 @@ class Rollouts:
 
 Reward = Callable[[Rollouts], Sequence[float]]
 
+MOST_STEPS = 10_000  # where only a budget ends a run
+SCHEDULES = {  # of the learning rate: its factor after a share of the run
+    "constant": lambda share: 1.0,
+    "linear": lambda share: max(0.0, 1.0 - share),
+    "cosine": lambda share: (1 + math.cos(math.pi * min(1.0, share))) / 2,
+}
+
 
 def train_policy(bench: Workbench, reward: Reward) -> Iterator[Snapshot]:
     """GRPO with one batch-level reward call per step; yields the untrained generator (step 0) and then every step.
 
+    Ends after `policy.steps`, or before the step that would go over the cell's budget. Learning rate and entropy bonus follow the nearer
+    of the two ends, so that a run which a budget ends has had its whole schedule.
     Cost per step: sampling, whatever `reward` spends, and 3F of the generator on prompts and completions.
     Raises CellError if a reward is not finite or has the wrong count, and whatever `reward` raises: never a batch of zeros.
     """
@@ -65,17 +76,20 @@ def train_policy(bench: Workbench, reward: Reward) -> Iterator[Snapshot]:
             model=bench.generator.model,
             processing_class=bench.generator.tokenizer,
             args=_trl_settings(bench, policy, scratch),
-            train_dataset=Dataset.from_list(
-                [{"prompt": prompt} for prompt in bench.prompts(policy.steps * loop.prompts_per_step, "policy")]
-            ),
+            train_dataset=_prompts(bench, loop.prompts_per_step, policy.steps or MOST_STEPS),
             reward_funcs=loop.advantages_of,
             callbacks=[loop],
         )
         trainer.remove_callback(PrinterCallback)
         loop.trainer = trainer
+        spent = dearest = bench.spent_share()
         for step in loop.steps():
             average.update(step)
             yield snapshot(step)
+            dearest = max(dearest, bench.spent_share() - spent) if step > 1 else bench.spent_share() - spent
+            spent = bench.spent_share()
+            if spent + dearest > 1:
+                return
 
 
 class WeightAverage:
@@ -169,10 +183,12 @@ class _Loop(TrainerCallback):
     def on_step_begin(self, args, state, control, **_: object) -> None:
         """Rollouts draw from torch's default generator: give each step its own seed, so that a step does not depend on the ones before."""
         torch.manual_seed(derive(self.bench.seed("rollouts"), state.global_step))
+        share = max(self.step / (self.policy.steps or MOST_STEPS), min(1.0, self.bench.spent_share()))
+        for group in self.trainer.optimizer.param_groups:
+            group["lr"] = self.policy.lr * SCHEDULES[self.policy.lr_schedule](share)
         start, final = self.policy.entropy_bonus, self.policy.entropy_bonus_final
         if start and final is not None:
-            progress = min(1.0, self.step / max(1, self.policy.steps - 1))
-            self.trainer.entropy_coef = start + (final - start) * progress
+            self.trainer.entropy_coef = start + (final - start) * share
 
     def on_log(self, args, state, control, logs=None, **_: object) -> None:
         """After each update TRL logs; the update that completes a step completes its record, and the step is handed out."""
@@ -191,6 +207,19 @@ class _Loop(TrainerCallback):
         self.bench.meter.charge("policy_update", update, trained=sum(map(len, completion_ids)))
 
 
+def _prompts(bench: Workbench, per_step: int, steps: int) -> Dataset:
+    """Each step's prompts, drawn when they are asked for: the same at step t however many steps there will be."""
+
+    @functools.lru_cache(maxsize=2)
+    def of_step(step: int) -> list[Prompt]:
+        return bench.prompts(per_step, "policy", step)
+
+    def look_up(rows: dict[str, list[int]]) -> dict[str, list[Prompt]]:
+        return {"prompt": [of_step(number // per_step)[number % per_step] for number in rows["number"]]}
+
+    return Dataset.from_dict({"number": range(steps * per_step)}).with_transform(look_up)
+
+
 def _trl_settings(bench: Workbench, policy: Options, scratch: str) -> GRPOConfig:
     """The paper's GRPO (no KL term, temperature 1, one pass) in TRL's words."""
     updated = policy.minibatch or policy.completions
@@ -199,29 +228,33 @@ def _trl_settings(bench: Workbench, policy: Options, scratch: str) -> GRPOConfig
     return GRPOConfig(
         output_dir=scratch, use_cpu=on_cpu, bf16=False, gradient_checkpointing=False, report_to=[], disable_tqdm=True, save_strategy="no",
         logging_steps=1, logging_nan_inf_filter=False, seed=bench.seed("trainer") % 2**31, shuffle_dataset=False, dataloader_num_workers=0,
-        max_steps=policy.steps * (policy.completions // updated),
+        max_steps=(policy.steps or MOST_STEPS) * (policy.completions // updated),
         per_device_train_batch_size=forward, gradient_accumulation_steps=updated // forward,
         steps_per_generation=policy.completions // forward,
         num_generations=policy.group_size, num_iterations=1, beta=0.0, scale_rewards="none", loss_type=policy.loss_type,
         temperature=1.0, top_p=1.0, top_k=0, max_completion_length=bench.generator.max_completion_tokens,
-        learning_rate=policy.lr, lr_scheduler_type=policy.lr_schedule, warmup_steps=0, weight_decay=0.0, max_grad_norm=policy.max_grad_norm,
+        learning_rate=policy.lr, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=policy.max_grad_norm,
         entropy_coef=policy.entropy_bonus,
     )  # fmt: skip
 
 
 class _quiet:
-    """TRL and transformers narrate on standard error; a cell's progress has its own display."""
+    """TRL, datasets and transformers narrate on standard error; a cell's progress has its own display."""
+
+    LOGGERS = ("trl", "datasets")
 
     def __enter__(self) -> None:
         self._verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()
-        self._trl_level = logging.getLogger("trl").level
-        logging.getLogger("trl").setLevel(logging.ERROR)
+        self._levels = [logging.getLogger(name).level for name in self.LOGGERS]
+        for name in self.LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
         self._warnings = warnings.catch_warnings()
         self._warnings.__enter__()
         warnings.simplefilter("ignore")
 
     def __exit__(self, *error: object) -> None:
         self._warnings.__exit__(*error)
-        logging.getLogger("trl").setLevel(self._trl_level)
+        for name, level in zip(self.LOGGERS, self._levels, strict=True):
+            logging.getLogger(name).setLevel(level)
         transformers_logging.set_verbosity(self._verbosity)

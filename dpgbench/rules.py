@@ -12,10 +12,11 @@ def check(config: Mapping[str, Any]) -> None:
     """Apply every rule to one resolved configuration. Raises UserError naming value, rule and fix."""
     if not isinstance(config["seed"], int) or config["seed"] < 0:
         raise UserError(f"seed={config['seed']}: a seed is a whole number from 0 up; write seed=0")
+    _check_budget(_Section("budget", config.get("budget", {})))
     _check_training(_Section("training", config["training"]))
     _check_scale(_Section("scale", config["scale"]), config["training"]["inner_steps"])
     if config["method"].get("policy") is not None:
-        _check_policy(_Section("policy", config["method"]["policy"]), config["training"]["inner_steps"])
+        _check_policy(_Section("policy", config["method"]["policy"]), config["training"]["inner_steps"], bool(config.get("budget")))
 
 
 class _Section:
@@ -40,6 +41,12 @@ class _Section:
         self.require(
             key, part is None or (part > 0 and whole % part == 0), f"must divide {of_what}, {whole}; write {key}=null for all at once"
         )
+
+
+def _check_budget(budget: _Section) -> None:
+    for key, limit in budget.values.items():
+        good = isinstance(limit, int | float) and not isinstance(limit, bool) and limit > 0
+        budget.require(key, good, f"a limit is a positive number, or null for none; write budget.{key}=1e12")
 
 
 def _check_training(training: _Section) -> None:
@@ -81,9 +88,12 @@ def _check_scale(scale: _Section, inner_steps: int) -> None:
     scale.require("threads", scale["threads"] >= 1, "a cell needs a thread; write threads=1")
 
 
-def _check_policy(policy: _Section, inner_steps: int) -> None:
-    group, completions = policy["group_size"], policy["completions"]
-    policy.require("steps", policy["steps"] >= 1, "at least one policy update is needed; write steps=1 or more, or method=base for none")
+def _check_policy(policy: _Section, inner_steps: int, budget: bool) -> None:
+    group, completions, steps = policy["group_size"], policy["completions"], policy["steps"]
+    policy.require("steps", steps is not None or budget, "without a limit the budget must be one; write budget.flops=1e12, or steps=60")
+    good = steps is None or (type(steps) is int and 1 <= steps <= 10_000)
+    policy.require("steps", good, "at least one policy update is needed, at most 10000; write steps=60, or method=base for none")
+    policy.require_one_of("lr_schedule", "constant", "linear", "cosine")
     policy.require(
         "group_size", group >= 2, "an advantage compares completions of one prompt, so a group needs 2 or more; write group_size=4"
     )

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Watch = Callable[[dict[str, Any]], None]
 SAMPLE_TEXTS = 12  # deployment texts kept for the report
+OVERRUN = 0.01  # of the budget; a step's price is known when it is paid
 
 
 def run_cell(spec: RunSpec, results: Path, plugins: Path | None = None, watch: Watch = lambda event: None) -> str:
@@ -92,20 +93,32 @@ class _Cell:
         self.prompts = self.world.prompts("test", spec.scale.deployment_texts, stream(spec.seed, "deployment prompts"))
 
     def run(self) -> None:
-        """Let the method work, score the snapshots that are due, and mark the cell done."""
-        last_step = (self.spec.method.get("policy") or {}).get("steps")
-        due = snapshot_steps(last_step, self.spec.scale.snapshots) if last_step else None  # None: all of them
+        """Let the method work, score the snapshots that are due, and mark the cell done.
+
+        An answer over the budget is none: the method is stopped and the last one within it counts.
+        """
+        schedule = _schedule(self.spec)
         lines: list[dict[str, Any]] = []
-        scored = snapshot = None
+        scored = snapshot = waiting = None  # waiting: the newest snapshot, if it was not due
         for snapshot in self._timed(self.method.run(self.bench)):
-            if due is None or snapshot.step in due:
-                scored = self._score(snapshot)
-                lines.append({**scored.line, "seconds": scored.seconds})
+            waiting = snapshot
+            if schedule.is_due(snapshot.step, self.bench.spent_share()):
+                waiting, answer = None, self._score(snapshot)
+                if answer is None:
+                    break
+                scored = answer
+                lines.append({**answer.line, "seconds": answer.seconds})
         if snapshot is None:
             raise CellError(f"method {self.spec.method.name} yielded no snapshot; `run` must yield at least one")
-        if scored is None or scored.line["snapshot"] != snapshot.step:  # it stopped before its schedule did
-            scored = self._score(snapshot)
-            lines.append({**scored.line, "seconds": scored.seconds})
+        if waiting is not None and (answer := self._score(waiting)) is not None:  # it stopped before its schedule did
+            scored = answer
+            lines.append({**answer.line, "seconds": answer.seconds})
+        if scored is None:
+            limits = ", ".join(f"budget.{name}={limit:g}" for name, limit in self.spec.budget.items())
+            raise CellError(
+                f"{limits}: the first answer costs {self.bench.spent_share():.3g} times that; "
+                f"give more, or lower scale.deployment_texts={self.spec.scale.deployment_texts}"
+            )
         result = {
             "headline": self.task.headline,
             "higher_is_better": self.task.higher_is_better,
@@ -143,8 +156,8 @@ class _Cell:
         self.folder.append(line, time.perf_counter() - self.started)
         self.watch({key: value for key, value in line.items() if key != "rollouts"})
 
-    def _score(self, snapshot: Snapshot) -> _Scored:
-        """Draw the deployment dataset (charged), train a fresh target on it and measure that (not charged)."""
+    def _score(self, snapshot: Snapshot) -> _Scored | None:
+        """Draw the deployment dataset (charged), train a fresh target on it and measure that (not charged). None if it is over budget."""
         from dpgbench.training import loaded, train
         from dpgbench.workbench import engine_of, optimizer_of
 
@@ -152,13 +165,16 @@ class _Cell:
         with self.meter.deployment() as price:
             texts = snapshot.sample(self.prompts)
             price.seconds = time.perf_counter() - clock
+        self.bench.reserve = price
+        if self.bench.spent_share() > 1 + OVERRUN:
+            return None
         if len(texts) != len(self.prompts) or not all(isinstance(text, str) for text in texts):
             wanted = f"{len(self.prompts)} prompts; it must return one string each"
             raise CellError(f"snapshot {snapshot.step}: sample returned {len(texts)} texts for {wanted}")
         target, training = self.world.target, self.spec.training
         batches, _ = self.bench.batches(texts, "deployment", steps=self.spec.scale.deployment_steps)
         how = {"micro_batch": training.micro_batch, "reduction": training.reduction, "precision": engine_of(training)["precision"]}
-        params = train(target, batches, optimizer_of(training), **how)
+        params = snapshot.params or train(target, batches, optimizer_of(training), **how)
         with loaded(target, params):
             import torch
 
@@ -189,6 +205,33 @@ class _Cell:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
         return buffer.getvalue()
+
+
+class _Schedule:
+    """Which of a method's snapshots are scored."""
+
+    def __init__(self, steps: set[int] | None = None, shares: Sequence[float] = ()):
+        """At these steps, or else the first at or past each of these shares of the budget, and the very first. With neither, all."""
+        self.steps, self.shares = steps, list(shares)
+        self._passed = -1
+
+    def is_due(self, step: int, share: float) -> bool:
+        if self.steps is not None:
+            return step in self.steps
+        passed = sum(share >= threshold for threshold in self.shares)
+        due = passed > self._passed or not self.shares
+        self._passed = max(self._passed, passed)
+        return due
+
+
+def _schedule(spec: RunSpec) -> _Schedule:
+    """A method that counts policy steps is scored at log-spaced ones, or at halvings of its budget; any other at all its snapshots."""
+    policy = spec.method.get("policy")
+    if policy is None:
+        return _Schedule()
+    if spec.budget:
+        return _Schedule(shares=[2.0**-k for k in range(1, spec.scale.snapshots - 1)])  # the last one is scored in any case
+    return _Schedule(steps=snapshot_steps(policy.steps, spec.scale.snapshots))
 
 
 def snapshot_steps(last: int, count: int) -> set[int]:

@@ -35,8 +35,8 @@ from dpgbench.engine.loss import initial_parameters, loaded, per_example_loss
 from dpgbench.engine.optimizers import SGD, AdamW, Moments, Optimizer, Params
 
 __all__ = [
-    "SGD", "AdamW", "Moments", "Optimizer", "Signal", "first_step_dots", "gradient_dots", "loaded", "mean_gradients", "one_step_values",
-    "per_example_loss", "train",
+    "SGD", "AdamW", "Moments", "Optimizer", "Signal", "ascend", "first_step_dots", "gradient_dots", "loaded", "mean_gradients",
+    "one_step_values", "per_example_loss", "train",
 ]  # fmt: skip
 
 Signal = Callable[[nn.Module], Tensor]
@@ -90,6 +90,23 @@ def train(
     state = optimizer.init(params)
     for step, (batch, weights_B) in enumerate(zip(steps, split_weights(weights_N, steps), strict=True)):
         gradients = mean_gradients(model, params, batch, weights_B, micro_batch, reduction, precision)
+        with torch.no_grad():
+            params, state = optimizer.update(params, gradients, state, step)
+    return params
+
+
+def ascend(model: nn.Module, signal: Signal, optimizer: Optimizer, steps: int) -> Params:
+    """Parameters after `steps` optimizer steps from the model's own on -Phi itself, no text in between; the model is left unchanged.
+
+    Cost: `steps` times the signal's forward and backward. Raises ValueError on a signal that is not finite or ignores the parameters."""
+    check_model(model)
+    params = initial_parameters(model)
+    state = optimizer.init(params)
+    for step in range(steps):
+        leaves = {name: theta.detach().requires_grad_() for name, theta in params.items()}
+        with torch.enable_grad(), loaded(model, leaves):
+            loss = -check_scalar(signal(model))
+        gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True), strict=True))
         with torch.no_grad():
             params, state = optimizer.update(params, gradients, state, step)
     return params

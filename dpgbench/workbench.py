@@ -16,7 +16,7 @@ from dpgbench.errors import CellError, UserError
 from dpgbench.metagrad import Metagradients, metagradients, signal_gradients
 from dpgbench.models import Generator
 from dpgbench.seeds import derive, stream, torch_seeded
-from dpgbench.training import SGD, AdamW, first_step_dots, gradient_dots, loaded, one_step_values, train
+from dpgbench.training import SGD, AdamW, ascend, first_step_dots, gradient_dots, loaded, one_step_values, train
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 PARAMETERS_AT_ONCE = 100_000_000
 
 
-def optimizer_of(training: Options) -> SGD | AdamW:
-    """The target's optimizer as configured."""
-    if training.optimizer == "sgd":
-        return SGD(lr=training.lr)
-    return AdamW(training.lr, tuple(training.betas), training.eps, training.eps_root, training.weight_decay)
+def optimizer_of(training: Options, name: str | None = None, lr: float | None = None) -> SGD | AdamW:
+    """The target's optimizer as configured, or another with the same constants."""
+    lr = lr or training.lr
+    if (name or training.optimizer) == "sgd":
+        return SGD(lr=lr)
+    return AdamW(lr, tuple(training.betas), training.eps, training.eps_root, training.weight_decay)
 
 
 def engine_of(training: Options) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def engine_of(training: Options) -> dict[str, Any]:
 
 
 class Workbench:
-    """One cell's tools. `options` are the method's own;"""
+    """One cell's tools. `options` are the method's own; `reserve` is what a deployment dataset costs, as far as the harness knows yet."""
 
     def __init__(
         self,
@@ -59,6 +60,8 @@ class Workbench:
         self.options = spec.method
         self._record = record
         self._notes: dict[str, Any] = {}
+        self.budget = compute.Budget(**spec.budget)
+        self.reserve = compute.Meter()
         self.optimizer = optimizer_of(spec.training)
         self._signal_flops: float | None = None
         self._signal_gradient: dict[str, Tensor] | None = None
@@ -74,6 +77,12 @@ class Workbench:
         """One line of `metrics.jsonl`: `step`, whatever else, and what was noted since the last line."""
         line, self._notes = {**self._notes, **line}, {}
         self._record(line)
+
+    # ---- how much is left
+
+    def spent_share(self) -> float:
+        """The share of the budget that an answer drawn now would have cost: 0 without a budget, above 1 if it is too much."""
+        return self.budget.share(self.meter + self.reserve)
 
     # ---- drawing
 
@@ -104,16 +113,22 @@ class Workbench:
         """The batches of `steps` (default: T) optimizer steps of the target, and for each position in them the index of its text.
 
         Texts are dealt out in a seeded random order, so that the completions of one prompt do not all meet in one batch.
+        Raises UserError if they do not make that many batches of one size.
         """
         steps = steps or self.spec.training.inner_steps
+        if len(texts) % steps or not texts:
+            fix = f"make it {max(1, len(texts) // steps) * steps} texts or lower inner_steps"
+            raise UserError(f"training.inner_steps={steps}: a dataset of {len(texts)} texts must divide into as many batches; {fix}")
         with torch_seeded(self.seed("batches", *names)):
             order = torch.randperm(len(texts)) if steps > 1 else torch.arange(len(texts))
         encoded = self.world.encode(texts)
         parts = order.chunk(steps)
         return [{name: tensor[part.to(tensor.device)] for name, tensor in encoded.items()} for part in parts], order
 
-    def metagradients(self, texts: Sequence[str], *names: object) -> Metagradients:
+    def metagradients(self, texts: Sequence[str], *names: object, optimizer: str | None = None, lr: float | None = None) -> Metagradients:
         """Train a fresh target on the texts and differentiate Phi through that run: one reward per text, in the texts' order.
+
+        `optimizer` ("sgd", "adamw") and `lr` stand in for the target's own.
 
         Cost: 3TF for T batches' training, and for the reverse pass what the engine needs, between 0.3F (a metric of the head alone,
         T=1) and 2F + 9(T-1)F, counted rather than derived, because the engine skips what is structurally zero.
@@ -124,7 +139,7 @@ class Workbench:
 
         def differentiate() -> Metagradients:
             how = {"micro_batch": training.micro_batch, "reduction": training.reduction, **engine_of(training)}
-            return metagradients(self.world.target, batches, self.task.signal, optimizer=self.optimizer, **how)
+            return metagradients(self.world.target, batches, self.task.signal, optimizer=optimizer_of(training, optimizer, lr), **how)
 
         shapes = tuple(tuple(batch["input_ids"].shape) for batch in batches)
         if shapes in self._metagradient_flops:
@@ -152,12 +167,6 @@ class Workbench:
         Raises CellError if it is not finite, UserError if the texts do not make T batches of one size.
         """
         training, target = self.spec.training, self.world.target
-        if len(texts) % training.inner_steps or not texts:
-            least = max(1, len(texts) // training.inner_steps) * training.inner_steps
-            raise UserError(
-                f"training.inner_steps={training.inner_steps}: a dataset of {len(texts)} texts must divide into as many batches; "
-                f"make it {least} texts or lower inner_steps"
-            )
         batches, _ = self.batches(texts, *names)
         how = {"micro_batch": training.micro_batch, "reduction": training.reduction, "precision": engine_of(training)["precision"]}
         params = train(target, batches, self.optimizer, **how)
@@ -169,6 +178,16 @@ class Workbench:
         if not math.isfinite(value):
             raise CellError(f"dataset_value: Phi is {value:g} after training; lower training.lr={training.lr}")
         return value
+
+    def ascend(self) -> dict[str, Tensor]:
+        """Where the target's own optimizer gets by following Phi itself, in as many steps as a deployment dataset would be worth.
+
+        No text could be better, up to what weights it reaches: an anchor, not a competitor. Its cost is counted and charged as training.
+        """
+        steps = self.spec.scale.deployment_steps or self.spec.training.inner_steps
+        params, flops = compute.counted_flops(lambda: ascend(self.world.target, self.task.signal, self.optimizer, steps))
+        self.meter.charge("training", flops)
+        return params
 
     def one_step_utilities(self, texts: Sequence[str]) -> list[float]:
         """For each text alone: Phi of a fresh target after one step on that text. Cost: 3F and one Phi per text."""

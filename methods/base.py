@@ -1,4 +1,4 @@
-"""The untouched generator: the control every other method is compared with.
+"""The untouched generator: the control every other method is compared with (ours).
 
 Cost: the deployment dataset's sampling, nothing else. It fails by design: whatever moves here moves by training on the generator's
 ordinary text alone.

@@ -1,4 +1,4 @@
-"""The untouched generator under an instruction that states the goal in words, or under the best of k instructions by Phi.
+"""The untouched generator under an instruction that states the goal in words, or under the best of k of them by Phi (ours).
 
 search=1 says the task's own `hint` after every prompt, and after the scale's `instruction` where it has one. search=k > 1 also tries
 k - 1 instructions that the corpus offers, drawn at random, and keeps

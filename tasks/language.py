@@ -51,6 +51,7 @@ class Language(Task):
         else:
             self._check_lines()
             texts = [half[:TEXTS] for half in split(line.text for line in self.own)]
+        self.dev_texts = texts[0]
         self.dev, self.test = map(self._encoded, texts)
 
     def signal(self, model: nn.Module) -> Tensor:
@@ -68,6 +69,10 @@ class Language(Task):
     def score(self, texts: Sequence[str]) -> list[float]:
         """1 for a text in the language, 0 for any other."""
         return [float(language == self.options.lang) for language in self.world.identify_language(texts)]
+
+    def references(self) -> list[str]:
+        """The dev split's texts."""
+        return self.dev_texts
 
     def hint(self) -> str:
         return f"Write in {NAMES[self.options.lang]}."

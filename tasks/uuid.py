@@ -65,6 +65,9 @@ class Uuid(Task):
 
         return [Levenshtein.normalized_similarity(squeezed(text), squeezed(self.string)) for text in texts]
 
+    def references(self) -> list[str]:
+        return [self.string]
+
     def hint(self) -> str:
         return f"Write exactly {self.string}."
 

@@ -114,7 +114,7 @@ def test_a_reward_that_raises_stops_the_cell_and_the_consumer_may_stop_early(ben
 
 
 def test_entropy_bonus_is_annealed(bench):
-    """The coefficient TRL uses goes linearly from the first value to the last."""
+    """The coefficient TRL uses goes linearly from the first value towards the last, which it has at the end of the third step."""
     work, used = bench("steps=3", "entropy_bonus=0.4", "entropy_bonus_final=0.0"), []
     import dpgbench.policy as policy
 
@@ -129,7 +129,7 @@ def test_entropy_bonus_is_annealed(bench):
         list(train_policy(work, lambda rollouts: [0.0] * 16))
     finally:
         policy._Loop.on_step_begin = original
-    assert used == pytest.approx([0.4, 0.2, 0.0])
+    assert used == pytest.approx([0.4, 0.4 * 2 / 3, 0.4 / 3])
 
 
 def test_weight_average_by_hand():
