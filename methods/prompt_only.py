@@ -5,7 +5,8 @@ k - 1 instructions that the corpus offers, drawn at random, and keeps
 
     argmax_s  Phi(phi_T(s)),    phi_T(s): a fresh target trained on `search_texts` texts written under instruction s,
 
-all under the same prompts and sampling seed; equal values keep the first, the hint being first of all. Ours; the plain hint is what a
+all under the same prompts and sampling seed; equal values keep the first, the hint being first of all. One run yields the curve over k =
+1, 2, 4, ... Ours; the plain hint is what a
 practitioner would try before anything else. Cost: the deployment dataset's sampling, and per candidate the sampling of `search_texts`
 texts, 3F for T steps on them (F = one forward pass of the target) and one Phi. It fails where no words state the goal (a picture in the
 weights), and where the generator does not understand them: a hint is used as it is, and what a small vocabulary lacks becomes <unk>.
@@ -38,12 +39,20 @@ class PromptOnly(Method):
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         candidates = self._candidates(bench)
-        instruction = candidates[0] if len(candidates) == 1 else self._best(bench, candidates)
+        yield self._under(candidates[0], bench, tried=1)
+        if len(candidates) == 1:
+            return  # and nothing to compare it with
+        values: list[float] = []
+        for tried, instruction in enumerate(candidates, start=1):
+            values.append(self._value(instruction, bench, tried))
+            if tried in (2, 4, 8, 16, len(candidates)):
+                yield self._under(candidates[values.index(max(values))], bench, tried)
 
+    def _under(self, instruction: str, bench: Workbench, tried: int) -> Snapshot:
         def instructed(prompts: Sequence[Prompt]) -> list[str]:
             return bench.sample(bench.world.instruct(prompts, instruction), "deployment")
 
-        yield Snapshot(step=len(candidates), sample=instructed)
+        return Snapshot(step=tried, sample=instructed)
 
     def _candidates(self, bench: Workbench) -> list[str]:
         """The hint first."""
@@ -58,11 +67,10 @@ class PromptOnly(Method):
             )
         return [hint, *random.Random(bench.seed("instructions")).sample(others, self.options.search - 1)]
 
-    def _best(self, bench: Workbench, candidates: list[str]) -> str:
+    def _value(self, instruction: str, bench: Workbench, number: int) -> float:
+        """Phi of a fresh target trained on texts written under the instruction."""
         prompts = bench.prompts(self.options.search_texts, "search")
-        values = []
-        for number, instruction in enumerate(candidates, start=1):
-            texts = bench.sample(bench.world.instruct(prompts, instruction), "search")
-            values.append(bench.dataset_value(texts, "search"))
-            bench.record(candidate=number, phi=values[-1], instruction=instruction, texts=texts[:4])
-        return candidates[values.index(max(values))]
+        texts = bench.sample(bench.world.instruct(prompts, instruction), "search")
+        value = bench.dataset_value(texts, "search")
+        bench.record(candidate=number, phi=value, instruction=instruction, texts=texts[:4])
+        return value

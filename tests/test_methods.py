@@ -127,9 +127,8 @@ def test_a_datasets_value_is_phi_of_a_target_trained_on_it(bench):
 
 
 def prompt_only(work):
-    """Its one snapshot."""
-    (snapshot,) = Registry().load("method", "prompt_only")(work.options).run(work)
-    return snapshot
+    """Its last snapshot."""
+    return list(Registry().load("method", "prompt_only")(work.options).run(work))[-1]
 
 
 def test_the_hint_follows_every_prompt_and_is_followed(bench):
@@ -155,6 +154,20 @@ def test_the_search_keeps_the_best_by_phi(bench, monkeypatch):
     prompts = work.prompts(4, "search")
     assert work.sample(work.world.instruct(prompts, tried[2]), "deployment") == snapshot.sample(prompts)
     assert said[2] == work.sample(work.world.instruct(prompts, tried[2]), "search"), "the same prompts and noise for every candidate"
+
+
+def test_one_search_yields_the_curve_over_k(bench, monkeypatch):
+    """The hint before anything is spent, then the best of the first 2, 4 and all 5."""
+    work = bench("task=language", "lang=de", "method=prompt_only", "search=5", "search_texts=4")
+    values = iter([1.0, 0.0, 3.0, 2.0, 4.0])
+    monkeypatch.setattr(work, "dataset_value", lambda texts, *names: next(values))
+    prompts, kept = work.prompts(4, "a test"), []
+    for snapshot in Registry().load("method", "prompt_only")(work.options).run(work):
+        kept.append((snapshot.step, len(work.lines), snapshot.sample(prompts)))
+    assert [(step, lines) for step, lines, _ in kept] == [(1, 0), (2, 2), (4, 4), (5, 5)]
+    said = [line["instruction"] for line in work.lines]
+    best = [work.sample(work.world.instruct(prompts, said[place]), "deployment") for place in (0, 0, 2, 4)]
+    assert [texts for _, _, texts in kept] == best
 
 
 def test_a_search_finds_the_language_that_phi_wants(bench):
