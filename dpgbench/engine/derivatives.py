@@ -219,7 +219,9 @@ def _forward_mode_fault(loss: StepLoss, params: Params, sample: Share, second_or
     exact = tape.pull(direction, second_order)
     try:
         ours = reverse_over_forward(loss, params, sample, direction, second_order)
-    except (RuntimeError, NotImplementedError) as error:
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the model
+    except RuntimeError as error:  # no forward mode for an operation, or a shape that it cannot take
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     # reward and H lambda live on different scales: each is held against its own size
     for what, expected, actual in (("rewards", {"": exact[0]}, {"": ours[0]}), ("Hessian-vector product", exact[1], ours[1])):
