@@ -94,9 +94,9 @@ class Workbench:
         """Training prompts: the same for every method that asks with the same names."""
         return self.world.prompts("train", count, stream(self.spec.seed, "prompts", *names))
 
-    def sample(self, prompts: Sequence[Prompt], *names: object) -> list[str]:
-        """One completion of the generator per prompt, charged as generation."""
-        texts, shapes = self.generator.sample(prompts, self.seed("sample", *names))
+    def sample(self, prompts: Sequence[Prompt], *names: object, generator: Generator | None = None) -> list[str]:
+        """One completion per prompt of the generator, or of a copy of it (`Generator.copy`), charged as generation."""
+        texts, shapes = (generator or self.generator).sample(prompts, self.seed("sample", *names))
         for batch, prompt_length, new_tokens in shapes:
             self.charge_generation(batch, prompt_length, new_tokens)
         return texts
