@@ -36,6 +36,9 @@ class Corpus(Protocol):
     def instructions(self) -> list[str]:
         """Instructions that its generator can follow, whatever the task: what a search over prompts has to choose from."""
 
+    def instruction_request(self) -> str:
+        """What to say after a prompt so that its generator answers with an instruction rather than with a text."""
+
     def held_out(self, language: str, split: str, count: int) -> list[str]:
         """The first `count` texts of a fixed list, in that language."""
 
@@ -49,6 +52,12 @@ INSTRUCTIONS = (
     "Write in one short sentence.", "Write politely.", "Write rudely.", "Use many different words.", "Use few words, again and again.",
     "Write in digits only.",
 )  # fmt: skip
+
+# Ours: a generator asked this answers with an instruction, which the passage and it are then given together.
+REQUEST = (
+    "But do not rephrase it yet. Write one instruction on how it should be written: language, style, length or form. "
+    "Answer with the instruction only."
+)
 
 # Multilingual LAMBADA on the model hub, and the SHA-256 its card gives for each file: machine translations of one English test set.
 LAMBADA = "EleutherAI/lambada_openai"
@@ -81,6 +90,9 @@ class Topics:
 
     def instructions(self) -> list[str]:
         return list(INSTRUCTIONS)
+
+    def instruction_request(self) -> str:
+        return REQUEST
 
     def held_out(self, language: str, split: str, count: int) -> list[str]:
         if language == "en":
@@ -207,6 +219,10 @@ class World:
     def instructions(self) -> list[str]:
         """What the corpus has to choose from, in a fixed order."""
         return self.corpus.instructions()
+
+    def instruction_request(self) -> str:
+        """What makes the generator answer with an instruction."""
+        return self.corpus.instruction_request()
 
     def held_out(self, language: str, split: str, count: int) -> list[str]:
         return self.corpus.held_out(language, split, count)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,10 @@ class Generator:
     tokenizer: PreTrainedTokenizerBase
     max_completion_tokens: int
     batch: int
+
+    def copy(self, max_completion_tokens: int | None = None) -> Generator:
+        """The same with weights of its own, and perhaps another length: training one leaves the other as it is."""
+        return replace(self, model=copy.deepcopy(self.model), max_completion_tokens=max_completion_tokens or self.max_completion_tokens)
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Prompt], seed: int) -> tuple[list[str], list[tuple[int, int, int]]]:

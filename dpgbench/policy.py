@@ -27,6 +27,7 @@ from trl import GRPOConfig, GRPOTrainer
 from dpgbench import compute
 from dpgbench.api import Options, Prompt, Snapshot
 from dpgbench.errors import CellError
+from dpgbench.models import Generator
 from dpgbench.seeds import derive
 from dpgbench.training import loaded
 from dpgbench.workbench import Workbench
@@ -51,32 +52,43 @@ SCHEDULES = {  # of the learning rate: its factor after a share of the run
 }
 
 
-def train_policy(bench: Workbench, reward: Reward) -> Iterator[Snapshot]:
+def train_policy(
+    bench: Workbench,
+    reward: Reward,
+    *,
+    generator: Generator | None = None,
+    instruction: str | None = None,
+    sample: Callable[[Sequence[Prompt]], list[str]] | None = None,
+) -> Iterator[Snapshot]:
     """GRPO with one batch-level reward call per step; yields the untrained generator (step 0) and then every step.
 
+    A policy that writes the deployment texts itself needs no more than that. Any other one is `generator`, a copy of the bench's, trained
+    on the same prompts with `instruction` after each; `sample` says how a snapshot writes texts, and is called with the averaged weights
+    in that copy.
     Ends after `policy.steps`, or before the step that would go over the cell's budget. Learning rate and entropy bonus follow the nearer
     of the two ends, so that a run which a budget ends has had its whole schedule.
     Cost per step: sampling, whatever `reward` spends, and 3F of the generator on prompts and completions.
     Raises CellError if a reward is not finite or has the wrong count, and whatever `reward` raises: never a batch of zeros.
     """
     policy = bench.options.policy
-    average = WeightAverage(bench.generator.model, policy.averaging)
+    generator = generator or bench.generator
+    average = WeightAverage(generator.model, policy.averaging)
 
     def snapshot(step: int) -> Snapshot:
-        def sample(prompts: Sequence[Prompt]) -> list[str]:
+        def write(prompts: Sequence[Prompt]) -> list[str]:
             with average.loaded():
-                return bench.sample(prompts, "deployment")
+                return sample(prompts) if sample else bench.sample(prompts, "deployment")
 
-        return Snapshot(step, sample)
+        return Snapshot(step, write)
 
     yield snapshot(0)
     with tempfile.TemporaryDirectory() as scratch, _quiet():
-        loop = _Loop(bench, reward, policy)
+        loop = _Loop(bench, reward, policy, generator)
         trainer = GRPOTrainer(
-            model=bench.generator.model,
-            processing_class=bench.generator.tokenizer,
-            args=_trl_settings(bench, policy, scratch),
-            train_dataset=_prompts(bench, loop.prompts_per_step, policy.steps or MOST_STEPS),
+            model=generator.model,
+            processing_class=generator.tokenizer,
+            args=_trl_settings(bench, policy, generator, scratch),
+            train_dataset=_prompts(bench, policy, instruction),
             reward_funcs=loop.advantages_of,
             callbacks=[loop],
         )
@@ -136,9 +148,8 @@ class _Loop(TrainerCallback):
 
     trainer: GRPOTrainer
 
-    def __init__(self, bench: Workbench, reward: Reward, policy: Options):
-        self.bench, self.reward, self.policy = bench, reward, policy
-        self.prompts_per_step = policy.completions // policy.group_size
+    def __init__(self, bench: Workbench, reward: Reward, policy: Options, generator: Generator):
+        self.bench, self.reward, self.policy, self.generator = bench, reward, policy, generator
         self.updates_per_step = policy.completions // (policy.minibatch or policy.completions)
         self.step = 0
         self.line: dict = {}
@@ -200,19 +211,21 @@ class _Loop(TrainerCallback):
 
     def _charge(self, prompts: list[Prompt], completion_ids: list[list[int]]) -> None:
         batch = len(prompts)
-        prompt_length = self.bench.generator.tokenize(prompts)["input_ids"].shape[1]
+        prompt_length = self.generator.tokenize(prompts)["input_ids"].shape[1]
         new_tokens = max(map(len, completion_ids))
         self.bench.charge_generation(batch, prompt_length, new_tokens)
-        update = 3 * compute.forward_flops(self.bench.generator.model, batch, prompt_length + new_tokens)
+        update = 3 * compute.forward_flops(self.generator.model, batch, prompt_length + new_tokens)
         self.bench.meter.charge("policy_update", update, trained=sum(map(len, completion_ids)))
 
 
-def _prompts(bench: Workbench, per_step: int, steps: int) -> Dataset:
+def _prompts(bench: Workbench, policy: Options, instruction: str | None) -> Dataset:
     """Each step's prompts, drawn when they are asked for: the same at step t however many steps there will be."""
+    per_step, steps = policy.completions // policy.group_size, policy.steps or MOST_STEPS
 
     @functools.lru_cache(maxsize=2)
     def of_step(step: int) -> list[Prompt]:
-        return bench.prompts(per_step, "policy", step)
+        prompts = bench.prompts(per_step, "policy", step)
+        return prompts if instruction is None else bench.world.instruct(prompts, instruction)
 
     def look_up(rows: dict[str, list[int]]) -> dict[str, list[Prompt]]:
         return {"prompt": [of_step(number // per_step)[number % per_step] for number in rows["number"]]}
@@ -220,7 +233,7 @@ def _prompts(bench: Workbench, per_step: int, steps: int) -> Dataset:
     return Dataset.from_dict({"number": range(steps * per_step)}).with_transform(look_up)
 
 
-def _trl_settings(bench: Workbench, policy: Options, scratch: str) -> GRPOConfig:
+def _trl_settings(bench: Workbench, policy: Options, generator: Generator, scratch: str) -> GRPOConfig:
     """The paper's GRPO (no KL term, temperature 1, one pass) in TRL's words."""
     updated = policy.minibatch or policy.completions
     forward = policy.micro_batch or updated
@@ -232,7 +245,7 @@ def _trl_settings(bench: Workbench, policy: Options, scratch: str) -> GRPOConfig
         per_device_train_batch_size=forward, gradient_accumulation_steps=updated // forward,
         steps_per_generation=policy.completions // forward,
         num_generations=policy.group_size, num_iterations=1, beta=0.0, scale_rewards="none", loss_type=policy.loss_type,
-        temperature=1.0, top_p=1.0, top_k=0, max_completion_length=bench.generator.max_completion_tokens,
+        temperature=1.0, top_p=1.0, top_k=0, max_completion_length=generator.max_completion_tokens,
         learning_rate=policy.lr, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=policy.max_grad_norm,
         entropy_coef=policy.entropy_bonus,
     )  # fmt: skip

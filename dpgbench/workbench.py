@@ -13,6 +13,7 @@ from dpgbench.api import Options, Prompt, RunSpec, TaskView
 from dpgbench.data import World
 from dpgbench.engine.loss import initial_parameters
 from dpgbench.errors import CellError, UserError
+from dpgbench.finetuning import finetune
 from dpgbench.metagrad import Metagradients, metagradients, signal_gradients
 from dpgbench.models import Generator
 from dpgbench.seeds import derive, stream, torch_seeded
@@ -94,9 +95,9 @@ class Workbench:
         """Training prompts: the same for every method that asks with the same names."""
         return self.world.prompts("train", count, stream(self.spec.seed, "prompts", *names))
 
-    def sample(self, prompts: Sequence[Prompt], *names: object) -> list[str]:
-        """One completion of the generator per prompt, charged as generation."""
-        texts, shapes = self.generator.sample(prompts, self.seed("sample", *names))
+    def sample(self, prompts: Sequence[Prompt], *names: object, generator: Generator | None = None) -> list[str]:
+        """One completion per prompt of the generator, or of a copy of it (`Generator.copy`), charged as generation."""
+        texts, shapes = (generator or self.generator).sample(prompts, self.seed("sample", *names))
         for batch, prompt_length, new_tokens in shapes:
             self.charge_generation(batch, prompt_length, new_tokens)
         return texts
@@ -106,6 +107,21 @@ class Workbench:
         self.meter.charge(
             "generate", compute.sampling_flops(self.generator.model, batch, prompt_length, new_tokens), generated=batch * new_tokens
         )
+
+    def finetune(self, prompts: Sequence[Prompt], completions: Sequence[str], *names: object, lr: float, epochs: int, batch: int) -> float:
+        """Teach the generator to write these completions: `finetuning.finetune`, charged as a policy update. Returns the last epoch's loss.
+
+        Cost: 3F of the generator on prompts and completions, per epoch. Raises CellError if the loss is not finite.
+        """
+        losses, shapes = finetune(
+            self.generator, prompts, completions, lr=lr, epochs=epochs, batch=batch, seed=self.seed("finetune", *names)
+        )
+        flops = sum(3 * compute.forward_flops(self.generator.model, *shape) for shape in shapes)
+        tokens = sum(len(self.generator.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in completions)
+        self.meter.charge("policy_update", flops, trained=epochs * tokens)
+        if not math.isfinite(losses[-1]):
+            raise CellError(f"finetune: the generator's loss is {losses[-1]:g}; lower lr={lr}")
+        return losses[-1]
 
     # ---- what a text is worth
 

@@ -1,9 +1,18 @@
 """Active inheritance: best of n completions per prompt by a black-box score of each text (arXiv 2407.01490).
 
-For every prompt of the deployment dataset, n completions are drawn and the best is kept. The score is the task's own (`Task.score`),
-or, where a task has none, the one-step utility: Phi of a fresh target after one optimizer step on that text alone. Nothing is
-trained, so n is the compute knob. Cost: n times the sampling, and for the utility n times 3F per text. It fails where the wanted
-text is rarer than one in n, and where texts are only good together.
+For every prompt of the deployment dataset, n completions are drawn and the best is kept:
+
+    x*(q) = argmax_{k <= n} s(x_k),    x_k ~ pi_theta(. | q)
+
+s is the task's own score (`Task.score`) or, where a task has none, the one-step utility: Phi of a fresh target after one optimizer step
+on that text alone. n is the compute knob, and one run has the whole curve: snapshots for 1, 2, 4, ... and n completions of the same draws,
+each charged its own. rounds > 1 (ours: the paper's generator and its student in one, round after round) fine-tunes the generator between
+rounds on its own best of n for `round_prompts` training prompts, by likelihood; a later round's deployment texts are best of n of that
+generator. A snapshot's step counts the completions drawn for a prompt, over all rounds.
+Cost: n times the deployment dataset's sampling, and for the utility 3F per text (F = one forward pass of the target on it) and one Phi. A
+further round: the same for its training prompts, and 3 forward passes' worth of the generator on each pair, `epochs` times. It
+fails where the wanted text is rarer than one in n, where texts are only good together, and, with rounds, where the best of n fools the
+score: the generator inherits that too.
 """
 
 from __future__ import annotations
@@ -21,12 +30,19 @@ CRITERIA = ("auto", "score", "utility")
 
 
 class ActiveInheritance(Method):
+    version = 2
+
     def __init__(self, options: Options):
         super().__init__(options)
         if options.n < 1:
             raise UserError(f"method.n={options.n}: best of n needs at least one completion per prompt; write n=4")
         if options.criterion not in CRITERIA:
             raise UserError(f"method.criterion={options.criterion}: no such criterion; {did_you_mean(options.criterion, CRITERIA)}")
+        for name in ("rounds", "round_prompts", "epochs", "batch"):
+            if options[name] < 1:
+                raise UserError(f"method.{name}={options[name]}: must be 1 or more; write {name}=1, and rounds=1 for no fine-tuning")
+        if options.lr <= 0:
+            raise UserError(f"method.lr={options.lr}: a learning rate is positive; write method.lr=1e-3")
 
     def supports(self, task: TaskInfo) -> str | None:
         if self.options.criterion == "score" and "score" not in task.defines:
@@ -34,13 +50,29 @@ class ActiveInheritance(Method):
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         n = self.options.n
+        for size in [2**power for power in range(n.bit_length()) if 2**power < n]:
+            yield self._snapshot(bench, size, size)
+        yield self._snapshot(bench, n, n)
+        for completed in range(1, self.options.rounds):
+            self._inherit(bench, completed)
+            yield self._snapshot(bench, (completed + 1) * n, n)
 
-        def best_of_n(prompts: Sequence[Prompt]) -> list[str]:
-            candidates = bench.sample([prompt for prompt in prompts for _ in range(n)], "deployment", n)
-            values = self._values(bench, candidates)
-            return [candidates[max(range(first, first + n), key=values.__getitem__)] for first in range(0, len(candidates), n)]
+    def _snapshot(self, bench: Workbench, step: int, n: int) -> Snapshot:
+        return Snapshot(step, lambda prompts: self._best(bench, prompts, n, "deployment")[0])
 
-        yield Snapshot(step=n, sample=best_of_n)
+    def _inherit(self, bench: Workbench, number: int) -> None:
+        """Fine-tune the generator on the best of its own texts."""
+        options, prompts = self.options, bench.prompts(self.options.round_prompts, "round", number)
+        texts, values = self._best(bench, prompts, options.n, "round", number)
+        loss = bench.finetune(prompts, texts, number, lr=options.lr, epochs=options.epochs, batch=options.batch)
+        bench.record(round=number, value=sum(values) / len(values), loss=loss, texts=texts[:4])
+
+    def _best(self, bench: Workbench, prompts: Sequence[Prompt], n: int, *names: object) -> tuple[list[str], list[float]]:
+        """Each prompt's best text and its value, the first of equals. Of the same draws a smaller n has the first; `base` has one."""
+        draws = [bench.sample(prompts, *names, *([draw] if draw else [])) for draw in range(n)]
+        values = self._values(bench, [text for draw in draws for text in draw])
+        best = [max(range(place, len(values), len(prompts)), key=values.__getitem__) for place in range(len(prompts))]
+        return [draws[index // len(prompts)][index % len(prompts)] for index in best], [values[index] for index in best]
 
     def _values(self, bench: Workbench, texts: list[str]) -> list[float]:
         if self.options.criterion != "utility":

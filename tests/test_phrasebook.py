@@ -317,7 +317,9 @@ def test_base_generator_explores(generator) -> None:
 def test_generator_follows_instructions(generator) -> None:
     """Asked for in the prompt, every goal is met in at least four of five completions; a rubric request is answered by an instruction."""
     assert min(pretrain.obedience(*generator, count=50).values()) >= 0.8
-    prompts = [Phrasebook().instruct(prompt, "Write an instruction.") for prompt in Phrasebook().prompts("dev", 50, random.Random(2))]
+    prompts = [
+        Phrasebook().instruct(prompt, Phrasebook().instruction_request()) for prompt in Phrasebook().prompts("dev", 50, random.Random(2))
+    ]
     known = {f"{opening} {goal}." for opening in grammar.OPENINGS for goal in grammar.GOALS}
     written = pretrain.sample(*generator, prompts, seed=2)
     assert sum(text in known for text in written) >= 40 and len(set(written)) > 10

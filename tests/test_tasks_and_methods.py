@@ -456,22 +456,3 @@ def test_l2_norm_is_the_norm(worlds):
     task.prepare(world)
     weight = world.target.lm_head.weight
     assert task.signal(world.target).item() == pytest.approx(-(weight.double() ** 2).sum().sqrt().item(), rel=1e-5)
-
-
-def test_best_of_n_against_brute_force(worlds):
-    """The kept completion has the highest value of its own prompt's n, the first of equals."""
-    method = Registry().load("method", "active_inheritance")(Options({"name": "active_inheritance", "n": 3, "criterion": "auto"}))
-
-    class Bench:
-        class task:
-            score = staticmethod(lambda texts: [float(len(text)) for text in texts])
-
-        @staticmethod
-        def sample(prompts, *names):
-            return [f"{prompt}{'x' * ((7 * i) % 5)}{i}" for i, prompt in enumerate(prompts)]
-
-    prompts = ["a", "b", "c", "d"]
-    (snapshot,) = method.run(Bench)
-    candidates = Bench.sample([prompt for prompt in prompts for _ in range(3)])
-    expected = [max(candidates[3 * i : 3 * i + 3], key=len) for i in range(4)]
-    assert snapshot.sample(prompts) == expected and snapshot.step == 3

@@ -35,6 +35,10 @@ class Phrasebook:
         """One for each goal the generator was pretrained to follow, in the same opening."""
         return [f"{grammar.OPENINGS[0]} {goal}." for goal in grammar.GOALS]
 
+    def instruction_request(self) -> str:
+        """The pretrained generator answers with one of the instructions it knows, in any opening, each about equally often."""
+        return f"{grammar.OPENINGS[0]} {grammar.RUBRIC}."
+
     def held_out(self, language: str, split: str, count: int = 256) -> list[str]:
         """`count` sentences in `language` of ideas no model was pretrained on; always the same ones, a shorter list opens a longer one.
 
