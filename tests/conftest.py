@@ -75,6 +75,22 @@ def bench(tmp_path):
     return make
 
 
+@pytest.fixture
+def advantages_used(monkeypatch):
+    """What enters TRL's loss: one tensor of advantages per step, collected while the test runs."""
+    from trl import GRPOTrainer
+
+    used, inner = [], GRPOTrainer._generate_and_score_completions
+
+    def spy(self, inputs):
+        output = inner(self, inputs)
+        used.append(output["advantages"].clone())
+        return output
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", spy)
+    return used
+
+
 METHOD_FILE = '''\
 """Writes the same text for every prompt."""
 

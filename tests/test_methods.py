@@ -79,25 +79,15 @@ def test_influences_are_charged_three_forwards_and_the_gradient_of_phi_once(benc
 @pytest.mark.parametrize(
     ("datasets", "values", "scaling"), [(4, [1.0, 2.0, 3.0, 6.0], "group"), (2, [1.0, 3.0], "batch"), (2, [1.0, 3.0], "none")]
 )
-def test_naive_compares_datasets(bench, monkeypatch, datasets, values, scaling):
+def test_naive_compares_datasets(bench, advantages_used, datasets, values, scaling):
     """Two prompts, four completions each. The k-th of a prompt goes to dataset k mod D and is paid that dataset's Phi; what reaches the
     loss is (Phi_d - mean) / std over datasets, which TRL's subtraction of the group mean leaves alone.
 
     D=4, Phi = (1, 2, 3, 6): mean 3, deviations (-2, -1, 0, 3), squares 14, std over datasets sqrt(14 / 3).
     """
-    from trl import GRPOTrainer
-
     work = bench("method=naive", f"datasets={datasets}", "completions=8", "group_size=4", f"scale_advantages={scaling}", "steps=1")
-    seen, used = [], []
+    seen = []
     work.dataset_value = lambda texts, *names: seen.append(texts) or values[len(seen) - 1]
-    inner = GRPOTrainer._generate_and_score_completions
-
-    def spy(self, inputs):
-        output = inner(self, inputs)
-        used.extend(output["advantages"].tolist())
-        return output
-
-    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", spy)
     list(Registry().load("method", "naive")(work.options).run(work))
     texts = work.lines[0]["rollouts"]["texts"]
     assert seen == [texts[first::datasets] for first in range(datasets)]
@@ -107,7 +97,7 @@ def test_naive_compares_datasets(bench, monkeypatch, datasets, values, scaling):
     deviation = {"group": phi[:4].std().item(), "batch": phi.std().item(), "none": 1.0}[scaling]
     if (datasets, scaling) == (4, "group"):
         assert deviation == pytest.approx((14 / 3) ** 0.5)
-    assert used == pytest.approx([value / deviation for value in by_hand], abs=1e-5)
+    assert advantages_used[0].tolist() == pytest.approx([value / deviation for value in by_hand], abs=1e-5)
 
 
 def test_a_datasets_value_is_phi_of_a_target_trained_on_it(bench):

@@ -29,19 +29,8 @@ def test_rounding_noise_is_not_a_signal():
     assert advantages(torch.tensor([0.1, 0.1 + 1e-17, 0.1, 0.1], dtype=torch.float64), 4, "group").abs().max() == 0
 
 
-def test_the_loop_hands_trl_these_advantages_and_steps_one_by_one(bench, monkeypatch):
+def test_the_loop_hands_trl_these_advantages_and_steps_one_by_one(bench, advantages_used):
     """What enters TRL's loss is `advantages(rewards)`; the consumer sees step 0, 1, 2 and can stop in between."""
-    from trl import GRPOTrainer
-
-    seen = []
-    inner = GRPOTrainer._generate_and_score_completions
-
-    def spy(self, inputs):
-        output = inner(self, inputs)
-        seen.append(output["advantages"].clone())
-        return output
-
-    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", spy)
     work = bench("scale_advantages=group")
     rewards = []
 
@@ -52,7 +41,7 @@ def test_the_loop_hands_trl_these_advantages_and_steps_one_by_one(bench, monkeyp
         return rewards[-1]
 
     assert [snapshot.step for snapshot in train_policy(work, lengths)] == [0, 1, 2]
-    for given, used in zip(rewards, seen, strict=True):
+    for given, used in zip(rewards, advantages_used, strict=True):
         assert torch.allclose(used, advantages(torch.tensor(given), 4, "group"), atol=1e-5)
     assert [line["step"] for line in work.lines] == [1, 2]
     assert work.lines[0]["entropy"] > 0 and len(work.lines[0]["rollouts"]["rewards"]) == 16
