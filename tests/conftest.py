@@ -75,6 +75,20 @@ def bench(tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def worlds():
+    """The tiny world with a cell's settings; the target is loaded once, for nobody writes it."""
+    from dpgbench import data, models
+
+    cache = []
+
+    def make(spec):
+        cache[:] = cache or models.load_target(spec.scale)
+        return data.World(spec.scale, spec.training, data.corpus(spec.scale), *cache)
+
+    return make
+
+
 @pytest.fixture
 def advantages_used(monkeypatch):
     """What enters TRL's loss: one tensor of advantages per step, collected while the test runs."""
