@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,6 +65,15 @@ class Meter:
             self.tokens_trained + other.tokens_trained,
             self.seconds + other.seconds,
         )
+
+    def state(self) -> dict[str, Any]:
+        """The totals, as JSON can hold them, to go on from."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from totals that `state` gave."""
+        for name, value in state.items():
+            setattr(self, name, value)
 
     @property
     def total_flops(self) -> float:

@@ -14,6 +14,14 @@ class Busy(UserError):
     """Another process works on the cell; it will leave a result of its own."""
 
 
+class Lost(RuntimeError):
+    """This process was taken for dead and another one owns the cell now; nothing more may be written."""
+
+
+class Interrupted(RuntimeError):
+    """Asked to stop (time limit, preemption, cancellation); what is done so far has been kept."""
+
+
 class CellError(RuntimeError):
     """A cell cannot go on (a reward that is not finite, say). The message becomes the cell's `error.txt`; other cells go on."""
 

@@ -30,6 +30,7 @@ from dpgbench.errors import CellError
 from dpgbench.models import Generator
 from dpgbench.seeds import derive
 from dpgbench.training import loaded
+from dpgbench.training_state import numbers_of, restore_optimizer, restore_weights, tensors_of
 from dpgbench.workbench import Workbench
 
 
@@ -70,9 +71,11 @@ def train_policy(
     Cost per step: sampling, whatever `reward` spends, and 3F of the generator on prompts and completions.
     Raises CellError if a reward is not finite or has the wrong count, and whatever `reward` raises: never a batch of zeros.
     """
-    policy = bench.options.policy
+    policy, saved = bench.options.policy, bench.saved
     generator = generator or bench.generator
     average = WeightAverage(generator.model, policy.averaging)
+    if saved is not None:
+        restore_weights(generator.model, average.mean, saved.tensors)
 
     def snapshot(step: int) -> Snapshot:
         def write(prompts: Sequence[Prompt]) -> list[str]:
@@ -81,27 +84,47 @@ def train_policy(
 
         return Snapshot(step, write)
 
-    yield snapshot(0)
+    first = saved.step if saved else 0
+    spending = _Spending(*(saved.numbers["spending"] if saved else ()))
+    yield snapshot(first)
+    if first == (policy.steps or MOST_STEPS) or not spending.leaves_a_step(first, bench.spent_share()):
+        return
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         loop = _Loop(bench, reward, policy, generator)
         trainer = GRPOTrainer(
             model=generator.model,
             processing_class=generator.tokenizer,
             args=_trl_settings(bench, policy, generator, scratch),
-            train_dataset=_prompts(bench, policy, instruction),
+            train_dataset=_prompts(bench, policy, instruction, first),
             reward_funcs=loop.advantages_of,
             callbacks=[loop],
         )
         trainer.remove_callback(PrinterCallback)
         loop.trainer = trainer
-        spent = dearest = bench.spent_share()
         for step in loop.steps():
             average.update(step)
+            bench.checkpoint(
+                step,
+                lambda: tensors_of(generator.model, average.mean, trainer.optimizer),
+                lambda: {**numbers_of(trainer.optimizer, trainer.lr_scheduler), "spending": [spending.spent, spending.dearest]},
+            )
             yield snapshot(step)
-            dearest = max(dearest, bench.spent_share() - spent) if step > 1 else bench.spent_share() - spent
-            spent = bench.spent_share()
-            if spent + dearest > 1:
+            if not spending.leaves_a_step(step, bench.spent_share()):
                 return
+
+
+@dataclass
+class _Spending:
+    """Shares of the budget: what is spent, and what the dearest step was."""
+
+    spent: float = 0.0
+    dearest: float = 0.0
+
+    def leaves_a_step(self, step: int, share: float) -> bool:
+        """Told the share spent after each step: whether another one as dear as the dearest fits."""
+        self.dearest = max(self.dearest, share - self.spent) if step > 1 else share - self.spent
+        self.spent = share
+        return step == 0 or self.spent + self.dearest <= 1
 
 
 class WeightAverage:
@@ -151,7 +174,7 @@ class _Loop(TrainerCallback):
     def __init__(self, bench: Workbench, reward: Reward, policy: Options, generator: Generator):
         self.bench, self.reward, self.policy, self.generator = bench, reward, policy, generator
         self.updates_per_step = policy.completions // (policy.minibatch or policy.completions)
-        self.step = 0
+        self.step = bench.saved.step if bench.saved else 0
         self.line: dict = {}
         self.__name__ = "advantages"  # TRL names its logs after the reward function
 
@@ -191,6 +214,12 @@ class _Loop(TrainerCallback):
         }  # fmt: skip
         return result.tolist()
 
+    def on_train_begin(self, args, state, control, **_: object) -> None:
+        """Go on where a checkpoint was made: TRL's own resuming replays prompts from its second epoch on, and pickles."""
+        if (saved := self.bench.saved) is not None:
+            restore_optimizer(self.trainer.optimizer, self.trainer.lr_scheduler, saved.tensors, saved.numbers)
+            state.global_step = self.trainer._globalstep_last_logged = saved.step * self.updates_per_step
+
     def on_step_begin(self, args, state, control, **_: object) -> None:
         """Rollouts draw from torch's default generator: give each step its own seed, so that a step does not depend on the ones before."""
         torch.manual_seed(derive(self.bench.seed("rollouts"), state.global_step))
@@ -218,8 +247,8 @@ class _Loop(TrainerCallback):
         self.bench.meter.charge("policy_update", update, trained=sum(map(len, completion_ids)))
 
 
-def _prompts(bench: Workbench, policy: Options, instruction: str | None) -> Dataset:
-    """Each step's prompts, drawn when they are asked for: the same at step t however many steps there will be."""
+def _prompts(bench: Workbench, policy: Options, instruction: str | None, first: int) -> Dataset:
+    """Each step's prompts from `first` on, drawn when they are asked for: the same at step t however many steps there will be."""
     per_step, steps = policy.completions // policy.group_size, policy.steps or MOST_STEPS
 
     @functools.lru_cache(maxsize=2)
@@ -230,7 +259,7 @@ def _prompts(bench: Workbench, policy: Options, instruction: str | None) -> Data
     def look_up(rows: dict[str, list[int]]) -> dict[str, list[Prompt]]:
         return {"prompt": [of_step(number // per_step)[number % per_step] for number in rows["number"]]}
 
-    return Dataset.from_dict({"number": range(steps * per_step)}).with_transform(look_up)
+    return Dataset.from_dict({"number": range(first * per_step, steps * per_step)}).with_transform(look_up)
 
 
 def _trl_settings(bench: Workbench, policy: Options, generator: Generator, scratch: str) -> GRPOConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import platform
@@ -12,9 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpgbench import __version__
+from dpgbench import __version__, pinned
 from dpgbench.api import RunSpec, Snapshot, Task, TaskView
-from dpgbench.errors import Busy, CellError, UserError
+from dpgbench.checkpoint import Checkpoints, Stop
+from dpgbench.errors import Busy, CellError, Interrupted, Lost, UserError
 from dpgbench.registry import Registry, home
 from dpgbench.seeds import stream
 from dpgbench.store import RunFolder
@@ -27,30 +29,53 @@ SAMPLE_TEXTS = 12  # deployment texts kept for the report
 OVERRUN = 0.01  # of the budget; a step's price is known when it is paid
 
 
-def run_cell(spec: RunSpec, results: Path, plugins: Path | None = None, watch: Watch = lambda event: None) -> str:
-    """Run a cell unless it is done. Returns "done", "failed" (its `error.txt` says why) or "busy" (another process has it).
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
-    `watch` is told about every step, for a progress display. An interrupt (Ctrl-C) passes through and leaves the cell interrupted.
+
+def run_cell(
+    spec: RunSpec,
+    results: Path,
+    plugins: Path | None = None,
+    watch: Watch = lambda event: None,
+    *,
+    checkpoint_seconds: float = 60.0,
+    let_errors_out: bool = False,
+) -> str:
+    """Run a cell unless it is done, from its last checkpoint if it has one.
+
+    Returns "done", "failed" (its `error.txt` says why), "busy" (another process has it) or "interrupted" (asked to stop by SIGTERM or
+    SIGUSR2). `watch` is told about every step, for a progress display. `let_errors_out` lets the exception of a failing cell through
+    as well. An interrupt (Ctrl-C) and a full disk pass through and leave the cell interrupted.
     """
     folder = RunFolder.of(results, spec)
     try:
-        with folder.owned():
-            return _run_owned(spec, folder, plugins, watch)
-    except Busy:
+        with Stop.on_signals() as stop, folder.owned():
+            return _run_owned(spec, folder, plugins, watch, checkpoint_seconds, stop, let_errors_out)
+    except (Busy, Lost):
         return "busy"
+    except Interrupted:
+        return "interrupted"
 
 
-def _run_owned(spec: RunSpec, folder: RunFolder, plugins: Path | None, watch: Watch) -> str:
+def _run_owned(
+    spec: RunSpec, folder: RunFolder, plugins: Path | None, watch: Watch, seconds: float, stop: Stop, let_errors_out: bool
+) -> str:
     if folder.state().name == "done":
         return "done"
-    folder.begin(environment())
+    checkpoints = Checkpoints(folder.path, {"hash": folder.hash, "code": pinned.digest(plugins)}, seconds, stop)
     try:
-        _Cell(spec, folder, Registry(plugins), watch).run()
-    except (UserError, CellError) as error:
-        folder.fail(f"{type(error).__name__}: {error}")
-        return "failed"
-    except Exception:
-        folder.fail(traceback.format_exc())
+        cell = _Cell(spec, folder, Registry(plugins), watch, checkpoints)
+        cell.begin()
+        cell.run()
+    except (Interrupted, Lost):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
+        expected = isinstance(error, UserError | CellError)
+        folder.fail(f"{type(error).__name__}: {error}" if expected else traceback.format_exc())
+        if let_errors_out:
+            raise
         return "failed"
     return "done"
 
@@ -67,7 +92,7 @@ class _Scored(NamedTuple):
 class _Cell:
     """The work of `run_cell`, with its parts at hand."""
 
-    def __init__(self, spec: RunSpec, folder: RunFolder, registry: Registry, watch: Watch):
+    def __init__(self, spec: RunSpec, folder: RunFolder, registry: Registry, watch: Watch, checkpoints: Checkpoints):
         import torch
         from transformers.utils import logging as transformers_logging
 
@@ -78,8 +103,12 @@ class _Cell:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.spec, self.folder, self.watch = spec, folder, watch
-        self.started = time.perf_counter()
+        self.spec, self.folder, self.watch, self.checkpoints = spec, folder, watch, checkpoints
+        self.started = self._clock = time.perf_counter()
+        self.schedule = _schedule(spec)
+        self.lines: list[dict[str, Any]] = []  # of the scored snapshots
+        self.texts: list[str] = []  # of the last of them, and the target trained on them
+        self.params: dict[str, Tensor] | None = None
         self.method = registry.load("method", spec.method.name)(spec.method)
         self.task: Task = registry.load("task", spec.task.name)(spec.task)
         generator = models.load_generator(spec.scale)
@@ -88,32 +117,57 @@ class _Cell:
         self.world = data.World(spec.scale, spec.training, data.corpus(spec.scale), target.to(device), tokenizer)
         self.task.prepare(self.world)
         self.meter = compute.Meter()
-        self.bench = Workbench(spec, TaskView(self.task), self.world, generator, self.meter, self._record)
+        self.bench = Workbench(spec, TaskView(self.task), self.world, generator, self.meter, self._record, self._checkpoint)
         # Held-out prompts: one fixed list per seed, whatever the method.
         self.prompts = self.world.prompts("test", spec.scale.deployment_texts, stream(spec.seed, "deployment prompts"))
+
+    def begin(self) -> None:
+        """Prepare the folder: afresh, or as it was at the newest checkpoint that is whole."""
+        found = self.checkpoints.newest(self.folder.sizes())
+        if found is None:
+            self.folder.begin(environment())
+            return
+        saved, content = found
+        self.folder.begin(environment(), content["sizes"])
+        self.started = self._clock - content["seconds"]
+        self.lines, self.texts, self.schedule.passed = content["lines"], content["texts"], content["passed"]
+        self.bench.restore(saved, content["bench"])
+        self.meter.restore(content["meter"])
+
+    def _checkpoint(self, step: int, tensors: Callable[[], dict[str, Tensor]], numbers: Callable[[], dict[str, Any]]) -> None:
+        """What `Workbench.checkpoint` does: save if it is time to, and stop here if asked to. The time is nobody's cost."""
+        if not self.checkpoints.due():
+            return
+        clock = time.perf_counter()
+        self.meter.seconds += clock - self._clock  # the method's time since its last snapshot, up to here
+        content = {
+            "numbers": numbers(), "lines": self.lines, "sizes": self.folder.sizes(), "meter": self.meter.state(),
+            "bench": self.bench.state(), "seconds": clock - self.started, "texts": self.texts, "passed": self.schedule.passed,
+        }  # fmt: skip
+        self.folder.check_owned()
+        self.checkpoints.save(step, tensors(), content)
+        self._clock = time.perf_counter()
+        self.started += self._clock - clock
+        if self.checkpoints.stop.asked:
+            raise Interrupted(f"{self.checkpoints.stop.asked} at step {step}")
 
     def run(self) -> None:
         """Let the method work, score the snapshots that are due, and mark the cell done.
 
         An answer over the budget is none: the method is stopped and the last one within it counts.
         """
-        schedule = _schedule(self.spec)
-        lines: list[dict[str, Any]] = []
-        scored = snapshot = waiting = None  # waiting: the newest snapshot, if it was not due
+        snapshot = waiting = None  # waiting: the newest snapshot, if it was not due
         for snapshot in self._timed(self.method.run(self.bench)):
             waiting = snapshot
-            if schedule.is_due(snapshot.step, self.bench.spent_share()):
-                waiting, answer = None, self._score(snapshot)
-                if answer is None:
+            if self.schedule.is_due(snapshot.step, self.bench.spent_share()):
+                waiting = None
+                if not self._answer(snapshot):
                     break
-                scored = answer
-                lines.append({**answer.line, "seconds": answer.seconds})
         if snapshot is None:
             raise CellError(f"method {self.spec.method.name} yielded no snapshot; `run` must yield at least one")
-        if waiting is not None and (answer := self._score(waiting)) is not None:  # it stopped before its schedule did
-            scored = answer
-            lines.append({**answer.line, "seconds": answer.seconds})
-        if scored is None:
+        if waiting is not None:  # it stopped before its schedule did
+            self._answer(waiting)
+        if not self.lines:
             limits = ", ".join(f"budget.{name}={limit:g}" for name, limit in self.spec.budget.items())
             raise CellError(
                 f"{limits}: the first answer costs {self.bench.spent_share():.3g} times that; "
@@ -122,18 +176,29 @@ class _Cell:
         result = {
             "headline": self.task.headline,
             "higher_is_better": self.task.higher_is_better,
-            "snapshots": lines,
-            "texts": scored.texts[:SAMPLE_TEXTS],
+            "snapshots": self.lines,
+            "texts": self.texts[:SAMPLE_TEXTS],
             "seconds_total": round(time.perf_counter() - self.started, 3),
         }
-        self.folder.finish(result, self._picture(scored))
+        self.folder.finish(result, self._picture())
+
+    def _answer(self, snapshot: Snapshot) -> bool:
+        """Score a snapshot and keep what it gave; False if it is over the budget."""
+        scored = self._score(snapshot)
+        if scored is None:
+            return False
+        self.lines.append({**scored.line, "seconds": scored.seconds})
+        self.texts, self.params = scored.texts, scored.params
+        return True
 
     def _timed(self, snapshots: Iterator[Snapshot]) -> Iterator[Snapshot]:
         """The same snapshots; the time the method takes to come up with each is charged to it."""
         while True:
-            clock = time.perf_counter()
+            if self.checkpoints.stop.asked and not self.bench.makes_checkpoints:
+                raise Interrupted(self.checkpoints.stop.asked)
+            self._clock = time.perf_counter()
             snapshot = next(snapshots, None)
-            self.meter.seconds += time.perf_counter() - clock
+            self.meter.seconds += time.perf_counter() - self._clock
             if snapshot is None:
                 return
             yield snapshot
@@ -158,8 +223,7 @@ class _Cell:
 
     def _score(self, snapshot: Snapshot) -> _Scored | None:
         """Draw the deployment dataset (charged), train a fresh target on it and measure that (not charged). None if it is over budget."""
-        from dpgbench.training import loaded, train
-        from dpgbench.workbench import engine_of, optimizer_of
+        from dpgbench.training import loaded
 
         clock = time.perf_counter()
         with self.meter.deployment() as price:
@@ -171,10 +235,8 @@ class _Cell:
         if len(texts) != len(self.prompts) or not all(isinstance(text, str) for text in texts):
             wanted = f"{len(self.prompts)} prompts; it must return one string each"
             raise CellError(f"snapshot {snapshot.step}: sample returned {len(texts)} texts for {wanted}")
-        target, training = self.world.target, self.spec.training
-        batches, _ = self.bench.batches(texts, "deployment", steps=self.spec.scale.deployment_steps)
-        how = {"micro_batch": training.micro_batch, "reduction": training.reduction, "precision": engine_of(training)["precision"]}
-        params = snapshot.params or train(target, batches, optimizer_of(training), **how)
+        target = self.world.target
+        params = snapshot.params or self._trained(texts)
         with loaded(target, params):
             import torch
 
@@ -189,7 +251,17 @@ class _Cell:
         self._append(line)
         return _Scored(line, round(total.seconds, 3), texts, params)
 
-    def _picture(self, scored: _Scored) -> bytes | None:
+    def _trained(self, texts: list[str]) -> dict[str, Tensor]:
+        """A fresh target trained on deployment texts."""
+        from dpgbench.training import train
+        from dpgbench.workbench import engine_of, optimizer_of
+
+        training = self.spec.training
+        batches, _ = self.bench.batches(texts, "deployment", steps=self.spec.scale.deployment_steps)
+        how = {"micro_batch": training.micro_batch, "reduction": training.reduction, "precision": engine_of(training)["precision"]}
+        return train(self.world.target, batches, optimizer_of(training), **how)
+
+    def _picture(self) -> bytes | None:
         """What the task draws of the final target, as PNG; None for tasks that do not draw."""
         if type(self.task).draw is Task.draw:
             return None
@@ -200,8 +272,9 @@ class _Cell:
 
         figure = Figure(figsize=(2.4, 2.4), dpi=100)
         FigureCanvasAgg(figure)
-        with loaded(self.world.target, scored.params):
-            self.task.draw(self.world.target, scored.texts, figure.add_axes((0.04, 0.04, 0.92, 0.92)))
+        params = self.params or self._trained(self.texts)  # none where the last answer was given before an interruption
+        with loaded(self.world.target, params):
+            self.task.draw(self.world.target, self.texts, figure.add_axes((0.04, 0.04, 0.92, 0.92)))
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
         return buffer.getvalue()
@@ -213,14 +286,14 @@ class _Schedule:
     def __init__(self, steps: set[int] | None = None, shares: Sequence[float] = ()):
         """At these steps, or else the first at or past each of these shares of the budget, and the very first. With neither, all."""
         self.steps, self.shares = steps, list(shares)
-        self._passed = -1
+        self.passed = -1
 
     def is_due(self, step: int, share: float) -> bool:
         if self.steps is not None:
             return step in self.steps
         passed = sum(share >= threshold for threshold in self.shares)
-        due = passed > self._passed or not self.shares
-        self._passed = max(self._passed, passed)
+        due = passed > self.passed or not self.shares
+        self.passed = max(self.passed, passed)
         return due
 
 

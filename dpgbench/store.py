@@ -9,13 +9,14 @@ results/runs/<task>.<method>.s<seed>.<hash>/
     result.json     the outcome; written last, by rename: it marks the cell done
     picture.png     what the task drew, if it draws
     error.txt       why the cell failed, if it did
-    lock            held while a process works on the cell
+    log.txt         what a worker process wrote to its standard output and error
+    lock.<n>        who works on the cell (lock.py); lock.<n>.free: who did
+    checkpoint.<step>.safetensors   where an interrupted cell goes on from (checkpoint.py)
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -26,15 +27,22 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from dpgbench import checkpoint, lock
 from dpgbench.api import RunSpec
 from dpgbench.errors import Busy, UserError
 
 SCHEMA = 1
+GROWING = ("metrics.jsonl", "timings.jsonl", "rollouts.jsonl")  # appended to, line by line
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a cell stands: "done", "failed", "running", "interrupted", "missing" or "damaged", and one line of why or how far."""
+    """Where a cell stands, and one line of why or how far.
+
+    done, failed (and stays so until it is asked for again), running, stale (its owner died), interrupted (stopped on request or by
+    a kill that nobody was there to see), missing (never started), damaged (its files contradict each other). Stale, interrupted and
+    missing cells are what a sweep runs.
+    """
 
     name: str
     detail: str = ""
@@ -47,6 +55,7 @@ class RunFolder:
         """`spec` is needed for running the cell, not for reading what it left."""
         self.path, self.spec = path, spec
         self.hash = path.name.rpartition(".")[2]
+        self._lock: lock.Lock | None = None
 
     @classmethod
     def of(cls, results: Path, spec: RunSpec) -> RunFolder:
@@ -55,16 +64,19 @@ class RunFolder:
 
     def state(self) -> State:
         """Read from the files alone; costs a few file system calls."""
-        result, error, lock = self.path / "result.json", self.path / "error.txt", self.path / "lock"
+        result, error = self.path / "result.json", self.path / "error.txt"
         if result.exists():
             problem = self._problem_with(result)
             return State("damaged", problem) if problem else State("done")
-        if lock.exists() and _is_locked(lock):
+        held = lock.look(self.path)
+        if held.alive:
             return State("running", self.progress())
         if error.exists():
             return State("failed", last_line(error))
+        if held.owner is not None:
+            return State("stale", f"{self.progress()}; its owner ({held.owner}) died, heartbeat {held.age:.0f} s ago")
         if (self.path / "metrics.jsonl").exists():
-            return State("interrupted", self.progress())
+            return State("interrupted", f"{self.progress()}, {checkpoint.where_to_go_on(self.path)}")
         return State("missing")
 
     def progress(self) -> str:
@@ -98,22 +110,40 @@ class RunFolder:
     def owned(self) -> Iterator[None]:
         """Hold the cell for this process. Raises Busy if another process works on it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Busy(f"{self.path.name}: another process works on this cell; wait for it, or stop it first") from None
+        taken = lock.Lock(self.path)
+        taken.take()
+        self._lock = taken
+        try:
             yield
+        finally:
+            self._lock = None
+            taken.release()
 
-    def begin(self, env: dict[str, Any]) -> None:
-        """Start the cell afresh: what an interrupted run left is removed."""
-        for name in ("metrics.jsonl", "timings.jsonl", "rollouts.jsonl", "result.json", "error.txt", "picture.png"):
+    def begin(self, env: dict[str, Any], sizes: dict[str, int] | None = None) -> None:
+        """Start the cell afresh, removing what an interrupted run left; or go on where its growing files had `sizes` bytes."""
+        self.check_owned()
+        for name in ("result.json", "error.txt", "picture.png", *(GROWING if sizes is None else ())):
             (self.path / name).unlink(missing_ok=True)
+        if sizes is None:
+            checkpoint.remove(self.path)
+        for name, size in (sizes or {}).items():
+            if (self.path / name).exists():
+                os.truncate(self.path / name, size)
         write_atomically(self.path / "spec.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(self.spec.config))))
         write_atomically(self.path / "env.json", json.dumps(env, indent=1))
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the growing files, for a checkpoint to go back to."""
+        return {name: (self.path / name).stat().st_size for name in GROWING if (self.path / name).exists()}
+
+    def check_owned(self) -> None:
+        """Raises Lost if the cell was taken over; every write asks first."""
+        if self._lock is not None:
+            self._lock.check()
+
     def append(self, line: dict[str, Any], seconds: float) -> None:
         """One line of progress; what it has under "rollouts" goes to a file of its own."""
+        self.check_owned()
         rollouts = line.get("rollouts")
         line = {key: value for key, value in line.items() if key != "rollouts"}
         if rollouts is not None:
@@ -125,14 +155,28 @@ class RunFolder:
 
     def finish(self, result: dict[str, Any], picture: bytes | None) -> None:
         """Mark the cell done."""
+        self.check_owned()
         if picture is not None:
             write_atomically(self.path / "picture.png", picture)
         lines = count_lines(self.path / "metrics.jsonl")
         write_atomically(self.path / "result.json", json.dumps({"schema": SCHEMA, "hash": self.hash, "lines": lines, **result}))
+        checkpoint.remove(self.path)
 
     def fail(self, reason: str) -> None:
         """Mark the cell failed; the last line of `reason` is what lists show."""
+        self.check_owned()
         write_atomically(self.path / "error.txt", reason.rstrip() + "\n")
+
+    def fail_unless_owned(self, reason: str) -> str:
+        """For a process that saw the owner die: "failed", or how the cell stands by now ("done", "busy")."""
+        try:
+            with self.owned():
+                if self.state().name in ("done", "damaged"):
+                    return "done"
+                self.fail(reason)
+                return "failed"
+        except Busy:
+            return "busy"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -193,13 +237,3 @@ def last_line(path: Path) -> str:
 def _append(path: Path, line: dict[str, Any]) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether some process holds the lock. The kernel lets go of it when that process ends, however it ends."""
-    with open(path) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False

@@ -10,6 +10,7 @@ import torch
 
 from dpgbench import compute
 from dpgbench.api import Options, Prompt, RunSpec, TaskView
+from dpgbench.checkpoint import Saved
 from dpgbench.data import World
 from dpgbench.engine.loss import initial_parameters
 from dpgbench.errors import CellError, UserError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Checkpoint = Callable[[int, Callable[[], dict[str, "Tensor"]], Callable[[], dict[str, Any]]], None]
 PARAMETERS_AT_ONCE = 100_000_000
 
 
@@ -56,16 +58,21 @@ class Workbench:
         generator: Generator,
         meter: compute.Meter,
         record: Callable[[dict[str, Any]], None],
+        checkpoint: Checkpoint = lambda step, tensors, numbers: None,
     ):
         self.spec, self.task, self.world, self.generator, self.meter = spec, task, world, generator, meter
         self.options = spec.method
-        self._record = record
+        self._record, self._checkpoint = record, checkpoint
+        self.makes_checkpoints = False
+        self.saved: Saved | None = None
+        """Where the method is to go on from: what it told `checkpoint` in a run that was interrupted."""
         self._notes: dict[str, Any] = {}
         self.budget = compute.Budget(**spec.budget)
         self.reserve = compute.Meter()
         self.optimizer = optimizer_of(spec.training)
         self._signal_flops: float | None = None
         self._signal_gradient: dict[str, Tensor] | None = None
+        self._charged: set[str] = set()  # what is paid once per cell
         self._metagradient_flops: dict[tuple, float] = {}  # of one call, by the batches' shapes
 
     # ---- telling
@@ -84,6 +91,30 @@ class Workbench:
     def spent_share(self) -> float:
         """The share of the budget that an answer drawn now would have cost: 0 without a budget, above 1 if it is too much."""
         return self.budget.share(self.meter + self.reserve)
+
+    # ---- going on after an interruption
+
+    def checkpoint(self, step: int, tensors: Callable[[], dict[str, Tensor]], numbers: Callable[[], dict[str, Any]] = lambda: {}) -> None:
+        """For methods with a state worth keeping, between a step's record and its snapshot: save it, if it is time to.
+
+        `tensors` and `numbers` (whatever JSON can hold) are called only then, and come back as `bench.saved` in the run that goes on,
+        which must yield the snapshot of `saved.step` first and then draw what it would have drawn. A method without a state of its
+        own never calls this and starts again. Raises Interrupted where the process was asked to stop.
+        """
+        self.makes_checkpoints = True
+        self._checkpoint(step, tensors, numbers)
+
+    def state(self) -> dict[str, Any]:
+        """What this bench remembers that later charges depend on."""
+        flops = [[[list(shape) for shape in shapes], value] for shapes, value in self._metagradient_flops.items()]
+        return {"charged": sorted(self._charged), "metagradient_flops": flops, "reserve": self.reserve.state()}
+
+    def restore(self, saved: Saved, state: dict[str, Any]) -> None:
+        """As it was at a checkpoint."""
+        self.saved = saved
+        self._charged = set(state["charged"])
+        self.reserve.restore(state["reserve"])
+        self._metagradient_flops = {tuple(tuple(shape) for shape in shapes): value for shapes, value in state["metagradient_flops"]}
 
     # ---- drawing
 
@@ -226,7 +257,9 @@ class Workbench:
         if self._signal_gradient is None:
             found, flops = compute.counted_flops(lambda: signal_gradients(target, initial_parameters(target), self.task.signal)[1])
             self._signal_gradient = {name: slope for name, slope in found.items() if slope is not None}
-            self.meter.charge("scoring", flops)
+            if "signal gradient" not in self._charged:  # a run that goes on computes it again and has paid already
+                self.meter.charge("scoring", flops)
+                self._charged.add("signal gradient")
         encoded = self.world.encode(texts)
         arguments = (target, encoded["input_ids"], encoded["labels"], self._signal_gradient)
         if optimizer_aware:

@@ -58,6 +58,7 @@ def bench(tmp_path):
     """A cell's workbench on the tiny scale, its lines collected in `bench.lines`."""
 
     from dpgbench import config
+    from dpgbench.checkpoint import Checkpoints
     from dpgbench.registry import Registry
     from dpgbench.runner import _Cell
     from dpgbench.store import RunFolder
@@ -67,7 +68,7 @@ def bench(tmp_path):
         spec = config.read(list(said.values()), sweep=False).cells[0].spec
         folder = RunFolder.of(tmp_path, spec)
         folder.path.mkdir(parents=True)
-        cell = _Cell(spec, folder, Registry(), lambda event: None)
+        cell = _Cell(spec, folder, Registry(), lambda event: None, Checkpoints(folder.path, {}))
         cell.bench.lines = []
         cell.bench._record = cell.bench.lines.append
         return cell.bench

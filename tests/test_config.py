@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from omegaconf import OmegaConf
 
 from dpgbench import config
 from dpgbench.api import Options
@@ -127,3 +128,20 @@ def test_options_are_read_only_views():
     assert options.policy.steps == 2 and options.plain() == {"lr": 1.0, "policy": {"steps": 2}}
     with pytest.raises(AttributeError, match="no option 'speed'"):
         options.speed  # noqa: B018
+
+
+def test_every_choice_of_files_is_what_hydra_composes():
+    """Files are composed one by one and merged, because choices multiply and files do not: the outcome is Hydra's own."""
+    from hydra import compose, initialize_config_dir
+
+    registry = Registry()
+    composer = config._Composer(registry)
+    files = {group: list(config.files(registry, group)) for group in config.GROUPS}
+    choices = [("language", "dpg", scale, launcher) for scale in files["scale"] for launcher in files["launcher"]]
+    choices += [(task, "dpg", "tiny", "inline") for task in files["task"]] + [
+        ("qr", method, "tiny", "inline") for method in files["method"]
+    ]
+    for names in choices:
+        with initialize_config_dir(str(config.home() / "configs"), version_base="1.3"):
+            whole = compose("config", [f"{group}={name}" for group, name in zip(config.GROUPS, names, strict=True)])
+        assert OmegaConf.to_container(composer._compose(names)) == OmegaConf.to_container(whole), names

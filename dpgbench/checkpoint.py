@@ -1,0 +1,195 @@
+"""Checkpoints inside a cell: where an interrupted run goes on from, so that its numbers are those of a run that never stopped.
+
+A checkpoint is one file, `checkpoint.<step>.safetensors`: the tensors of whoever trains (weights, optimizer moments, random streams)
+and, in the header, as JSON, everything else (meter, scored snapshots, sizes of the growing files). It is written under another name,
+flushed and renamed; the newest two are kept, and the newest that is whole is used: its checksum, its cell, the code that
+wrote it and the growing files it goes back to must all fit, or the one before is tried.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEPT = 2
+FILE = re.compile(r"checkpoint\.(\d+)\.safetensors")
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # what SLURM sends before preemption and before the time limit
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a method told `Workbench.checkpoint`, back again."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, Any]
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps there are checkpoints of, newest first."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted((int(match[1]) for name in names if (match := FILE.fullmatch(name))), reverse=True)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint.{step:08d}.safetensors"
+
+
+def remove(folder: Path, *, keep: int = 0) -> None:
+    """Remove a folder's checkpoints but the newest `keep`."""
+    for step in steps_in(folder)[keep:]:
+        path_of(folder, step).unlink(missing_ok=True)
+
+
+def where_to_go_on(folder: Path) -> str:
+    """In words, from headers alone: the step an interrupted cell continues at."""
+    damaged = []
+    for step in steps_in(folder):
+        problem = problem_with(path_of(folder, step))
+        if not problem:
+            return f"goes on from step {step}" + (f" (checkpoint {damaged[0]} is damaged)" if damaged else "")
+        damaged.append(step)
+    return "its checkpoints are damaged, starts again" if damaged else "no checkpoint, starts again"
+
+
+def problem_with(path: Path) -> str:
+    """What the header and size of a checkpoint file tell without torch: "" if it is complete."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= size - 8:
+                return "cut short"
+            header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        json.loads(header["__metadata__"]["dpgbench"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"not readable ({type(error).__name__})"
+    return "" if size == 8 + length + max(ends, default=0) else "cut short"
+
+
+@dataclass
+class Checkpoints:
+    """One cell's checkpoints: written when `seconds` have passed since the last, or when the process was asked to stop."""
+
+    folder: Path
+    identity: dict[str, str]
+    """Cell hash and code digest: a checkpoint with another identity is not used."""
+    seconds: float = 60.0
+    stop: Stop = field(default_factory=lambda: Stop())
+    _last: float = field(default_factory=time.monotonic, repr=False)
+
+    def due(self) -> bool:
+        return self.stop.asked is not None or time.monotonic() - self._last >= self.seconds
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+        """Write atomically and drop what is older than the newest two. Cost: the tensors' bytes, once through a checksum and to disk."""
+        from safetensors.torch import save_file
+
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        about = json.dumps({**content, "identity": self.identity, "step": step, "checksum": _checksum(tensors)})
+        path = path_of(self.folder, step)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            save_file(tensors, partial, metadata={"dpgbench": about})
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        remove(self.folder, keep=KEPT)
+        self._last = time.monotonic()
+
+    def newest(self, sizes: Mapping[str, int]) -> tuple[Saved, dict[str, Any]] | None:
+        """The newest checkpoint that is whole and fits the growing files of `sizes` bytes, and its content; None: start again."""
+        for step in steps_in(self.folder):
+            loaded = self._load(path_of(self.folder, step))
+            if loaded is None:
+                continue
+            tensors, content = loaded
+            if all(sizes.get(name, 0) >= size for name, size in content["sizes"].items()):
+                return Saved(step, tensors, content["numbers"]), content
+        return None
+
+    def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        from safetensors import SafetensorError, safe_open
+
+        if problem_with(path):
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                content = json.loads(file.metadata()["dpgbench"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError, ValueError):
+            return None
+        fits = content.get("identity") == self.identity and content.get("checksum") == _checksum(tensors)
+        return (tensors, content) if fits else None
+
+
+class Stop:
+    """Whether somebody asked this process to stop: a flag that a signal sets and the work reads between two steps."""
+
+    _installed: ClassVar[Stop | None] = None
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+        self._working = 0  # how deep inside `on_signals`
+
+    @classmethod
+    def install(cls) -> None:
+        """For a worker process, from its first moment on: while it works, the signals set the flag; while it waits, they end it."""
+        cls._installed = cls()
+        for number in SIGNALS:
+            signal.signal(number, cls._installed._ask)
+
+    @classmethod
+    @contextmanager
+    def on_signals(cls) -> Iterator[Stop]:
+        """Inside, SIGTERM and SIGUSR2 set the flag and do nothing else: SLURM sends both, and the work stops at its next checkpoint.
+
+        Signals are a process's own, so in a thread (of a test, say) nothing is changed.
+        """
+        stop = cls._installed or cls()
+        before: dict[int, Any] = {}
+        if cls._installed is None and threading.current_thread() is threading.main_thread():
+            before = {number: signal.signal(number, stop._ask) for number in SIGNALS}
+        stop._working += 1
+        try:
+            yield stop
+        finally:
+            stop._working -= 1
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = signal.Signals(number).name
+        if not self._working:
+            os._exit(128 + number)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    import torch
+
+    total = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        if tensor.numel():
+            total = zlib.crc32(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), total)
+    return total

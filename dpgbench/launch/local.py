@@ -1,0 +1,162 @@
+"""Cells in this process, or in worker processes of this machine."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dpgbench.api import Options, RunSpec
+from dpgbench.checkpoint import SIGNALS, Stop
+from dpgbench.launch import OnEvent
+from dpgbench.store import RunFolder, read_lines
+
+POLL_SECONDS = 0.5
+
+# glibc hands large blocks back to the kernel and faults them in again at the next step: a fifth to a third of a tiny cell's time.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
+
+
+def inline(specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: Path | None, on_event: OnEvent) -> None:
+    """One after the other in this process. With `launcher=debug` the exception of the first cell that fails passes through."""
+    from dpgbench.runner import run_cell
+
+    how = {"checkpoint_seconds": launcher.get("checkpoint_seconds", 60.0), "let_errors_out": launcher.name == "debug"}
+    for spec in specs:
+        on_event(spec, {"state": "started"})
+        state = run_cell(spec, results, plugins, watch=lambda line, spec=spec: on_event(spec, line), **how)
+        on_event(spec, {"state": state})
+        if state == "interrupted":
+            raise KeyboardInterrupt
+
+
+def pool(specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: Path | None, on_event: OnEvent) -> None:
+    """`launcher.workers` at a time, one process each; a process that dies costs its cell alone and is replaced."""
+    from pebble import ProcessExpired
+
+    with workers(min(launcher.workers, len(specs)), specs) as processes:
+        how = (results, plugins, launcher.get("checkpoint_seconds", 60.0))
+        futures = {processes.schedule(work, args=(spec, *how)): spec for spec in specs}
+        seen: dict[str, int] = {}
+        started = time.time()
+        try:
+            while futures:
+                finished, _ = wait(list(futures), timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+                for spec in futures.values():
+                    _report_progress(RunFolder.of(results, spec), spec, started, seen, on_event)
+                for future in finished:
+                    spec = futures.pop(future)
+                    try:
+                        state = future.result()
+                    except ProcessExpired as error:
+                        state = RunFolder.of(results, spec).fail_unless_owned(death(error.exitcode))
+                    on_event(spec, {"state": state})
+        except BaseException:
+            processes.stop()
+            raise
+
+
+@contextmanager
+def workers(count: int, specs: Sequence[RunSpec]) -> Iterator[Any]:
+    """A pool of fresh Python processes that run `work`.
+
+    The environment must be there before torch loads in them; busy processes with a thread per core each crawl. The signals that ask to
+    stop wait until a worker can hear them: a process being born inherits the mask, and would die of them otherwise.
+    """
+    from pebble import ProcessPool
+
+    threads = str(max(spec.scale.threads for spec in specs))
+    context = multiprocessing.get_context("spawn")
+    with _environment({**ALLOCATOR, "OMP_NUM_THREADS": threads}):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            processes = ProcessPool(max_workers=count, context=context, initializer=_listen)
+            processes.schedule(_nothing)  # starts the pool's threads, which start all workers, with the mask of this moment
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with processes:
+            yield processes
+
+
+def death(exit_code: int) -> str:
+    """Why a worker process is gone, for `error.txt`."""
+    how = f"killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exit code {exit_code}"
+    return f"the worker process died ({how}){': perhaps out of memory' if exit_code == -signal.SIGKILL else ''}"
+
+
+def work(spec: RunSpec, results: Path, plugins: Path | None, checkpoint_seconds: float) -> str:
+    """What a worker process does for one cell; what it writes to its standard output and error goes into the cell's folder."""
+    with Stop.on_signals(), _output_into(RunFolder.of(results, spec).path / "log.txt"):
+        from dpgbench.runner import run_cell
+
+        return run_cell(spec, results, plugins, checkpoint_seconds=checkpoint_seconds)
+
+
+def _listen() -> None:
+    """A worker's first act: take note of requests to stop, those included that came while it was born."""
+    Stop.install()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _nothing() -> None:
+    """A first task, so that a pool starts its workers."""
+
+
+@contextmanager
+def _output_into(path: Path) -> Iterator[None]:
+    """Standard output and error, of C libraries and of crashes too, at the end of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = [os.dup(number) for number in (1, 2)]
+    try:
+        with open(path, "a", encoding="utf-8") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        faulthandler.enable(file=2)
+        yield
+    finally:
+        faulthandler.disable()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number, copy in zip((1, 2), before, strict=True):
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the worker processes started inside."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _report_progress(folder: RunFolder, spec: RunSpec, since: float, seen: dict[str, int], on_event: OnEvent) -> None:
+    """Pass on the newest line of a running cell's metrics, if there is a new one."""
+    path = folder.path / "metrics.jsonl"
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return
+    if status.st_mtime < since or seen.get(spec.folder) == status.st_size:
+        return
+    if spec.folder not in seen:
+        on_event(spec, {"state": "started"})
+    seen[spec.folder] = status.st_size
+    lines = read_lines(path, last_bytes=16384)
+    if lines:
+        on_event(spec, lines[-1])
