@@ -138,12 +138,13 @@ def files(registry: Registry, group: str) -> dict[str, Path]:
 
 
 def _suite(name: str, registry: Registry, words: Mapping[str, list[Any]]) -> tuple[str, list[dict[str, list[Any]]]]:
-    """A stored grid: its title and its lines, with the words of the command line put over them."""
+    """A stored grid: its title and its lines, each with the suite's `common` words under it and the command line's over it."""
     stored_suites = files(registry, "suite")
     if name not in stored_suites:
         raise UserError(f"suite={name}: no such suite; {did_you_mean(name, stored_suites)}")
     stored = OmegaConf.load(stored_suites[name])
-    return str(stored.get("title", "")), [{**parse(shlex.split(line)), **words} for line in stored.grid]
+    common = parse(shlex.split(stored.get("common", "")))
+    return str(stored.get("title", "")), [{**common, **parse(shlex.split(line)), **words} for line in stored.grid]
 
 
 class _Composer:
