@@ -1,34 +1,110 @@
-"""GRPO on the task's own score of each text, its similarity to what is wanted: no target is trained (arXiv 2604.08423, baselines).
+"""GRPO on what a text looks like: the task's own score, or its likeness to texts that show what is wanted (arXiv 2604.08423, baselines).
 
-The reward of completion i is Task.score(x_i): for `uuid` the Levenshtein similarity to the string, 1 - distance / the longer length
-(rapidfuzz); for `language` 1 in the language and 0 in any other; elsewhere whatever a task defines. One file for all of them, because a
-task knows what its texts should look like and people read the same score: best of n picks by it as well, so that the two methods
-differ in how they use a reward and not in the reward.
-Cost per step: sampling and 3 forward passes' worth of policy update; a score runs no model, so it costs seconds and no FLOPs. It fails
-where the wanted text does not occur among the completions (all scores of a group are equal: no signal), where a score is fooled (one
-word of the language, over and over), and says nothing of what training on the texts does.
+No target is trained. The reward of completion x, with R the task's `references` (a string to teach, the dev split of a language):
+
+    score         Task.score(x): what best of n picks by as well, so that the two differ in how they use a reward and not in the reward
+    levenshtein   max_{r in R} 1 - distance(x, r) / max(|x|, |r|), in characters without whitespace (rapidfuzz)
+    embedding     max_{r in R} cos(e(x), e(r)), e the mean of phi_0's input embeddings over a text's tokens
+    langid        1 if the corpus's identifier finds in x the language it finds in most of R, else 0 (no language at all counts as one)
+
+The embedding is static, offline, there at every scale without a further package, and has a row for every token that the target knows.
+Cost per step: sampling and 3 forward passes' worth of policy update; the rewards run no model, so they cost seconds and, but for the
+embedding's products with R, no FLOPs. It fails where what is wanted does not occur among the completions (all scores of a group are equal:
+no signal), where a score is fooled (one word of the language, over and over; words of several languages, to a target that hardly knows
+them), and says nothing of what training on the texts does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from dpgbench.api import Method, Snapshot, TaskInfo
+from dpgbench.api import Method, Options, Snapshot, TaskInfo
+from dpgbench.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dpgbench.workbench import Workbench
+
+Scores = Callable[[Sequence[str]], Sequence[float]]
+REWARDS = ("score", "levenshtein", "embedding", "langid")
 
 
 class Similarity(Method):
+    version = 2
+
+    def __init__(self, options: Options):
+        super().__init__(options)
+        if options.reward not in REWARDS:
+            raise UserError(f"method.reward={options.reward}: no such reward; {did_you_mean(options.reward, REWARDS)}")
+
     def supports(self, task: TaskInfo) -> str | None:
-        if "score" not in task.defines:
-            return f"{task.name} has no black-box score of a text, so no text is known to be like what is wanted"
+        if self.options.reward == "score" and "score" not in task.defines:
+            return f"{task.name} has no black-box score of a text"
+        if self.options.reward != "score" and "references" not in task.defines:
+            return f"{task.name} has no references, texts that show what is wanted"
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         from dpgbench.policy import Rollouts, train_policy
 
-        def scores(rollouts: Rollouts) -> list[float]:
-            return bench.scores(rollouts.completions)
+        scores = {"score": self._score, "levenshtein": self._levenshtein, "embedding": self._embedding, "langid": self._langid}
+        reward = scores[self.options.reward](bench)
 
-        yield from train_policy(bench, scores)
+        def rewards(rollouts: Rollouts) -> Sequence[float]:
+            return reward(rollouts.completions)
+
+        yield from train_policy(bench, rewards)
+
+    def _score(self, bench: Workbench) -> Scores:
+        return bench.scores
+
+    def _levenshtein(self, bench: Workbench) -> Scores:
+        from rapidfuzz.distance import Levenshtein
+
+        references = [squeezed(text) for text in self._references(bench)]
+
+        def likeness(texts: Sequence[str]) -> list[float]:
+            return [max(Levenshtein.normalized_similarity(squeezed(text), reference) for reference in references) for text in texts]
+
+        return likeness
+
+    def _embedding(self, bench: Workbench) -> Scores:
+        references_RD = self._embedded(bench, self._references(bench))
+
+        def likeness(texts: Sequence[str]) -> Tensor:
+            texts_ND = self._embedded(bench, texts)
+            bench.meter.charge("scoring", 2.0 * texts_ND.numel() * len(references_RD))
+            return (texts_ND @ references_RD.T).amax(1)
+
+        return likeness
+
+    def _langid(self, bench: Workbench) -> Scores:
+        ((wanted, _),) = Counter(bench.world.identify_language(self._references(bench))).most_common(1)
+
+        def in_it(texts: Sequence[str]) -> list[float]:
+            return [float(language == wanted) for language in bench.world.identify_language(texts)]
+
+        return in_it
+
+    def _references(self, bench: Workbench) -> list[str]:
+        """Raises UserError if the task has none after all."""
+        references = bench.task.references()
+        if not references:
+            raise UserError(f"task={bench.spec.task.name}: no references with these options, and nothing to be like; write reward=score")
+        return references
+
+    def _embedded(self, bench: Workbench, texts: Sequence[str]) -> Tensor:
+        """(N, D), rows of length 1, or 0 for a text of no tokens."""
+        import torch
+
+        table, tokenizer = bench.world.target.get_input_embeddings().weight.detach(), bench.world.target_tokenizer
+        tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        means = [table[ids].float().mean(0) if ids else table.new_zeros(table.shape[1], dtype=torch.float32) for ids in tokens]
+        return torch.nn.functional.normalize(torch.stack(means), dim=1)
+
+
+def squeezed(text: str) -> str:
+    """Without any whitespace: some tokenizers know characters only apart."""
+    return "".join(text.split())

@@ -190,35 +190,3 @@ def test_a_task_without_a_hint_is_skipped():
 
     method = Registry().load("method", "prompt_only")(Options({"search": 1, "search_texts": 1}))
     assert method.supports(TaskInfo("opening", Options({}), frozenset({"signal"}))).startswith("opening has no hint")
-
-
-# ---- similarity
-
-
-@pytest.mark.parametrize(
-    ("words", "texts", "scores"),
-    [
-        # One of four characters differs; two are missing of four; the longer one counts; no character in common.
-        (["task=uuid", "text=3fa0"], ["3 f a 1", "3 f", "3 f a 0 0", "the"], [3 / 4, 2 / 4, 4 / 5, 0.0]),
-        (["task=language", "lang=de"], ["der Bauer findet den roten Apfel heute.", "the farmer sleeps.", "", "0 1"], [1.0, 0.0, 0.0, 0.0]),
-    ],
-)
-def test_similarity_pays_the_tasks_own_score(bench, monkeypatch, words, texts, scores):
-    """By hand: what enters the policy's update is the score's advantage; no target is trained for it."""
-    from dpgbench import policy
-
-    work = bench(*words, "method=similarity", "completions=4", "steps=1", "inner_steps=1", "deployment_steps=null")
-    monkeypatch.setattr(policy._Loop, "advantages_of", given(policy._Loop.advantages_of, texts))
-    list(Registry().load("method", "similarity")(work.options).run(work))
-    assert work.lines[0]["rollouts"]["rewards"] == pytest.approx(scores)
-    assert work.meter.flops["training"] == work.meter.flops["scoring"] == work.meter.flops["metagradient"] == 0
-
-
-def given(inner, texts):
-    """The reward function, told that the policy wrote these texts."""
-    return lambda self, prompts, completions, completion_ids, **rest: inner(self, prompts, texts, completion_ids, **rest)
-
-
-def test_a_task_without_a_score_is_skipped():
-    (cell,) = config.read(["task=sixseven", "method=similarity"], sweep=False).cells
-    assert cell.skip == "sixseven has no black-box score of a text, so no text is known to be like what is wanted"
