@@ -155,7 +155,7 @@ def normalise(
     anchors are taken as known: intervals of normalised scores do not hold their uncertainty. ValueError for a lacking column or
     direction, and for a second value of a task, method and seed.
     """
-    _check_scores(scores)
+    check_scores(scores)
     lacking = sorted(set(scores["task_label"]) - set(higher_is_better))
     if lacking:
         raise ValueError(f"higher_is_better says nothing about {', '.join(lacking)}; it needs the direction of every task")
@@ -200,7 +200,7 @@ def score_grid(scores: pd.DataFrame, method_label: str, column: str = "normalise
 
     ValueError for a lacking column, an unknown method, and a second value of a task, method and seed.
     """
-    _check_scores(scores, column)
+    check_scores(scores, column)
     rows = scores[scores["method_label"] == method_label]
     if rows.empty:
         known = ", ".join(sorted(set(scores["method_label"]))) or "none"
@@ -209,7 +209,8 @@ def score_grid(scores: pd.DataFrame, method_label: str, column: str = "normalise
     return grid.reindex(index=sorted(set(scores["task_label"])), columns=sorted(set(scores["seed"])))
 
 
-def _check_scores(scores: pd.DataFrame, column: str = "value") -> None:
+def check_scores(scores: pd.DataFrame, column: str = "value") -> None:
+    """ValueError unless the scores have their columns, a row per index and at most one value of a task, method and seed."""
     needed = ("task_label", "method_label", "seed", column)
     lacking = [name for name in needed if name not in scores.columns]
     if lacking:
@@ -250,7 +251,7 @@ def interquartile_mean(
     leaves no interval, since drawing from one value anew shows no spread. Memory: draws x values. ValueError for a bad grid, generator,
     number of draws or level.
     """
-    _check_bootstrap(generator, draws, level)
+    check_bootstrap(generator, draws, level)
     rows, left_out, missing = _rows(grid)
     n_by_task = {task: len(values) for task, values in rows.items()}
     if not rows:
@@ -274,8 +275,8 @@ def interquartile_mean(
     why = _why_no_interval(n_by_task)
     low = high = np.nan
     if not why:
-        counts = np.concatenate([_resampled(n, draws, generator) for n in n_by_task.values()], axis=1)
-        low, high = map(float, _percentiles(middle_half_mean(counts), level))
+        counts = np.concatenate([resampled(n, draws, generator) for n in n_by_task.values()], axis=1)
+        low, high = map(float, percentiles(middle_half_mean(counts), level))
         why = "inf and -inf meet in the middle half of some draws" if np.isnan(low) else ""
     return OverTasks(value, low, high, len(values), missing, n_by_task, left_out, why)
 
@@ -294,7 +295,7 @@ def performance_profile(
     share of 0 or 1 it has no width, since no spread was seen. A task with one seed leaves none. Memory: draws x thresholds.
     ValueError as in interquartile_mean, and for a NaN threshold or none.
     """
-    _check_bootstrap(generator, draws, level)
+    check_bootstrap(generator, draws, level)
     thresholds = np.asarray(thresholds, dtype=float).ravel()
     if not len(thresholds) or np.isnan(thresholds).any():
         raise ValueError(f"thresholds are {thresholds.tolist()}, but a profile needs at least one and no NaN among them")
@@ -309,8 +310,8 @@ def performance_profile(
     if not why:
         drawn = np.zeros((draws, len(thresholds)))
         for task_above in above.values():
-            drawn += _resampled(len(task_above), draws, generator) @ task_above / (len(task_above) * len(rows))
-        low, high = _percentiles(drawn, level)
+            drawn += resampled(len(task_above), draws, generator) @ task_above / (len(task_above) * len(rows))
+        low, high = percentiles(drawn, level)
     return OverTasks(share, low, high, sum(n_by_task.values()), missing, n_by_task, left_out, why)
 
 
@@ -330,7 +331,7 @@ def probability_of_improvement(
     [0, 0]: no spread was seen, which few seeds easily do. A task with one seed on a side leaves no interval. ValueError as in
     interquartile_mean, and where the grids' tasks differ or a task is unknown.
     """
-    _check_bootstrap(generator, draws, level)
+    check_bootstrap(generator, draws, level)
     if set(grid_a.index) != set(grid_b.index):
         only = sorted(set(grid_a.index) ^ set(grid_b.index))
         raise ValueError(f"only one grid has the task(s) {', '.join(map(str, only))}; give both every task, NaN where there is no value")
@@ -353,9 +354,9 @@ def probability_of_improvement(
     if not why:
         drawn = np.zeros(draws)
         for won in wins.values():
-            counts_a, counts_b = (_resampled(n, draws, generator) for n in won.shape)
+            counts_a, counts_b = (resampled(n, draws, generator) for n in won.shape)
             drawn += ((counts_a @ won) * counts_b).sum(axis=1) / (won.size * len(tasks))
-        low, high = map(float, _percentiles(drawn, level))
+        low, high = map(float, percentiles(drawn, level))
     value, n = float(np.mean([won.mean() for won in wins.values()])), sum(map(sum, n_by_task.values()))
     return OverTasks(value, low, high, n, missing_a + missing_b, n_by_task, left_out, why)
 
@@ -377,12 +378,12 @@ def _why_no_interval(n_by_task: Mapping[str, int]) -> str:
     return f"one seed only on {', '.join(map(str, single))}: no spread to draw from" if single else ""
 
 
-def _resampled(n: int, draws: int, generator: np.random.Generator) -> np.ndarray:
+def resampled(n: int, draws: int, generator: np.random.Generator) -> np.ndarray:
     """(draws, n): how often each of n values comes up when n are drawn with replacement."""
     return generator.multinomial(n, np.full(n, 1 / n), size=draws)
 
 
-def _percentiles(drawn: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
+def percentiles(drawn: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
     """The central `level` of the draws along axis 0: two of the draws themselves, never a number between them (inf - inf is NaN)."""
     in_order = np.sort(drawn, axis=0)
     beyond = int((1 - level) / 2 * len(drawn) + 1e-9)
@@ -390,7 +391,8 @@ def _percentiles(drawn: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarra
     return np.where(holes, np.nan, in_order[beyond]), np.where(holes, np.nan, in_order[-1 - beyond])
 
 
-def _check_bootstrap(generator: np.random.Generator, draws: int, level: float) -> None:
+def check_bootstrap(generator: np.random.Generator, draws: int, level: float) -> None:
+    """ValueError for anything but a numpy generator, for a level outside (0, 1) and for too few draws for its ends."""
     check_level(level)
     if not isinstance(generator, np.random.Generator):
         raise ValueError(f"generator is {generator!r}, but a bootstrap draws from a named generator: np.random.default_rng(seed)")

@@ -152,7 +152,7 @@ def area_over_seeds(
     `snapshots` has the columns seed, flops and value, a row per snapshot of one method on one task. ValueError as there, with the seed.
     """
     rules = {"between": between, "before": before, "after": after}
-    areas = {seed: area_under_curve(flops, values, low, high, **rules) for seed, flops, values in _curves_by_seed(snapshots)}
+    areas = {seed: area_under_curve(flops, values, low, high, **rules) for seed, flops, values in curves_by_seed(snapshots)}
     return AreaOverSeeds(mean_interval([area.height for area in areas.values()], level), areas)
 
 
@@ -183,6 +183,29 @@ def compute_to_reach(
     return Crossing(float(compute), True, interpolated, not present[:index].any(), n, missing)
 
 
+def value_at(computes: Numbers, values: Numbers, at: float | np.ndarray, *, after: Literal["hold"] | None = None) -> np.ndarray:
+    """One seed's values at the computes `at` (any shape, kept), on the straight lines over log compute between its snapshots.
+
+    NaN before the first snapshot with a value, after the last one with `after=None` ("hold" keeps its value), and between two of which
+    one is NaN or infinite. ValueError for a compute that is not positive and finite or is listed twice.
+    """
+    x, y = _sorted_curve(computes, values)
+    present = np.flatnonzero(~np.isnan(y))
+    found = np.full(np.shape(at), np.nan)
+    if not len(present):
+        return found
+    x, y = x[present[0] : present[-1] + 1], y[present[0] : present[-1] + 1]
+    target = np.log10(np.asarray(at, dtype=float))
+    right = np.clip(np.searchsorted(x, target), 0, len(x) - 1)
+    left = np.maximum(right - 1, 0)
+    inside = (x[left] < target) & (target < x[right]) & np.isfinite(y[left]) & np.isfinite(y[right])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        line = y[left] + (target - x[left]) / (x[right] - x[left]) * (y[right] - y[left])
+    found = np.where(inside, line, found)
+    found = np.where(target == x[right], y[right], found)
+    return np.where(target > x[-1], y[-1], found) if after == "hold" else found
+
+
 def reach_over_seeds(
     snapshots: pd.DataFrame, level: float, *, higher_is_better: bool = True, between: Between = "linear"
 ) -> ReachOverSeeds:
@@ -191,7 +214,7 @@ def reach_over_seeds(
     A seed without any value did not reach the level: where that is not a result but a hole, leave its rows out.
     """
     rules = {"higher_is_better": higher_is_better, "between": between}
-    crossings = {seed: compute_to_reach(flops, values, level, **rules) for seed, flops, values in _curves_by_seed(snapshots)}
+    crossings = {seed: compute_to_reach(flops, values, level, **rules) for seed, flops, values in curves_by_seed(snapshots)}
     in_order = np.sort([crossing.compute if crossing.reached else np.inf for crossing in crossings.values()])
     n, reached = len(in_order), int(np.isfinite(in_order).sum())
     middle = np.log10(in_order[(n - 1) // 2 : n // 2 + 1])
@@ -206,7 +229,7 @@ def shared_span(snapshots: Iterable[pd.DataFrame]) -> tuple[float, float]:
     """
     spans = []
     for frame in snapshots:
-        for _, flops, values in _curves_by_seed(frame):
+        for _, flops, values in curves_by_seed(frame):
             x = flops[~np.isnan(values)]
             spans.append((x.min(), x.max()) if len(x) else (np.nan, np.nan))
     starts, ends = np.array(spans).reshape(-1, 2).T
@@ -215,7 +238,8 @@ def shared_span(snapshots: Iterable[pd.DataFrame]) -> tuple[float, float]:
     return float(starts.max()), float(ends.min())
 
 
-def _curves_by_seed(snapshots: pd.DataFrame) -> Iterable[tuple[int, np.ndarray, np.ndarray]]:
+def curves_by_seed(snapshots: pd.DataFrame) -> Iterable[tuple[int, np.ndarray, np.ndarray]]:
+    """(seed, computes, values) of every seed in order. ValueError for a lacking column and, with the seed, for a bad curve."""
     lacking = [name for name in COLUMNS if name not in snapshots.columns]
     if lacking:
         raise ValueError(f"the snapshots lack the column(s) {', '.join(lacking)}; a curve needs {', '.join(COLUMNS)}")
