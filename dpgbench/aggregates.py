@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 from scipy import optimize, special
-from scipy import stats as scipy_stats
 
 from dpgbench.stats import check_level, mean_interval, pairs_by_seed
 
@@ -105,7 +104,10 @@ def _noncentral_t_interval(t: float, degrees: int, level: float) -> tuple[float,
     reach, tail = 1.0, (1 - level) / 2
 
     def excess(noncentrality: float, probability: float) -> float:
-        return float(scipy_stats.nct.cdf(t, degrees, noncentrality)) - probability
+        cdf = float(special.nctdtr(degrees, noncentrality, t))
+        if math.isnan(cdf):  # scipy 1.17 at some noncentralities of the other sign than t, far from it: all mass is on one side
+            cdf = float(noncentrality < t)
+        return cdf - probability
 
     while not (excess(t - reach, 1 - tail) >= 0 and excess(t + reach, tail) <= 0):  # the cdf falls as the noncentrality rises
         reach *= 2

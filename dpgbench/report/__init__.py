@@ -2,40 +2,116 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from dpgbench.report.figures import draw_figures
-from dpgbench.report.frame import read_frame
-from dpgbench.report.page import render_page
-from dpgbench.report.tables import summary_markdown, task_markdown
+from dpgbench.report.across import Across, compute_across
+from dpgbench.report.frame import SuiteResults, read_frame
+from dpgbench.report.summary import means_table, overview_table, summary_markdown, versus_tables
+from dpgbench.report.table import Table, latex, markdown, records
+from dpgbench.report.tables import gaps, notes_on, method_rows, task_markdown, task_tables
+from dpgbench.report.writing import file_names
 from dpgbench.store import write_atomically
 
-__all__ = ["build"]
+__all__ = ["build", "machine_readable"]
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a report says, before it is drawn: the tables over all tasks, of every method against the others, and of every task."""
+
+    results: SuiteResults
+    across: Across
+    overview: Table
+    means: Table
+    versus: dict[str, Table]
+    by_task: dict[str, list[Table]]
+
+
+def read_contents(frame: pd.DataFrame, suite: str) -> Contents:
+    """Every table of a suite. ValueError if a non-empty frame lacks a column the report cannot do without."""
+    results = read_frame(frame, suite)
+    across = compute_across(results)
+    by_task = {task.label: task_tables(task, across.pairs[task.label], across.anchors.get(task.label)) for task in results.tasks}
+    return Contents(results, across, overview_table(results, across), means_table(results), versus_tables(results, across), by_task)
 
 
 def build(frame: pd.DataFrame, folder: str | Path, *, suite: str, command: str, title: str | None = None) -> Path:
-    """Write `index.html`, `tables/*.md` and `figures/*.png|svg` into `folder` and return the path of `index.html`.
+    """Write `index.html`, `tables/*.md|tex` and `figures/*.png|svg` into `folder` and return the path of `index.html`.
 
     `frame` holds one row per (cell, snapshot) and one row per cell without a result (columns: report/frame.py); `command` is
     what regenerates the page and is only shown. The same frame, in any row order, gives the same bytes. Holes (failed cells,
     NaN scores, zero FLOPs, one seed) become notes on the page. ValueError if a non-empty frame lacks a column the report cannot
     do without. Files of an earlier build that this one does not write again are left alone.
     """
-    folder = Path(folder)
-    results = read_frame(frame, suite)
-    figures = {task.label: draw_figures(task, results.styles) for task in results.tasks}
+    from dpgbench.report.figures import draw_figures
+    from dpgbench.report.page import render_page
+    from dpgbench.report.summary_figures import draw_summary_figures
 
-    _write(folder / "tables" / "summary.md", summary_markdown(results))
-    for task in results.tasks:
-        _write(folder / "tables" / f"{task.file_name}.md", task_markdown(task))
-        for figure in figures[task.label]:
-            write_atomically(folder / "figures" / f"{figure.file_name}.png", figure.png)
-            write_atomically(folder / "figures" / f"{figure.file_name}.svg", figure.svg)
+    folder = Path(folder)
+    contents = read_contents(frame, suite)
+    results = contents.results
+    figures = {task.label: draw_figures(task, results.styles) for task in results.tasks}
+    overall = draw_summary_figures(results, contents.across)
+
+    for name, text in _table_files(contents).items():
+        _write(folder / "tables" / name, text)
+    for figure in [*overall, *(figure for drawn in figures.values() for figure in drawn)]:
+        write_atomically(folder / "figures" / f"{figure.file_name}.png", figure.png)
+        write_atomically(folder / "figures" / f"{figure.file_name}.svg", figure.svg)
     index = folder / "index.html"  # last: a page that exists belongs to files that exist
-    _write(index, render_page(results, figures, command=command, title=title or f"dpgbench: {suite}"))
+    _write(index, render_page(contents, overall, figures, command=command, title=title or f"dpgbench: {suite}"))
     return index
+
+
+def _table_files(contents: Contents) -> dict[str, str]:
+    """{file name: content}: the summary, a file per task, a file per method against the others; Markdown and LaTeX each."""
+    results = contents.results
+    over_all = [contents.overview, contents.means] if results.tasks else []
+    stems = file_names([*(task.file_name for task in results.tasks), *(f"versus_{label}" for label in contents.versus)])
+    task_files = [stems[task.file_name] for task in results.tasks]
+    files = {"summary.md": summary_markdown(results, over_all, [*stems.values()]), "summary.tex": _latex(over_all)}
+    for task, stem in zip(results.tasks, task_files, strict=True):
+        shown = contents.by_task[task.label]
+        files |= {f"{stem}.md": task_markdown(task, shown), f"{stem}.tex": _latex(shown)}
+    for label, table in contents.versus.items():
+        stem = stems[f"versus_{label}"]
+        files |= {f"{stem}.md": markdown(table, "#").rstrip("\n") + "\n", f"{stem}.tex": _latex([table])}
+    return files
+
+
+def _latex(tables: list[Table]) -> str:
+    return "\n".join(["% \\usepackage{booktabs}", *(latex(table) for table in tables)])
+
+
+def machine_readable(frame: pd.DataFrame, *, suite: str, command: str, title: str | None = None) -> dict[str, object]:
+    """Every table of the report with the unrounded numbers behind it, and every hole, as what JSON can hold. Errors as in `build`."""
+    contents = read_contents(frame, suite)
+    results, ranks = contents.results, contents.across.ranks
+    found = {
+        "suite": suite, "title": title or "", "command": command, "cells": results.cells_by_status, "overview": records(contents.overview),
+        "means": records(contents.means), "versus": {label: records(table) for label, table in contents.versus.items()},
+        "ranking": {
+            "critical_difference": ranks.critical_difference, "friedman_p": ranks.friedman_p, "groups": [list(g) for g in ranks.groups],
+            "seeds_by_task": {task: list(seeds) for task, seeds in ranks.seeds_by_task.items()}, "left_out": ranks.left_out,
+        },
+        "tasks": {
+            task.label: {
+                "headline": task.headline, "higher_is_better": task.higher_is_better, "description": task.description,
+                "notes": notes_on(task, method_rows(task)),
+                "tables": {table.name.removeprefix(f"{task.file_name}-"): records(table) for table in contents.by_task[task.label]},
+                "without_a_result": [
+                    {"method": gap.method_label, "status": gap.status, "seeds": list(gap.seeds), "reason": gap.reason} for gap in gaps(task)
+                ],
+            }
+            for task in results.tasks
+        },
+    }  # fmt: skip
+    for key in ("critical_difference", "friedman_p"):
+        found["ranking"][key] = None if found["ranking"][key] != found["ranking"][key] else found["ranking"][key]
+    return found
 
 
 def _write(path: Path, text: str) -> None:

@@ -58,10 +58,26 @@ class TaskResults:
     def direction(self) -> str:
         return "higher is better" if self.higher_is_better else "lower is better"
 
+    @property
+    def sign(self) -> int:
+        """What turns a difference of the headline into an advantage."""
+        return 1 if self.higher_is_better else -1
+
     def final_values(self, method_label: str) -> pd.Series:
         """The headline at the final snapshot, indexed by seed."""
         rows = self.finals[self.finals["method_label"] == method_label]
         return pd.Series(rows["value"].to_numpy(), index=rows["seed"].to_numpy()).sort_index()
+
+    def curves(self, method_label: str) -> pd.DataFrame:
+        """seed, flops, value of the snapshots that can stand on a log axis; of several at the same FLOPs the last."""
+        rows = self.snapshots[self.snapshots["method_label"] == method_label]
+        rows = rows[np.isfinite(rows["flops"]) & (rows["flops"] > 0)]
+        return rows.drop_duplicates(["seed", "flops"], keep="last")[["seed", "flops", "value"]].reset_index(drop=True)
+
+    def competing(self) -> list[str]:
+        """The labels with a finished cell, references aside, in natural order."""
+        labels = self.finals.loc[~self.finals["method"].isin((BASE, ORACLE)), "method_label"].unique()
+        return sorted(labels, key=natural)
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,10 @@ class SuiteResults:
     styles: dict[str, Style]  # by method label, in the order shown
     cells_by_status: dict[str, int]
     frame: pd.DataFrame
+
+    def labels(self, *roles: str) -> list[str]:
+        """The method labels of these roles ("method", "base", "oracle"), in the order shown."""
+        return [label for label, style in self.styles.items() if style.role in roles]
 
 
 def natural(text: str) -> list[object]:

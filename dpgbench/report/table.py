@@ -1,0 +1,158 @@
+"""One table, shown four ways: Markdown and LaTeX here, HTML by the page's template, records for machines."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+
+from dpgbench.report.writing import DASH
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one cell shows. `small` stands below `text` on the page and behind it in Markdown and LaTeX.
+
+    `value` is what the page sorts by (None: always last). `numbers` are the same facts unrounded, for machines. `method` is the label
+    whose mark stands before the text.
+    """
+
+    text: str
+    small: str = ""
+    value: float | str | None = None
+    numbers: dict[str, object] = field(default_factory=dict)
+    bold: bool = False
+    method: str | None = None
+
+    @property
+    def sortable(self) -> str:
+        if self.value is None or (isinstance(self.value, float) and math.isnan(self.value)):
+            return ""
+        if isinstance(self.value, str):
+            return self.value
+        value = float(self.value)
+        return repr(value) if math.isfinite(value) else "Infinity" if value > 0 else "-Infinity"
+
+    @property
+    def plain(self) -> str:
+        return f"{self.text} {self.small}" if self.small else self.text
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading. `best` is the order that a first click gives; `tip` explains it on the page."""
+
+    name: str
+    small: str = ""
+    numeric: bool = True
+    best: str = "descending"
+    tip: str = ""
+
+    @property
+    def plain(self) -> str:
+        return f"{self.name}: {self.small}" if self.small else self.name
+
+
+@dataclass(frozen=True)
+class Row:
+    """`methods` are the labels that the filter hides the row by; `role` greys references ("base", "oracle")."""
+
+    cells: tuple[Cell, ...]
+    methods: tuple[str, ...] = ()
+    role: str = "method"
+
+
+@dataclass(frozen=True)
+class Table:
+    """`name` is a key and part of LaTeX's label. The caption says how to read it, the notes what to know before trusting it."""
+
+    name: str
+    title: str
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+
+def text_cell(text: str, **more) -> Cell:
+    return Cell(text, value=text, **more)
+
+
+def markdown(table: Table, heading: str = "##") -> str:
+    """Heading, caption, table and notes; ends with one newline."""
+    lines = [f"{heading} {escape(table.title)}", "", escape(table.caption), ""]
+    if table.rows:
+        header = tuple(column.plain for column in table.columns)
+        body = [[f"**{cell.plain}**" if cell.bold else cell.plain for cell in row.cells] for row in table.rows]
+        lines += [*_padded(header, body, [column.numeric for column in table.columns]), ""]
+    for note in table.notes:
+        lines += [f"> {escape(note)}", ""]
+    return "\n".join(lines)
+
+
+def _padded(header: tuple[str, ...], body: list[list[str]], right: list[bool]) -> list[str]:
+    """A GitHub table with padded columns, readable as plain text; numbers to the right."""
+    cells = [[escape(text) for text in line] for line in (header, *body)]
+    widths = [max(3, *(len(line[column]) for line in cells)) for column in range(len(header))]
+    padded = [
+        "| " + " | ".join(t.rjust(w) if r else t.ljust(w) for t, w, r in zip(line, widths, right, strict=True)) + " |" for line in cells
+    ]
+    rule = "|" + "|".join("-" * (w + 1) + ":" if r else "-" * (w + 2) for w, r in zip(widths, right, strict=True)) + "|"
+    return [padded[0], rule, *padded[1:]]
+
+
+def escape(text: str) -> str:
+    """Data shown as itself in Markdown: no table cell, tag or line break of its own."""
+    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").split())
+
+
+def latex(table: Table) -> str:
+    """A floating booktabs table with caption and label; ends with one newline. Notes go into the caption."""
+    columns = "".join("r" if column.numeric else "l" for column in table.columns)
+    lines = [r"\begin{table}", r"\centering\small", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    lines += [" & ".join(tex(column.plain) for column in table.columns) + r" \\", r"\midrule"]
+    for row in table.rows:
+        texts = [rf"\textbf{{{tex(cell.plain)}}}" if cell.bold else tex(cell.plain) for cell in row.cells]
+        lines.append(" & ".join(texts) + r" \\")
+    caption = " ".join([f"{table.title}.", table.caption, *table.notes])
+    label = re.sub(r"[^A-Za-z0-9]+", "-", table.name).strip("-")
+    lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{tex(caption)}}}", rf"\label{{tab:{label}}}", r"\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''",
+    "↑": r"$\uparrow$", "↓": r"$\downarrow$", DASH: "--", "−": "$-$", "±": r"$\pm$", "≤": r"$\leq$", "≥": r"$\geq$", "×": r"$\times$",
+    "…": r"\dots{}", "’": "'", "Φ": r"$\Phi$",
+}  # fmt: skip
+
+
+def tex(text: str) -> str:
+    """Data as LaTeX prints it; letters of other languages are left to the document's encoding (UTF-8)."""
+    # Brackets are braced: at the start of a row, LaTeX would read "[0.1, 0.2]" as an option of the line break before it.
+    text = "".join(LATEX.get(character, character) for character in " ".join(text.split()))
+    return re.sub(r"\[([^\]]*)\]", r"{[}\1{]}", text)
+
+
+def records(table: Table) -> dict[str, object]:
+    """The table for machines: every row's columns by name, each with the text shown and the unrounded numbers behind it."""
+    rows = []
+    for row in table.rows:
+        shown = {}
+        for column, cell in zip(table.columns, row.cells, strict=True):
+            shown[column.plain] = {"text": cell.plain, **{key: _plain_number(value) for key, value in cell.numbers.items()}}
+        rows.append(shown)
+    return {"title": table.title, "caption": table.caption, "rows": rows, "notes": list(table.notes)}
+
+
+def _plain_number(value: object) -> object:
+    """JSON has no NaN and no infinity: null and a word."""
+    if isinstance(value, (list, tuple)):
+        return [_plain_number(item) for item in value]
+    if isinstance(value, (bool, str)) or value is None:
+        return value
+    if isinstance(value, int) or (hasattr(value, "dtype") and value.dtype.kind in "iu"):
+        return int(value)
+    number = float(value)
+    return None if math.isnan(number) else number if math.isfinite(number) else ("inf" if number > 0 else "-inf")
