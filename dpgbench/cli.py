@@ -30,7 +30,9 @@ usage: python -m dpgbench COMMAND [key=value ...]
   run     task=sixseven method=dpg seed=0      one cell; `run spec=RUN/spec.yaml` replays a stored one
   sweep   method=dpg,base task=all seed=0,1    a grid of cells, or a stored one with suite=NAME; runs what is not done
   status  [the same words]                     where each cell stands; without words, every run folder
-  report  suite=NAME                           table, figures and page of a sweep, from its run folders or its parquet
+  report  suite=NAME                           tables, figures and page of a sweep, from its run folders or its parquet
+          --format json                        the same numbers for machines, on standard output, instead of the page
+          --compare core@HEAD~1 core           what changed between two suites or commits, and whether it is within noise
   list                                         every method, task, scale and suite
   check metagrad task=language seed=0          can this cell's rewards be trusted? directions=8 subsets=32 say how much to measure
 
@@ -203,7 +205,10 @@ def _state(cell: Cell, results: Path) -> tuple[str, str]:
 
 
 def _report(words: list[str]) -> int:
-    """Collect a sweep into its parquet (where there are run folders) and build the page from that."""
+    """Collect a sweep into its parquet (where there are run folders) and build the page from that, or say it in JSON."""
+    words, as_json = _take_format(words)
+    if "--compare" in words:
+        return _compare(words, as_json)
     results, name, _ = _where(words)
     parquet = results / f"{name}.parquet"
     full = _full_words(words)
@@ -215,7 +220,7 @@ def _report(words: list[str]) -> int:
             f"suite={name}: nothing to report: no run folders of it under {results / 'runs'} and no {parquet}; run `sweep` first"
         )
     from dpgbench import collect
-    from dpgbench.report import build
+    from dpgbench.report import build, machine_readable
 
     store.check_writable(results)
     if has_runs:
@@ -224,14 +229,49 @@ def _report(words: list[str]) -> int:
         frame = collect.frame_of(request.cells, results, descriptions)
         lost = collect.finished_in(parquet) - set(frame.cell[frame.status == "done"])
         if lost:
-            print(f"{len(lost)} finished cells are in {parquet} but have no run folder: reporting from it; delete it to leave them out")
+            left = f"{len(lost)} finished cells are in {parquet} but have no run folder"
+            print(f"{left}: reporting from it; delete it to leave them out", file=sys.stderr if as_json else sys.stdout)
         else:
             collect.write_parquet(frame, parquet, suite=name, title=request.title, command=f"python -m dpgbench sweep {said}")
     frame, about = collect.read_parquet(parquet)
     selector = "suite" if name in config.suites(Registry()) else "name"
     command = f"{about['command']}\npython -m dpgbench report {selector}={name}"
-    page = build(frame, results / name, suite=about["suite"], command=command, title=about["title"] or None)
-    print(f"report: {page}")
+    what = {"suite": about["suite"], "command": command, "title": about["title"] or None}
+    if as_json:
+        print(json.dumps(machine_readable(frame, **what), indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        print(f"report: {build(frame, results / name, **what)}")
+    return 0
+
+
+def _take_format(words: list[str]) -> tuple[list[str], bool]:
+    """The other words, and whether `--format json` was among them."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--format=") else [word])]
+    if "--format" not in words:
+        return words, False
+    at = words.index("--format")
+    given = words[at + 1] if at + 1 < len(words) else "nothing"
+    if given not in ("json", "html"):
+        raise UserError(f"--format {given}: {did_you_mean(given, ['html', 'json'])}")
+    return words[:at] + words[at + 2 :], given == "json"
+
+
+def _compare(words: list[str], as_json: bool) -> int:
+    """Two stored suites, or two commits of one, on standard output."""
+    at = words.index("--compare")
+    sides, rest = words[at + 1 : at + 3], words[:at] + words[at + 3 :]
+    if len(sides) < 2 or any("=" in side for side in sides):
+        raise UserError("--compare: needs two sides, each a suite, suite@revision or a parquet file; write --compare core@HEAD~1 core")
+    unknown = [word for word in rest if not word.startswith("results=")]
+    if unknown:
+        raise UserError(f"{unknown[0]}: --compare takes two sides and nothing else but results=DIR and --format json")
+    results = _where(rest)[0]
+    if not results.is_dir():
+        raise UserError(f"results={results}: there is no such folder; give the one that holds the parquet files")
+    from dpgbench.report import compare
+
+    table = compare.compare(*(compare.read_side(side, results) for side in sides))
+    print(compare.as_json(table) if as_json else compare.as_markdown(table), end="\n" if as_json else "")
     return 0
 
 

@@ -11,7 +11,7 @@ from dpgbench.report.across import Across, compute_across
 from dpgbench.report.frame import SuiteResults, read_frame
 from dpgbench.report.summary import means_table, overview_table, summary_markdown, versus_tables
 from dpgbench.report.table import Table, latex, markdown, records
-from dpgbench.report.tables import gaps, notes_on, method_rows, task_markdown, task_tables
+from dpgbench.report.tables import gaps, notes_on, task_markdown, task_tables
 from dpgbench.report.writing import file_names
 from dpgbench.store import write_atomically
 
@@ -34,8 +34,11 @@ def read_contents(frame: pd.DataFrame, suite: str) -> Contents:
     """Every table of a suite. ValueError if a non-empty frame lacks a column the report cannot do without."""
     results = read_frame(frame, suite)
     across = compute_across(results)
-    by_task = {task.label: task_tables(task, across.pairs[task.label], across.anchors.get(task.label)) for task in results.tasks}
-    return Contents(results, across, overview_table(results, across), means_table(results), versus_tables(results, across), by_task)
+    by_task = {
+        task.label: task_tables(task, across.rows[task.label], across.pairs[task.label], across.anchors.get(task.label))
+        for task in results.tasks
+    }
+    return Contents(results, across, overview_table(results, across), means_table(results, across), versus_tables(results, across), by_task)
 
 
 def build(frame: pd.DataFrame, folder: str | Path, *, suite: str, command: str, title: str | None = None) -> Path:
@@ -53,7 +56,7 @@ def build(frame: pd.DataFrame, folder: str | Path, *, suite: str, command: str, 
     folder = Path(folder)
     contents = read_contents(frame, suite)
     results = contents.results
-    figures = {task.label: draw_figures(task, results.styles) for task in results.tasks}
+    figures = {task.label: draw_figures(task, results.styles, contents.across.rows[task.label]) for task in results.tasks}
     overall = draw_summary_figures(results, contents.across)
 
     for name, text in _table_files(contents).items():
@@ -75,7 +78,7 @@ def _table_files(contents: Contents) -> dict[str, str]:
     files = {"summary.md": summary_markdown(results, over_all, [*stems.values()]), "summary.tex": _latex(over_all)}
     for task, stem in zip(results.tasks, task_files, strict=True):
         shown = contents.by_task[task.label]
-        files |= {f"{stem}.md": task_markdown(task, shown), f"{stem}.tex": _latex(shown)}
+        files |= {f"{stem}.md": task_markdown(task, shown, contents.across.rows[task.label]), f"{stem}.tex": _latex(shown)}
     for label, table in contents.versus.items():
         stem = stems[f"versus_{label}"]
         files |= {f"{stem}.md": markdown(table, "#").rstrip("\n") + "\n", f"{stem}.tex": _latex([table])}
@@ -100,7 +103,7 @@ def machine_readable(frame: pd.DataFrame, *, suite: str, command: str, title: st
         "tasks": {
             task.label: {
                 "headline": task.headline, "higher_is_better": task.higher_is_better, "description": task.description,
-                "notes": notes_on(task, method_rows(task)),
+                "notes": notes_on(task, contents.across.rows[task.label]),
                 "tables": {table.name.removeprefix(f"{task.file_name}-"): records(table) for table in contents.by_task[task.label]},
                 "without_a_result": [
                     {"method": gap.method_label, "status": gap.status, "seeds": list(gap.seeds), "reason": gap.reason} for gap in gaps(task)

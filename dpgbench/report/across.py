@@ -20,8 +20,8 @@ from dpgbench.aggregates import (
 from dpgbench.curves import curves_by_seed, value_at
 from dpgbench.matched import MatchedComparison
 from dpgbench.ranks import MeanRanks, mean_ranks
-from dpgbench.report.frame import BASE, ORACLE, SuiteResults, TaskResults, natural
-from dpgbench.report.tables import generator_for, matched_pairs
+from dpgbench.report.frame import BASE, ORACLE, SuiteResults, natural
+from dpgbench.report.tables import MethodRow, generator_for, matched_pairs, method_rows
 from dpgbench.report.writing import and_more, plural
 
 GRID_POINTS = 48  # of the budget curves: about 12 a decade over four decades
@@ -45,7 +45,10 @@ class BudgetCurve:
 
 @dataclass(frozen=True, eq=False)
 class Across:
-    """Everything over tasks. `complete` are the labels with a normalised score on every task that has a scale; only those are drawn."""
+    """Everything computed once, mostly over tasks; `rows` and `pairs` by task.
+
+    `complete` are the labels with a normalised score on every task that has a scale; only those are drawn.
+    """
 
     anchors: dict[str, Anchors]
     complete: tuple[str, ...]
@@ -54,6 +57,7 @@ class Across:
     profile: dict[str, OverTasks]
     budget: dict[str, BudgetCurve]
     ranks: MeanRanks
+    rows: dict[str, list[MethodRow]]
     pairs: dict[str, Pairs]
     notes: tuple[str, ...]
 
@@ -88,12 +92,17 @@ def compute_across(results: SuiteResults) -> Across:
     ranked = scores[scores["method"] != ORACLE]
     ranks = mean_ranks(ranked[list(COLUMNS[:4])], directions, generator=generator_for("ranks"))
     return Across(
-        normalised.anchors, complete, {label: interquartile_mean(grid, generator=generator_for("iqm", label)) for label, grid in grids.items()},
-        improvement,
-        {label: performance_profile(grids[label], THRESHOLDS, generator=generator_for("profile", label)) for label in complete},
-        _budget_curves(results, normalised.anchors, complete), ranks, {task.label: matched_pairs(task) for task in results.tasks},
-        _notes(normalised.anchors),
-    )  # fmt: skip
+        anchors=normalised.anchors,
+        complete=complete,
+        iqm={label: interquartile_mean(grid, generator=generator_for("iqm", label)) for label, grid in grids.items()},
+        improvement=improvement,
+        profile={label: performance_profile(grids[label], THRESHOLDS, generator=generator_for("profile", label)) for label in complete},
+        budget=_budget_curves(results, normalised.anchors, complete),
+        ranks=ranks,
+        rows={task.label: method_rows(task) for task in results.tasks},
+        pairs={task.label: matched_pairs(task) for task in results.tasks},
+        notes=_notes(normalised.anchors),
+    )
 
 
 def _final_scores(results: SuiteResults) -> pd.DataFrame:
@@ -116,10 +125,10 @@ def _notes(anchors: Mapping[str, Anchors]) -> tuple[str, ...]:
         notes.append(f"No normalised score, and so no part in the numbers over tasks: {and_more(unscaled, limit=4)}.")
     without = {task: found.ceiling_label for task, found in anchors.items() if not found.why_undefined and found.ceiling_label != ORACLE}
     if without:
-        whose = and_more(f"{label} on {and_more((t for t, c in without.items() if c == label), 20)}" for label in sorted(set(without.values())))
-        notes.append(
-            f"No oracle on {plural(len(without), 'task')}: there 1 is the best final mean, reached by construction and no finding ({whose})."
-        )
+        tasks_of = {label: and_more((task for task in without if without[task] == label), 20) for label in sorted(set(without.values()))}
+        whose = and_more(f"{label} on {tasks}" for label, tasks in tasks_of.items())
+        counted = plural(len(without), "task")
+        notes.append(f"No oracle on {counted}: there 1 is the best final mean, reached by construction and no finding ({whose}).")
     return tuple(notes)
 
 
@@ -143,8 +152,8 @@ def _budget_curve(label: str, runs: dict, anchors: Mapping[str, Anchors], end: f
     flops = np.unique(np.concatenate([np.geomspace(start, end, GRID_POINTS), [start, all_until, end]]))
     levels = pd.DataFrame(
         {
-            key: (value_at(run_flops, values, flops, after="hold") - anchors[key[0]].base) / (anchors[key[0]].ceiling - anchors[key[0]].base)
-            for key, (run_flops, values) in runs.items()
+            (task, seed): (value_at(*run, flops, after="hold") - anchors[task].base) / (anchors[task].ceiling - anchors[task].base)
+            for (task, seed), run in runs.items()
         }
     ).T
     levels.index = pd.MultiIndex.from_tuples(levels.index, names=["task", "seed"])
@@ -156,13 +165,10 @@ def _budget_curve(label: str, runs: dict, anchors: Mapping[str, Anchors], end: f
     return BudgetCurve(flops, value, low, high, float(all_until))
 
 
-def ahead_of_all(label: str, task: TaskResults, pairs: Pairs) -> bool | None:
-    """Whether a method's mean is better than every other's at equal FLOPs; None where some other cannot be compared with it."""
+def ahead_of_all(label: str, pairs: Pairs) -> bool | None:
+    """Whether a method's mean is better than that of every other it can be compared with at equal FLOPs; None where there is none."""
     advantages = advantages_of(label, pairs)
-    others = [other for other in task.competing() if other != label]
-    if label not in task.competing() or not others or any(other not in advantages for other in others):
-        return None
-    return all(advantage > 0 for advantage in advantages.values())
+    return all(advantage > 0 for advantage in advantages.values()) if advantages else None
 
 
 def advantages_of(label: str, pairs: Pairs) -> dict[str, float]:

@@ -22,7 +22,8 @@ BASE, ORACLE = "base", "oracle"  # plug-in names with a role on the page: the co
 
 # seaborn's colorblind palette without its grey (kept for the reference methods) and with its pale yellow last.
 PALETTE_ORDER = (0, 1, 2, 3, 4, 9, 5, 6, 8)
-MARKERS = ("o", "s", "D", "^", "v", "P", "X")  # 9 colours and 7 markers: 63 methods before a pair repeats
+SHAPES = {"o": "circle", "s": "square", "D": "diamond", "^": "up", "v": "down", "P": "plus", "X": "cross"}
+MARKERS = tuple(SHAPES)  # 9 colours and 7 markers: 63 methods before a pair repeats
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Style:
     color: str
     marker: str
     role: str  # "method", "base" or "oracle"
+
+    @property
+    def shape(self) -> str:
+        """The marker's name in the page's style sheet."""
+        return SHAPES[self.marker]
 
 
 @dataclass(frozen=True)

@@ -9,29 +9,36 @@ import re
 import struct
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
-import numpy as np
+import pandas as pd
 from markupsafe import Markup
 
 from dpgbench.report import tables
-from dpgbench.report.figures import FAINT, INK, DrawnFigure
-from dpgbench.report.frame import SuiteResults, TaskResults
-from dpgbench.report.writing import DASH, and_more, decimals_for, interval, number, plural
+from dpgbench.report.canvas import FAINT, INK, DrawnFigure
+from dpgbench.report.frame import BASE, SuiteResults, TaskResults
+from dpgbench.report.summary import findings
+from dpgbench.report.table import Cell, Column, Row, Table, text_cell
+from dpgbench.report.writing import DASH, and_more, decimals_for, number, plural
 from dpgbench.stats import mean_interval
 
+if TYPE_CHECKING:
+    from dpgbench.report import Contents
+
 TEMPLATES = Path(__file__).parent / "template"
-TEXTS_SHOWN = 12
-COLUMNS = ("method", "n", "mean", "difference to base", "p", "FLOPs", "tokens generated", "tokens trained", "time")  # intervals stand below
+TEXTS_SHOWN = 8  # of a method and seed; the parquet has them all
+SEEDS_SHOWN = 3  # pictures and texts of the first ones
+MEASURES_SHOWN = 4  # beside the headline, below a picture
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def render_page(results: SuiteResults, figures: dict[str, list[DrawnFigure]], *, command: str, title: str) -> str:
+def render_page(contents: Contents, overall: list[DrawnFigure], figures: dict[str, list[DrawnFigure]], *, command: str, title: str) -> str:
     """The page as one string: no resource is loaded from anywhere, all images are inside."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    rows = {task.label: tables.method_rows(task) for task in results.tasks}
+    results = contents.results
     return environment.get_template("page.html").render(
         title=title,
         suite=results.name,
@@ -39,10 +46,17 @@ def render_page(results: SuiteResults, figures: dict[str, list[DrawnFigure]], *,
         css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
         script=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
         explanation=_explanation(results),
+        findings=findings(results, contents.across),
         statuses=list(results.cells_by_status.items()),
-        methods=[{"label": label, "style": style} for label, style in results.styles.items()],
-        summary=_summary(results, rows),
-        tasks=[_task(task, rows[task.label], figures[task.label], results, number) for number, task in enumerate(results.tasks)],
+        styles=results.styles,
+        overview=contents.overview,
+        means=contents.means,
+        versus=_versus(contents),
+        overall=[_inline(figure, f"s{position}-") for position, figure in enumerate(overall)],
+        tasks=[
+            _task(task, contents.by_task[task.label], contents.across.rows[task.label], figures[task.label], results, position)
+            for position, task in enumerate(results.tasks)
+        ],
         versions=_versions(results),
     )
 
@@ -61,69 +75,41 @@ def _explanation(results: SuiteResults) -> str:
     )
 
 
-def _summary(results: SuiteResults, rows: dict[str, list[tables.MethodRow]]) -> dict:
-    """Methods x tasks. Each scored cell carries its numeric value for sorting and a bar from base (0) to the best shown (1)."""
-    best = {label: tables.best_label(task_rows) for label, task_rows in rows.items()}
-    body = []
-    for method, style in results.styles.items():
-        cells = []
-        for task in results.tasks:
-            row = next((row for row in rows[task.label] if row.label == method and row.score.n), None)
-            decimals = tables.table_decimals(rows[task.label])
-            if row is None:
-                text = tables.summary_text(task, rows[task.label], method)
-                cells.append({"text": text, "interval": "", "value": "", "n": "", "best": False, "bar": None})
-                continue
-            cells.append({
-                "text": number(row.score.mean, decimals), "interval": interval(row.score.low, row.score.high, decimals).replace(DASH, ""),
-                "value": _sortable(row.score.mean), "n": row.n, "best": best[task.label] == method,
-                "bar": _bar(row, rows[task.label], task),
-            })  # fmt: skip
-        body.append({"label": method, "style": style, "cells": cells})
-    return {"tasks": results.tasks, "body": body}
+def _versus(contents: Contents) -> list[dict]:
+    """Each method against the others, in the order of the ranking; its summary says how often it is ahead."""
+    shown = []
+    for row in contents.overview.rows:
+        label = row.methods[0]
+        if label in contents.versus:
+            ahead = next(cell for cell, column in zip(row.cells, contents.overview.columns, strict=True) if column.name.startswith("ahead"))
+            shown.append({"label": label, "style": contents.results.styles[label], "table": contents.versus[label], "ahead": ahead.text})
+    return shown
 
 
-def _bar(row: tables.MethodRow, rows: list[tables.MethodRow], task: TaskResults) -> int | None:
-    """How far from base (0) towards the best mean of the table (100); None without a base or a spread."""
-    base = next((other.score.mean for other in rows if other.label == task.base_label), math.nan)
-    signed = [(other.score.mean - base) * (1 if task.higher_is_better else -1) for other in rows if np.isfinite(other.score.mean)]
-    top = max(signed, default=0.0)
-    if not (math.isfinite(base) and math.isfinite(row.score.mean) and top > 0):
-        return None
-    return round(100 * min(max((row.score.mean - base) * (1 if task.higher_is_better else -1) / top, 0), 1))
-
-
-def _task(task: TaskResults, rows: list[tables.MethodRow], figures: list[DrawnFigure], results: SuiteResults, position: int) -> dict:
-    decimals = tables.table_decimals(rows)
-    best = tables.best_label(rows)
-    table = []
-    for row in rows:
-        d = row.difference if row.difference is not None and row.difference.n else None
-        values = [row.score.n, row.score.mean, d.mean if d else math.nan, d.p if d else math.nan,
-                  row.flops, row.tokens_generated, row.tokens_trained, row.seconds]  # fmt: skip
-        _, n, mean, spread, difference, difference_spread, p, smallest_p, *compute = tables.row_texts(row, decimals)
-        texts = [n, mean, difference, p, *compute]
-        below = ["", spread, difference_spread, f"smallest {smallest_p}" if d else "", *[""] * len(compute)]
-        cells = [
-            {"text": text, "small": small.replace(DASH, ""), "value": _sortable(value)}
-            for text, small, value in zip(texts, below, values, strict=True)
-        ]
-        style = results.styles[row.label]
-        table.append({"label": row.label, "remark": row.remark, "style": style, "best": row.label == best, "cells": cells})
+def _task(
+    task: TaskResults, shown: list[Table], rows: list[tables.MethodRow], figures: list[DrawnFigure], results: SuiteResults, position: int
+) -> dict:
     present = [label for label in results.styles if (task.finals["method_label"] == label).any()]
+    # What a method's texts are compared with stands first.
+    before_first = sorted(present, key=lambda label: results.styles[label].role != BASE)
     seeds = sorted(int(seed) for seed in task.finals["seed"].unique())
+    more = f"the first {SEEDS_SHOWN} of {len(seeds)} seeds; the parquet has all" if len(seeds) > SEEDS_SHOWN else ""
+    seeds = seeds[:SEEDS_SHOWN]
     return {
-        "anchor": f"task-{position}", "task": task, "header": COLUMNS, "table": table, "notes": tables.notes_on(task, rows),
-        "figures": [{"svg": _inline_svg(figure.svg, f"f{position}{kind}-", figure.alt), "caption": figure.caption, "file": figure.file_name}
-                    for kind, figure in zip("ab", figures, strict=False)],
-        "metrics": _all_metrics(task, present), "phases": _phases(task, present), "seeds": seeds,
-        "gallery": [_samples(task, label, results, seeds) for label in present],
+        "anchor": f"task-{position}", "task": task, "tables": shown, "notes": tables.notes_on(task, rows),
+        "figures": [_inline(figure, f"f{position}{kind}-") for kind, figure in zip("ab", figures, strict=False)],
+        "metrics": _all_metrics(task, present), "phases": _phases(task, present), "seeds": seeds, "more_seeds": more,
+        "gallery": [_samples(task, label, results, seeds) for label in before_first],
         "has_pictures": task.finals["picture"].map(_is_png).any(), "has_texts": task.finals["texts"].map(lambda t: bool(_texts(t))).any(),
         "gaps": [{"gap": gap, "seeds": and_more(gap.seeds), "short": tables.shortened(gap.reason),
                   "full": gap.reason if tables.shortened(gap.reason) != " ".join(gap.reason.split()) else None,
                   "style": results.styles[gap.method_label]} for gap in tables.gaps(task)],
         "specs": _specs(task, present),
     }  # fmt: skip
+
+
+def _inline(figure: DrawnFigure, prefix: str) -> dict:
+    return {"svg": _inline_svg(figure.svg, prefix, figure.alt), "caption": figure.caption, "file": figure.file_name}
 
 
 def _samples(task: TaskResults, label: str, results: SuiteResults, seeds: list[int]) -> dict:
@@ -139,11 +125,20 @@ def _samples(task: TaskResults, label: str, results: SuiteResults, seeds: list[i
             "seed": seed, "finished": row is not None, "picture": _picture(picture) if _is_png(picture) else None, "broken": broken,
             "texts": texts[:TEXTS_SHOWN], "total": len(texts),
             "score": number(float(row["value"]), decimals_for(task.finals["value"])) if row is not None else DASH,
+            "measures": _measures(task, row) if row is not None and _is_png(picture) else "",
         })  # fmt: skip
-    return {"label": label, "style": results.styles[label], "seeds": shown}
+    before = "before: the untouched generator" if results.styles[label].role == BASE else ""
+    return {"label": label, "style": results.styles[label], "seeds": shown, "before": before}
 
 
-def _all_metrics(task: TaskResults, present: list[str]) -> dict | None:
+def _measures(task: TaskResults, row: pd.Series) -> str:
+    """What was measured beside the headline (whether a reader reads the picture, say); changes are differences of these."""
+    names = [name for name in row.index if name.startswith("metric:") and not name.endswith(("_change", "_relative"))]
+    names = [name for name in names if pd.notna(row[name]) and name != f"metric:{task.headline}"]
+    return " · ".join(f"{name.removeprefix('metric:')} {row[name]:.4g}" for name in names[:MEASURES_SHOWN])
+
+
+def _all_metrics(task: TaskResults, present: list[str]) -> Table | None:
     """Everything measured at the final snapshot: methods x metrics, mean and interval; metrics nobody has are left out."""
     columns = ["phi", *sorted(column for column in task.finals.columns if column.startswith("metric:"))]
     columns = [column for column in columns if task.finals[column].notna().any()]
@@ -152,15 +147,15 @@ def _all_metrics(task: TaskResults, present: list[str]) -> dict | None:
     body = []
     for label in present:
         finals = task.finals[task.finals["method_label"] == label]
-        cells = []
+        cells: list[Cell] = [text_cell(label, method=label)]
         for column in columns:
             score = mean_interval(finals[column])
-            decimals = decimals_for(task.finals[column].groupby(task.finals["method_label"]).mean())
+            cell = tables.score_cell(score, decimals_for(task.finals[column].groupby(task.finals["method_label"]).mean()))
             missing = f" (n={score.n})" if score.n and score.missing else ""
-            cells.append({"text": number(score.mean, decimals) + missing, "value": _sortable(score.mean),
-                          "interval": interval(score.low, score.high, decimals).replace(DASH, "")})  # fmt: skip
-        body.append({"label": label, "cells": cells})
-    return {"header": [column.removeprefix("metric:") for column in columns], "body": body}
+            cells.append(Cell(cell.text + missing, cell.small, cell.value))
+        body.append(Row(tuple(cells), (label,)))
+    heads = (Column("method", numeric=False, best="ascending"), *(Column(column.removeprefix("metric:")) for column in columns))
+    return Table("metrics", f"{task.label}: every metric", "Means at the final snapshot and 95% t intervals.", heads, tuple(body))
 
 
 def _phases(task: TaskResults, present: list[str]) -> list[dict]:
@@ -255,13 +250,9 @@ def _inline_svg(svg: bytes, prefix: str, alt: str) -> Markup:
     text = re.sub(r'<g id="method-(\d+)-\d+"', r'<g data-method="\1"', text)
     text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\1"', text)
     text = re.sub(r'(xlink:href="#|url\(#)', rf"\1{prefix}", text)
+    text = text.replace("'DejaVu Sans', sans-serif", "system-ui, sans-serif")
     text = text.replace("xlink:href", "href").replace(INK, "var(--ink)").replace(FAINT, "var(--rule)")
     text = re.sub(r"(fill|stroke): #ffffff", r"\1: var(--paper)", text)
     size = re.search(r'viewBox="([^"]+)"', text)
     label = Markup('<svg class="plot" viewBox="{}" role="img" aria-label="{}">').format(size.group(1), alt)
     return Markup(label + Markup(text[text.index(">") + 1 :]))
-
-
-def _sortable(value: float) -> str:
-    """What the page's script sorts by: empty (always last) for NaN."""
-    return "" if math.isnan(value) else repr(float(value)) if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")

@@ -21,7 +21,7 @@ def overview_table(results: SuiteResults, across: Across) -> Table:
         over = len(iqm.n_by_task) if iqm else 0
         finals = [task.finals[task.finals["method_label"] == label] for task in results.tasks]
         flops = sum(float(rows["flops"].median()) for rows in finals if len(rows))
-        ahead = [ahead_of_all(label, task, across.pairs[task.label]) for task in results.tasks] if style.role == "method" else []
+        ahead = [ahead_of_all(label, across.pairs[task.label]) for task in results.tasks] if style.role == "method" else []
         compared = [answer for answer in ahead if answer is not None]
         mean_rank = across.ranks.ranks.loc[label] if label in across.ranks.ranks.index else None
         cells = (
@@ -44,13 +44,14 @@ def overview_table(results: SuiteResults, across: Across) -> Table:
         Column("method", numeric=False, best="ascending"), Column("tasks"), Column("runs"),
         Column("normalised score", tip="interquartile mean over tasks and seeds; 0 is base, 1 the oracle or the best final mean"),
         Column("mean rank", best="ascending"), Column("P(better than base)"),
-        Column("ahead at equal FLOPs", tip="tasks on which its mean is better than every other method’s, of those where all can be compared"),
+        Column("ahead at equal FLOPs", tip="tasks on which its mean is better than that of every other method it shares FLOPs with"),
         Column("FLOPs", best="ascending", tip="sum over tasks of the median"),
     )  # fmt: skip
     caption = (
-        "Final snapshots over all tasks. Normalised score: (value - base) / (oracle - base), interquartile mean over tasks and seeds with a "
-        "95% bootstrap interval that draws seeds within tasks; mean rank over tasks with such an interval; probability that a run is better "
-        "than a run of base; tasks on which the mean at equal FLOPs is ahead of every other method's; FLOPs summed over tasks."
+        "Final snapshots over all tasks. Normalised score: (value - base) / (oracle - base), interquartile mean over tasks and seeds with "
+        "a 95% bootstrap interval that draws seeds within tasks; mean rank over tasks with such an interval; probability that a run is "
+        "better than a run of base; tasks on which the mean at equal FLOPs is ahead of that of every other method it shares FLOPs with; "
+        "FLOPs summed over tasks."
     )
     notes = list(across.notes)
     few = [n for over in across.iqm.values() for n in over.n_by_task.values()]
@@ -72,9 +73,9 @@ def _over_tasks_cell(over: OverTasks | None, decimals: int) -> Cell:
     return Cell(number(over.value, decimals), interval(over.low, over.high, decimals).replace(DASH, ""), float(over.value), facts)
 
 
-def means_table(results: SuiteResults) -> Table:
+def means_table(results: SuiteResults, across: Across) -> Table:
     """Methods x tasks, the mean of each headline; a status where there is none."""
-    rows = {task.label: tables.method_rows(task) for task in results.tasks}
+    rows = across.rows
     best = {label: tables.best_label(task_rows) for label, task_rows in rows.items()}
     body = []
     for method, style in results.styles.items():
@@ -96,9 +97,49 @@ def _mean_cell(task: TaskResults, rows: list[tables.MethodRow], method: str, bes
     if row is not None and row.score.n:
         cell = tables.score_cell(row.score, tables.table_decimals(rows), bold=best)
         n = "" if row.score.n == row.cells else f"n={row.n}"
-        return Cell(cell.text, " ".join(filter(None, [cell.small, n])), cell.value, cell.numbers, best)
+        return Cell(cell.text, " ".join(filter(None, [cell.small, n])), cell.value, cell.numbers, best, bar=_bar(row, rows, task))
     statuses = sorted({gap.status for gap in tables.gaps(task) if gap.method_label == method})
     return Cell(", ".join(statuses) if statuses else "NaN" if row is not None else "not planned")
+
+
+def _bar(row: tables.MethodRow, rows: list[tables.MethodRow], task: TaskResults) -> float | None:
+    """How far from base (0) towards the best mean of the table (1); None without a base or a spread."""
+    base = next((other.score.mean for other in rows if other.label == task.base_label), np.nan)
+    top = max((task.sign * (other.score.mean - base) for other in rows if np.isfinite(other.score.mean)), default=0.0)
+    if not (np.isfinite(base) and np.isfinite(row.score.mean) and top > 0):
+        return None
+    return float(np.clip(task.sign * (row.score.mean - base) / top, 0, 1))
+
+
+def findings(results: SuiteResults, across: Across) -> list[str]:
+    """What the numbers over tasks say, in sentences; none where there is nothing to compare."""
+    competing = [label for label in across.complete if results.styles[label].role == "method"]
+    if len(competing) < 2:
+        return []
+    said = []
+    scores = {label: across.iqm[label] for label in competing if np.isfinite(across.iqm[label].value)}
+    if scores:
+        best = max(scores, key=lambda label: scores[label].value)
+        spread = interval(scores[best].low, scores[best].high, 2).replace(DASH, "")
+        level = f"{number(scores[best].value, 2)} {spread}".strip()
+        said.append(f"Best normalised score at the final snapshot: {best}, {level} over {plural(len(across.scaled_tasks), 'task')}.")
+    ranks = across.ranks.ranks["mean"]
+    if len(ranks):
+        first = ranks.index[0]
+        with_it = next((group for group in across.ranks.groups if first in group), ())
+        others = and_more(label for label in with_it if label != first)
+        told = f"the tasks do not tell it apart from {others}" if others else "the tasks tell it apart from every other"
+        said.append(f"Best mean rank: {first}, {number(ranks.iloc[0], 2)}; {told}.")
+    ahead = {}
+    for label in results.labels("method"):
+        answers = [ahead_of_all(label, across.pairs[task.label]) for task in results.tasks]
+        if any(answer is not None for answer in answers):
+            ahead[label] = sum(bool(answer) for answer in answers)
+    if ahead:
+        most = sorted((label for label in ahead if ahead[label]), key=lambda label: (-ahead[label], results.styles[label].index))
+        listed = and_more((f"{label} on {ahead[label]}" for label in most), 6)
+        said.append(f"At equal FLOPs, ahead of every other method: {listed or 'none anywhere'} of {plural(len(results.tasks), 'task')}.")
+    return said
 
 
 def versus_tables(results: SuiteResults, across: Across) -> dict[str, Table]:
@@ -117,7 +158,7 @@ def _versus_table(label: str, results: SuiteResults, across: Across) -> Table:
     adjusted = dict(zip(found, holm([comparison.difference.p for comparison, _ in found.values()]).p, strict=True))
     body, ahead, behind = [], [], []
     for task in results.tasks:
-        decimals = tables.table_decimals(tables.method_rows(task))
+        decimals = tables.table_decimals(across.rows[task.label])
         cells = [text_cell(task.label, small=f"{task.headline} {task.arrow}")]
         means = {}
         for other in others:
@@ -138,7 +179,7 @@ def _versus_table(label: str, results: SuiteResults, across: Across) -> Table:
         elif any(mean < 0 for mean in means.values()):
             behind.append(f"{task.label} ({and_more((other for other, mean in means.items() if mean < 0), limit=4)})")
         body.append(Row(tuple(cells)))
-    columns = (Column("task", numeric=False, best="ascending"), *(Column(other) for other in others))
+    columns = (Column("task", numeric=False, best="ascending"), *(Column(other, method=other) for other in others))
     tests = sum(not np.isnan(p) for p in adjusted.values())
     caption = (
         f"Advantage of {label} over each other method at the largest FLOPs both reach (positive: {label} is better), with 95% t interval, "
@@ -146,17 +187,18 @@ def _versus_table(label: str, results: SuiteResults, across: Across) -> Table:
     )
     significant = [key for key, p in adjusted.items() if p < 0.05]
     won = sum(found[key][0].difference.mean * found[key][1] > 0 for key in significant)
-    notes = [
-        f"Ahead of every other method it can be compared with on {len(ahead)} of {plural(len(results.tasks), 'task')}"
-        f"{': ' + and_more(ahead, 20) if ahead else ''}. Behind at least one on {len(behind)}{': ' + and_more(behind, 20) if behind else ''}.",
+    on, off = (f": {and_more(names, 20)}" if names else "" for names in (ahead, behind))
+    said = (
+        f"Ahead of every other method it can be compared with on {len(ahead)} of {plural(len(results.tasks), 'task')}{on}. "
+        f"Behind at least one on {len(behind)}{off}.",
         f"Holm-adjusted p < 0.05: better in {won}, worse in {len(significant) - won} of {plural(tests, 'comparison')}.",
-        *tables.reachable_note((comparison.difference.n for comparison, _ in found.values()), tests),
-    ]  # fmt: skip
+    )
+    notes = list(tables.reachable_note((comparison.difference.n for comparison, _ in found.values()), tests))
     holes = [f"{task.label} with {and_more(missing, 3)}" for task in results.tasks
              if (missing := [other for other in others if (task.label, other) not in found])]  # fmt: skip
     if holes:
         notes.append(f"Not compared (no cell, or no common FLOPs): {and_more(holes, 8)}.")
-    return Table(f"versus-{label}", f"{label} against every other method at equal FLOPs", caption, columns, tuple(body), tuple(notes))
+    return Table(f"versus-{label}", f"{label} against every other method at equal FLOPs", caption, columns, tuple(body), tuple(notes), said)
 
 
 def summary_markdown(results: SuiteResults, shown: list[Table], task_files: list[str]) -> str:

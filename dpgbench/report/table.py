@@ -14,7 +14,7 @@ class Cell:
     """What one cell shows. `small` stands below `text` on the page and behind it in Markdown and LaTeX.
 
     `value` is what the page sorts by (None: always last). `numbers` are the same facts unrounded, for machines. `method` is the label
-    whose mark stands before the text.
+    whose mark stands before the text, `bar` a share (0 to 1) that the page draws below it.
     """
 
     text: str
@@ -23,6 +23,7 @@ class Cell:
     numbers: dict[str, object] = field(default_factory=dict)
     bold: bool = False
     method: str | None = None
+    bar: float | None = None
 
     @property
     def sortable(self) -> str:
@@ -40,13 +41,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A heading. `best` is the order that a first click gives; `tip` explains it on the page."""
+    """A heading. `best` is the order that a first click gives, `tip` explains it on the page, `method` is what the filter hides it by."""
 
     name: str
     small: str = ""
     numeric: bool = True
     best: str = "descending"
     tip: str = ""
+    method: str | None = None
 
     @property
     def plain(self) -> str:
@@ -64,7 +66,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """`name` is a key and part of LaTeX's label. The caption says how to read it, the notes what to know before trusting it."""
+    """`name` is a key and part of LaTeX's label. The caption says how to read it, the findings what it says in
+    words, the notes what to know before trusting it.
+    """
 
     name: str
     title: str
@@ -72,6 +76,7 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
 
 
 def text_cell(text: str, **more) -> Cell:
@@ -85,6 +90,8 @@ def markdown(table: Table, heading: str = "##") -> str:
         header = tuple(column.plain for column in table.columns)
         body = [[f"**{cell.plain}**" if cell.bold else cell.plain for cell in row.cells] for row in table.rows]
         lines += [*_padded(header, body, [column.numeric for column in table.columns]), ""]
+    for sentence in table.findings:
+        lines += [escape(sentence), ""]
     for note in table.notes:
         lines += [f"> {escape(note)}", ""]
     return "\n".join(lines)
@@ -107,22 +114,22 @@ def escape(text: str) -> str:
 
 
 def latex(table: Table) -> str:
-    """A floating booktabs table with caption and label; ends with one newline. Notes go into the caption."""
+    """A floating booktabs table with caption and label; ends with one newline. Findings and notes go into the caption."""
     columns = "".join("r" if column.numeric else "l" for column in table.columns)
     lines = [r"\begin{table}", r"\centering\small", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
     lines += [" & ".join(tex(column.plain) for column in table.columns) + r" \\", r"\midrule"]
     for row in table.rows:
         texts = [rf"\textbf{{{tex(cell.plain)}}}" if cell.bold else tex(cell.plain) for cell in row.cells]
         lines.append(" & ".join(texts) + r" \\")
-    caption = " ".join([f"{table.title}.", table.caption, *table.notes])
+    caption = " ".join([f"{table.title}.", table.caption, *table.findings, *table.notes])
     label = re.sub(r"[^A-Za-z0-9]+", "-", table.name).strip("-")
     lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{tex(caption)}}}", rf"\label{{tab:{label}}}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 
 
 LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''",
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''",
     "↑": r"$\uparrow$", "↓": r"$\downarrow$", DASH: "--", "−": "$-$", "±": r"$\pm$", "≤": r"$\leq$", "≥": r"$\geq$", "×": r"$\times$",
     "…": r"\dots{}", "’": "'", "Φ": r"$\Phi$",
 }  # fmt: skip
@@ -143,7 +150,7 @@ def records(table: Table) -> dict[str, object]:
         for column, cell in zip(table.columns, row.cells, strict=True):
             shown[column.plain] = {"text": cell.plain, **{key: _plain_number(value) for key, value in cell.numbers.items()}}
         rows.append(shown)
-    return {"title": table.title, "caption": table.caption, "rows": rows, "notes": list(table.notes)}
+    return {"title": table.title, "caption": table.caption, "rows": rows, "findings": list(table.findings), "notes": list(table.notes)}
 
 
 def _plain_number(value: object) -> object:

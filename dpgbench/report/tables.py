@@ -199,7 +199,13 @@ def matched_table(task: TaskResults, pairs: dict[tuple[str, str], MatchedCompari
             effect_cell(effect), Cell(probability(d.p), "", d.p, {"p": d.p, "smallest": d.smallest_p, "exact": d.exact}),
             Cell(probability(adjusted_p), "", adjusted_p, {"p": adjusted_p}, bold=bool(adjusted_p < 0.05)),
         ), (first, second))))  # fmt: skip
-    body.sort(key=lambda item: (bool(np.isnan(item[0])), -item[0] if item[0] == item[0] else 0.0, [natural(cell.text) for cell in item[1].cells[:2]]))
+    body.sort(
+        key=lambda item: (
+            bool(np.isnan(item[0])),
+            -item[0] if item[0] == item[0] else 0.0,
+            [natural(cell.text) for cell in item[1].cells[:2]],
+        )
+    )
     columns = (
         Column("method", numeric=False, best="ascending"), Column("against", numeric=False, best="ascending"), Column("n"),
         Column("FLOPs", tip="median over seeds of the largest compute that both reach", best="ascending"),
@@ -281,9 +287,10 @@ def _reach_cell(curves: pd.DataFrame, level: float, higher_is_better: bool) -> C
     return Cell(("≤ " if at_first else "") + amount(found.median), count, found.median, facts)
 
 
-def task_tables(task: TaskResults, pairs: Mapping[tuple[str, str], MatchedComparison], anchors: Anchors | None) -> list[Table]:
+def task_tables(
+    task: TaskResults, rows: list[MethodRow], pairs: Mapping[tuple[str, str], MatchedComparison], anchors: Anchors | None
+) -> list[Table]:
     """The tables of a task that have a row."""
-    rows = method_rows(task)
     decimals = table_decimals(rows)
     tables = [results_table(task, rows), matched_table(task, dict(pairs), decimals), compute_table(task, anchors, decimals)]
     return [table for table in tables if table.rows or (table.notes and pairs)]
@@ -311,12 +318,12 @@ def notes_on(task: TaskResults, rows: list[MethodRow]) -> list[str]:
     return notes
 
 
-def task_markdown(task: TaskResults, tables: list[Table]) -> str:
+def task_markdown(task: TaskResults, tables: list[Table], rows: list[MethodRow]) -> str:
     """One task: its tables, notes and gaps. Ends with one newline; the same frame gives the same bytes."""
     lines = [f"# {escape(task.label)}", ""]
     if task.description:
         lines += [escape(task.description), ""]
-    for note in notes_on(task, method_rows(task)):
+    for note in notes_on(task, rows):
         lines += [f"> {escape(note)}", ""]
     lines += [markdown(table) for table in tables]
     missing = gaps(task)

@@ -34,16 +34,20 @@ each(document, "table.sortable", (table) => {
   });
 });
 
-// The filter hides a method in tables, figures, pictures and texts alike.
+// The filter hides a method in tables (rows and columns), figures, pictures and texts alike; a row of two methods needs both.
 const boxes = [...document.querySelectorAll("[data-toggle-method]")];
-const apply = (box) => each(document, `[data-method="${box.dataset.toggleMethod}"]`, (element) => {
-  element.style.display = box.checked ? "" : "none";
-});
-boxes.forEach((box) => { box.addEventListener("change", () => apply(box)); apply(box); });
+const apply = () => {
+  const off = new Set(boxes.filter((box) => !box.checked).map((box) => box.dataset.toggleMethod));
+  each(document, "[data-method]", (element) => {
+    element.style.display = element.dataset.method.split(" ").some((method) => off.has(method)) ? "none" : "";
+  });
+};
+boxes.forEach((box) => box.addEventListener("change", apply));
+apply(); // a browser may restore unchecked boxes on reload
 for (const [selector, checked] of [["[data-all]", true], ["[data-none]", false]]) {
   each(document, selector, (button) => {
     button.hidden = boxes.length < 3;
-    button.addEventListener("click", () => boxes.forEach((box) => { box.checked = checked; apply(box); }));
+    button.addEventListener("click", () => { boxes.forEach((box) => { box.checked = checked; }); apply(); });
   });
 }
 
@@ -54,4 +58,11 @@ each(document, "[data-samples]", (samples) => {
     each(samples, "[data-show-seed]", (other) => other.setAttribute("aria-pressed", String(other === button)));
     each(samples, "[data-seed]", (shot) => { shot.hidden = shot.dataset.seed !== button.dataset.showSeed; });
   }));
+  each(samples, "[data-search]", (box) => {
+    box.hidden = false;
+    box.addEventListener("input", () => {
+      const wanted = box.value.toLowerCase();
+      each(samples, ".card li", (text) => { text.hidden = !text.textContent.toLowerCase().includes(wanted); });
+    });
+  });
 });

@@ -1,0 +1,191 @@
+"""Two stored results side by side: what changed, by how much, and whether the change is within the noise between seeds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats as scipy_stats
+
+from dpgbench.aggregates import holm
+from dpgbench.collect import read_parquet
+from dpgbench.errors import UserError, did_you_mean
+from dpgbench.report.frame import SuiteResults, TaskResults, natural, read_frame
+from dpgbench.report.table import Cell, Column, Row, Table, escape, markdown, records, text_cell
+from dpgbench.report.tables import generator_for
+from dpgbench.report.writing import DASH, and_more, decimals_for, interval, number, plural, probability
+from dpgbench.stats import mean_interval, paired_difference
+
+
+def read_side(name: str, results: Path) -> SuiteResults:
+    """`name` is a suite, `suite@revision` for what a git revision holds of it, or a parquet file. UserError if there is none."""
+    if name.endswith(".parquet"):
+        if not Path(name).exists():
+            raise UserError(f"--compare {name}: there is no such file; give a suite, suite@revision or an existing parquet")
+        return read_frame(read_parquet(Path(name))[0], name)
+    suite, _, revision = name.partition("@")
+    if not revision:
+        path = results / f"{suite}.parquet"
+        if not path.exists():
+            stored = [file.stem for file in results.glob("*.parquet")]
+            raise UserError(f"--compare {name}: there is no {path}; {did_you_mean(suite, stored)}")
+        return read_frame(read_parquet(path)[0], name)
+    try:
+        # "./" makes git look beside `results`, wherever that lies in its repository.
+        shown = subprocess.run(["git", "show", f"{revision}:./{suite}.parquet"], cwd=results, capture_output=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"--compare {name}: git could not be asked ({error}); compare files instead") from None
+    if shown.returncode:
+        said = shown.stderr.decode(errors="replace").strip().splitlines()
+        why = said[0] if said else "no reason given"
+        raise UserError(f"--compare {name}: git has no {suite}.parquet at {revision} ({why}); see `git log -- {results / suite}.parquet`")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name.replace('/', '_')}.parquet"
+        path.write_bytes(shown.stdout)
+        return read_frame(read_parquet(path)[0], name)
+
+
+def compare(a: SuiteResults, b: SuiteResults) -> Table:
+    """A row for every method on every task that both have finished cells of: b - a at the final snapshots.
+
+    Seeds that both have are paired; without two of them the difference is between independent means (Welch), and has no p. A change is
+    beyond noise where its t interval excludes 0 at a level that holds for the whole table (Bonferroni), within noise otherwise.
+    """
+    tasks_a, tasks_b = ({task.label: task for task in side.tasks} for side in (a, b))
+    found, notes = [], []
+    for label in sorted(set(tasks_a) & set(tasks_b), key=natural):
+        task_a, task_b = tasks_a[label], tasks_b[label]
+        if (task_a.headline, task_a.sign) != (task_b.headline, task_b.sign):
+            notes.append(f"{label}: the headline was {task_a.headline} and is {task_b.headline}; not compared.")
+            continue
+        methods_a, methods_b = (set(task.finals["method_label"]) for task in (task_a, task_b))
+        found += [_change(task_a, task_b, method) for method in sorted(methods_a & methods_b, key=natural)]
+    tested = sum(change["tested"] for change in found)
+    adjusted = holm([change["p"] for change in found])
+    rows = []
+    for change, holm_p in zip(found, adjusted.p, strict=True):
+        rows.append(_row(change, holm_p, _verdict(change, tested)))
+        if change["settings"]:
+            notes.append(f"{change['task']}, {change['method']}: {and_more(change['settings'], 4)}.")
+    for one, other, where in ((a, b, a.name), (b, a, b.name)):
+        only = sorted(_keys(one) - _keys(other))
+        if only:
+            notes.append(f"Only in {where}: {and_more((f'{method} on {task}' for task, method in only), 8)}.")
+    columns = (
+        Column("task", numeric=False), Column("method", numeric=False), Column("n"), Column(a.name), Column(b.name), Column("change"),
+        Column("p"), Column("Holm p"), Column("FLOPs", small="ratio"), Column("settings", numeric=False), Column("verdict", numeric=False),
+    )  # fmt: skip
+    caption = (
+        f"{b.name} minus {a.name} at the final snapshot, mean and 95% t interval, paired by seed where seeds are shared, with the "
+        f"sign-flip p, Holm-adjusted over {plural(adjusted.tests, 'comparison')}. Beyond noise: the t interval excludes 0 at 5% for the "
+        f"whole table ({plural(tested, 'change')}); within noise: it does not, which is no proof that nothing changed."
+    )
+    counts = pd.Series([row.cells[-1].text for row in rows], dtype=object).value_counts()
+    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in sorted(counts.index))
+    findings = (f"{plural(len(rows), 'comparison')}: {said}.",) if rows else ("Nothing to compare: no task and method in both.",)
+    return Table("compare", f"{a.name} and {b.name}", caption, columns, tuple(rows), tuple(notes), findings)
+
+
+def as_markdown(table: Table) -> str:
+    return markdown(table, "#").rstrip("\n") + "\n"
+
+
+def as_json(table: Table) -> str:
+    return json.dumps(records(table), indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def _keys(side: SuiteResults) -> set[tuple[str, str]]:
+    return {(task.label, method) for task in side.tasks for method in task.finals["method_label"]}
+
+
+def _change(task_a: TaskResults, task_b: TaskResults, method: str) -> dict:
+    values_a, values_b = task_a.final_values(method), task_b.final_values(method)
+    paired = paired_difference(values_b, values_a, generator=generator_for("compare", task_a.label, method))
+    means = mean_interval(values_a), mean_interval(values_b)
+    same = bool(values_a.index.equals(values_b.index) and values_a.equals(values_b))
+    change = {
+        "task": task_a.label, "method": method, "sign": task_a.sign, "a": means[0], "b": means[1], "same": same, "p": np.nan,
+        "settings": _settings(task_a, task_b, method), "flops": _flops(task_b, method) / _flops(task_a, method),
+        "decimals": decimals_for([*values_a.dropna(), *values_b.dropna()]), "error": np.nan, "degrees": 0,
+    }  # fmt: skip
+    if paired.n > 1:
+        pairs = (values_b - values_a).dropna()
+        change |= {"n": f"{paired.n}", "mean": paired.mean, "degrees": paired.n - 1, "p": np.nan if same else paired.p}
+        change |= {"error": float(pairs.std(ddof=1)) / np.sqrt(paired.n), "seeds": paired.n}
+    else:
+        n_a, n_b = means[0].n, means[1].n
+        change |= {"n": f"{n_a} and {n_b}, unpaired", "mean": means[1].mean - means[0].mean, "seeds": min(n_a, n_b)}
+        if min(n_a, n_b) > 1:
+            parts = [float(values.var(ddof=1)) / len(values) for values in (values_a.dropna(), values_b.dropna())]
+            spread = sum(part**2 / (n - 1) for part, n in zip(parts, (n_a, n_b), strict=True))
+            change |= {"error": np.sqrt(sum(parts)), "degrees": sum(parts) ** 2 / spread if spread else n_a + n_b - 2}
+    change["tested"] = not same and change["degrees"] > 0 and np.isfinite(change["error"])
+    return change
+
+
+def _bounds(change: dict, level: float) -> tuple[float, float]:
+    if change["same"] or not change["degrees"] or not np.isfinite(change["error"]):
+        return np.nan, np.nan
+    half = float(scipy_stats.t.ppf(0.5 + level / 2, change["degrees"]) * change["error"])
+    return change["mean"] - half, change["mean"] + half
+
+
+def _verdict(change: dict, tested: int) -> str:
+    if change["same"]:
+        return "same numbers"
+    if not change["tested"]:
+        return "cannot tell: needs two seeds a side" if change["seeds"] < 2 else "cannot tell: not finite"
+    low, high = _bounds(change, 1 - 0.05 / tested)
+    if low <= 0 <= high:
+        return "within noise"
+    return "beyond noise, better" if change["mean"] * change["sign"] > 0 else "beyond noise, worse"
+
+
+def _row(change: dict, holm_p: float, verdict: str) -> Row:
+    decimals = change["decimals"]
+    low, high = _bounds(change, 0.95)
+    sides = [Cell(number(side.mean, decimals), "", side.mean, {"mean": side.mean, "n": side.n}) for side in (change["a"], change["b"])]
+    settings = f"{len(change['settings'])} differ" if change["settings"] else "same"
+    return Row((
+        text_cell(change["task"]), text_cell(change["method"], method=change["method"]),
+        Cell(change["n"], "", float(change["seeds"]), {"n": change["seeds"]}), *sides,
+        Cell(number(change["mean"], decimals, sign=True), interval(low, high, decimals, sign=True).replace(DASH, ""), change["mean"],
+             {"mean": change["mean"], "low": low, "high": high}),
+        Cell(probability(change["p"]), "", change["p"], {"p": change["p"]}), Cell(probability(holm_p), "", holm_p, {"p": holm_p}),
+        Cell(DASH if np.isnan(change["flops"]) else f"{change['flops']:.3g}", "", change["flops"], {"ratio": change["flops"]}),
+        text_cell(settings, numbers={"differ": list(change["settings"])}), text_cell(verdict),
+    ), (change["method"],))  # fmt: skip
+
+
+def _flops(task: TaskResults, method: str) -> float:
+    median = task.finals.loc[task.finals["method_label"] == method, "flops"].median()
+    return float(median) if median > 0 else np.nan
+
+
+def _settings(task_a: TaskResults, task_b: TaskResults, method: str) -> list[str]:
+    """`policy.steps: 60 -> 90` for every setting in which the stored configurations of the first seeds differ."""
+    settings_a, settings_b = (_first_spec(task, method) for task in (task_a, task_b))
+    keys = sorted(key for key in set(settings_a) | set(settings_b) if settings_a.get(key) != settings_b.get(key) and key != "seed")
+    return [escape(f"{key}: {settings_a.get(key, 'absent')} → {settings_b.get(key, 'absent')}") for key in keys]
+
+
+def _first_spec(task: TaskResults, method: str) -> dict[str, object]:
+    from omegaconf import OmegaConf
+
+    specs = task.finals.loc[task.finals["method_label"] == method, "spec"].dropna()
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.create(specs.iloc[0])) if len(specs) else {}
+    except Exception:  # whatever a YAML reader says of a text that is none: there are no settings to compare
+        parsed = {}
+    flat, stack = {}, list(parsed.items()) if isinstance(parsed, dict) else []
+    while stack:
+        key, value = stack.pop()
+        if isinstance(value, dict):
+            stack += [(f"{key}.{inner}", deeper) for inner, deeper in value.items()]
+        else:
+            flat[key] = value
+    return flat
