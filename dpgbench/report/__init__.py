@@ -59,7 +59,7 @@ def build(frame: pd.DataFrame, folder: str | Path, *, suite: str, command: str, 
     figures = {task.label: draw_figures(task, results.styles, contents.across.rows[task.label]) for task in results.tasks}
     overall = draw_summary_figures(results, contents.across)
 
-    for name, text in _table_files(contents).items():
+    for name, text in table_files(contents).items():
         _write(folder / "tables" / name, text)
     for figure in [*overall, *(figure for drawn in figures.values() for figure in drawn)]:
         write_atomically(folder / "figures" / f"{figure.file_name}.png", figure.png)
@@ -69,7 +69,7 @@ def build(frame: pd.DataFrame, folder: str | Path, *, suite: str, command: str, 
     return index
 
 
-def _table_files(contents: Contents) -> dict[str, str]:
+def table_files(contents: Contents) -> dict[str, str]:
     """{file name: content}: the summary, a file per task, a file per method against the others; Markdown and LaTeX each."""
     results = contents.results
     over_all = [contents.overview, contents.means] if results.tasks else []
