@@ -77,8 +77,9 @@ class Canvas:
 
     def drawn(self, file_name: str, alt: str, caption: str) -> DrawnFigure:
         png, svg = io.BytesIO(), io.BytesIO()
-        look = {"bbox_inches": "tight", "pad_inches": 0.08, "facecolor": "white"}
+        look = {"facecolor": "white"}
         self.figure.savefig(png, format="png", dpi=130, metadata={"Software": None}, **look)
+        self.figure.set_layout_engine("none")  # laid out once, for both
         self.figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None}, **look)
         return DrawnFigure(file_name, png.getvalue(), _shorter(svg.getvalue()), alt, caption)
 
