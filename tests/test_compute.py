@@ -71,6 +71,77 @@ def test_metagradients_are_charged_what_they_cost_and_counting_changes_nothing()
     assert flops > 3 * forward_flops(model, 16, 24)
 
 
+@pytest.mark.parametrize("name", ["gpt2_wide", "llama_grouped"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_metagradients_lie_within_what_the_bench_documents(name, steps):
+    """Workbench.metagradients: T steps of training, 3TF, and from 0.3F (a metric of the head alone, T=1) to 2F + 9(T-1)F for the way back.
+
+    Here the metric also has a forward pass of its own on one batch, and a backward: another 3F at most.
+    """
+    from dpgbench.metagrad import metagradients
+    from dpgbench.training import AdamW
+
+    model = MODELS[name]().eval()
+    ids = torch.randint(0, 90, (8 * steps, 24), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": part, "labels": part} for part in ids.chunk(steps)]
+    optimizer = AdamW(lr=1e-3, eps_root=1e-6)
+
+    def flops(signal):
+        return counted_flops(lambda: metagradients(model, batches, signal, optimizer=optimizer))[1]
+
+    forward = forward_flops(model, 8, 24)
+    head_only = flops(lambda m: -m.get_output_embeddings().weight.square().sum())
+    assert 0.95 * 3.3 * forward <= head_only <= 1.05 * (3 * steps + 2 + 9 * (steps - 1)) * forward
+    held_out = flops(lambda m: -m(ids[:8], labels=ids[:8]).loss)
+    assert head_only < held_out <= 1.05 * (3 * steps + 2 + 9 * (steps - 1) + 3) * forward
+
+
+@pytest.mark.parametrize("shape", [{}, {"n_embd": 96, "n_layer": 3, "n_head": 2}], ids=["tiny", "wide"])
+def test_a_policy_update_is_charged_what_trl_computes(bench, monkeypatch, shape):
+    """TRL's loss and its backward, from compute_loss to the end of accelerator.backward, against the meter's "policy_update", 3F.
+
+    TRL leaves out the LM head at the prompt's positions but the last; without those 3F is within 5% of the count. They are charged, which
+    makes an update of these small models up to 15% dearer than it is: the head of a large one is a smaller part of it.
+    """
+    from trl import GRPOTrainer
+
+    from dpgbench.policy import train_policy
+
+    work = bench("steps=1")
+    if shape:
+        kept = work.generator.model.config.to_dict() | shape | {"n_inner": None}
+        work.generator.model = GPT2LMHeadModel(GPT2Config(**kept)).eval()
+    counted_updates = []
+    compute_loss = GRPOTrainer.compute_loss
+
+    def counting(trainer, *args, **kwargs):
+        counter = FlopCounterMode(display=False).__enter__()
+        backward = trainer.accelerator.backward
+
+        def to_the_end(*inner, **more):
+            backward(*inner, **more)
+            counter.__exit__(None, None, None)
+            trainer.accelerator.backward = backward
+            counted_updates.append(counter.get_total_flops())
+
+        trainer.accelerator.backward = to_the_end
+        return compute_loss(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "compute_loss", counting)
+    prompt_lengths = []
+
+    def reward(rollouts):
+        prompt_lengths.append(work.generator.tokenize(rollouts.prompts)["input_ids"].shape[1])
+        return [float(len(text)) for text in rollouts.completions]
+
+    for _ in train_policy(work, reward):
+        pass
+    (count,), (length,), charged = counted_updates, prompt_lengths, work.meter.flops["policy_update"]
+    head = work.generator.model.get_output_embeddings().weight.numel()
+    assert charged - 3 * 2 * head * 16 * (length - 1) == pytest.approx(count, rel=0.05)
+    assert count < charged < 1.15 * count
+
+
 def test_counted_flops_counts_user_code():
     """A 2x3 by 3x4 product is 2*2*3*4 = 48."""
     assert counted_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 4))[1] == 48
