@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from dpgbench.report.canvas import FLOPS_AXIS, Canvas, DrawnFigure, canvas, cut, flops_scale, line_look
 from dpgbench.report.frame import BASE, ORACLE, Style, TaskResults
@@ -189,6 +190,7 @@ def _endings(task: TaskResults, styles: dict[str, Style], all_rows: list[MethodR
         axes.set_xlim(low - margin, high + margin)
         axes.set_yticks(range(len(rows)), [cut(row.label, 26) for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.grid(False, axis="y")
