@@ -1,4 +1,4 @@
-"""dpgbench.curves: areas and the compute to reach a level, by hand and against fine grids."""
+"""dpgbench.statistics.curves: areas and the compute to reach a level, by hand and against fine grids."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dpgbench.curves import area_over_seeds, area_under_curve, compute_to_reach, reach_over_seeds, shared_span
+from dpgbench.statistics.curves import area_over_seeds, area_under_curve, compute_to_reach, reach_over_seeds, shared_span
 
 nan, inf = np.nan, np.inf
 

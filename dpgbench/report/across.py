@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from dpgbench.aggregates import (
+from dpgbench.report.frame import BASE, ORACLE, SuiteResults, natural
+from dpgbench.report.tables import MethodRow, generator_for, matched_pairs, method_rows
+from dpgbench.report.writing import and_more, plural
+from dpgbench.statistics.aggregates import (
     Anchors,
     OverTasks,
     interquartile_mean,
@@ -17,12 +20,9 @@ from dpgbench.aggregates import (
     probability_of_improvement,
     score_grid,
 )
-from dpgbench.curves import curves_by_seed, value_at
-from dpgbench.matched import MatchedComparison
-from dpgbench.ranks import MeanRanks, mean_ranks
-from dpgbench.report.frame import BASE, ORACLE, SuiteResults, natural
-from dpgbench.report.tables import MethodRow, generator_for, matched_pairs, method_rows
-from dpgbench.report.writing import and_more, plural
+from dpgbench.statistics.curves import curves_by_seed, value_at
+from dpgbench.statistics.equal_compute import MatchedComparison
+from dpgbench.statistics.ranks import MeanRanks, mean_ranks
 
 GRID_POINTS = 48  # of the budget curves: about 12 a decade over four decades
 CURVE_DRAWS = 1000  # for bands that are only looked at; a number in a table has BOOTSTRAP_DRAWS

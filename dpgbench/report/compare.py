@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from dpgbench.aggregates import holm
 from dpgbench.collect import read_parquet
 from dpgbench.errors import UserError, did_you_mean
 from dpgbench.report.frame import SuiteResults, TaskResults, natural, read_frame
 from dpgbench.report.table import Cell, Column, Row, Table, escape, markdown, records, text_cell
 from dpgbench.report.tables import generator_for
 from dpgbench.report.writing import DASH, and_more, decimals_for, interval, number, plural, probability
-from dpgbench.stats import mean_interval, paired_difference
+from dpgbench.statistics.aggregates import holm
+from dpgbench.statistics.over_seeds import mean_interval, paired_difference
 
 
 def read_side(name: str, results: Path) -> SuiteResults:

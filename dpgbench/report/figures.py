@@ -15,7 +15,7 @@ from dpgbench.report.canvas import FLOPS_AXIS, Canvas, DrawnFigure, canvas, cut,
 from dpgbench.report.frame import BASE, ORACLE, Style, TaskResults
 from dpgbench.report.tables import MethodRow
 from dpgbench.report.writing import and_more, decimals_for, number
-from dpgbench.stats import mean_interval
+from dpgbench.statistics.over_seeds import mean_interval
 
 REFERENCE_LINES = {BASE: (0, (6, 3)), ORACLE: (0, (1.2, 2.2))}
 

@@ -21,7 +21,7 @@ from dpgbench.report.frame import BASE, SuiteResults, TaskResults
 from dpgbench.report.summary import findings
 from dpgbench.report.table import Cell, Column, Row, Table, text_cell
 from dpgbench.report.writing import DASH, and_more, decimals_for, number, plural
-from dpgbench.stats import mean_interval
+from dpgbench.statistics.over_seeds import mean_interval
 
 if TYPE_CHECKING:
     from dpgbench.report import Contents

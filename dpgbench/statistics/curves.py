@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from dpgbench.stats import Interval, mean_interval
+from dpgbench.statistics.over_seeds import Interval, mean_interval
 
 COLUMNS = ("seed", "flops", "value")  # of TaskResults.snapshots, one method's rows
 

@@ -1,6 +1,6 @@
 """Statistics over comparisons and over tasks: adjusted p-values, effect sizes, normalised scores, and aggregates of tasks x seeds.
 
-What is per task and per seed is in stats.py; here several of those are put together, and whatever could not be is named. Scores over
+What is per task and per seed is in over_seeds.py; here several of those are put together, and whatever could not be is named. Scores over
 tasks are grids: a DataFrame with a row per task and a column per seed, NaN where there is none, higher is better unless said otherwise.
 Aggregates and their stratified bootstrap follow Agarwal et al. 2021, arXiv 2108.13264 (rliable): seeds are drawn anew within each task.
 Its 95% intervals are too narrow with few seeds: simulated for the IQM of 4 tasks with Gaussian scores they cover about 72% with 2 seeds
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, special
 
-from dpgbench.stats import check_level, mean_interval, pairs_by_seed
+from dpgbench.statistics.over_seeds import check_level, mean_interval, pairs_by_seed
 
 BOOTSTRAP_DRAWS = 5_000  # ours: the share of draws beyond a 2.5% point then has standard error 0.0022
 SAME = 1e-12  # differences below this share of the numbers they come from are rounding, not data
@@ -76,7 +76,7 @@ def paired_effect_size(values_by_seed_a: pd.Series, values_by_seed_b: pd.Series,
     J(m) = gamma(m/2) / (sqrt(m/2) gamma((m-1)/2)) (Hedges 1981) makes g unbiased for Gaussian differences; J(1) = 0, so two pairs have no
     g. The interval holds the effects under which the t statistic, noncentral t with n - 1 degrees of freedom, is not extreme. With few
     seeds it is wide: say so rather than call an effect large. Positive where a is larger, whichever direction is better. ValueError as
-    in stats.paired_difference.
+    in over_seeds.paired_difference.
     """
     check_level(level)
     pairs, unpaired = pairs_by_seed(values_by_seed_a, values_by_seed_b)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from dpgbench.aggregates import EffectSize, paired_effect_size
-from dpgbench.curves import curves_by_seed, value_at
-from dpgbench.stats import PairedDifference, paired_difference
+from dpgbench.statistics.aggregates import EffectSize, paired_effect_size
+from dpgbench.statistics.curves import curves_by_seed, value_at
+from dpgbench.statistics.over_seeds import PairedDifference, paired_difference
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ def compare_at_equal_compute(
 ) -> MatchedComparison:
     """Compare two methods on one task; both frames have the columns seed, flops and value, a row per snapshot.
 
-    `generator` is needed above 12 common seeds, as in stats.paired_difference. ValueError as in curves.value_at, with the seed.
+    `generator` is needed above 12 common seeds, as in over_seeds.paired_difference. ValueError as in curves.value_at, with the seed.
     """
     curves_a, curves_b = (
         {seed: (flops, values) for seed, flops, values in curves_by_seed(snapshots)} for snapshots in (snapshots_a, snapshots_b)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from dpgbench.aggregates import BOOTSTRAP_DRAWS, check_bootstrap, check_scores, percentiles, resampled
+from dpgbench.statistics.aggregates import BOOTSTRAP_DRAWS, check_bootstrap, check_scores, percentiles, resampled
 
 
 @dataclass(frozen=True, eq=False)
