@@ -1,4 +1,4 @@
-"""The command line: run | sweep | status | cancel | report | list | check. The only file that prints, and the only one that ends the process."""
+"""The command line: run | sweep | status | cancel | report | list | check. Only this file prints, and only it ends the process."""
 
 from __future__ import annotations
 

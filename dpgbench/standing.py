@@ -1,4 +1,4 @@
-"""Where cells stand, from their folders and, for those that were given to SLURM, from its queue. What `status` shows and `sweep` acts on."""
+"""Where cells stand: from their folders and, if they were given to SLURM, its queue. What `status` shows and `sweep` acts on."""
 
 from __future__ import annotations
 

@@ -127,9 +127,7 @@ def _parameters(launcher: Options, asked: Mapping[str, Any], code: Path, sweep: 
 def _need_room_for_names(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if re.search(r"[%\\\s]", str(folder)):
-        raise UserError(
-            f"results={folder.parent}: SLURM reads %, backslashes and spaces in a log's path its own way; choose another folder"
-        )
+        raise UserError(f"results={folder.parent}: SLURM reads %, backslashes and spaces in a path its own way; choose another folder")
 
 
 def _largest_array() -> int:
