@@ -12,11 +12,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+try:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
 
-from dpgbench import config, store
+    from dpgbench import config, store
+except ModuleNotFoundError as missing:  # a node whose environment was never installed, or not activated
+    print(
+        f"dpgbench: {missing.name} is not installed here; activate the environment or `pip install -r requirements.lock`", file=sys.stderr
+    )
+    sys.exit(2)
 from dpgbench.api import Options, RunSpec
 from dpgbench.config import Cell, Request
 from dpgbench.errors import UserError, did_you_mean
