@@ -40,7 +40,7 @@ def _with_job(state: State, record: dict, queue: dict[str, str], ends: dict[str,
         return State("queued", f"{so_far}job {job} {queue[job].lower()}")
     end = ends.get(job, "")
     if end and not end.startswith(slurm.NOT_ITS_FAULT) and state.name != "missing":
-        return State("failed", f"job {job} ended {end}; its log: {record['log']}")
+        return State("failed", f"job {job} ended {end}: {slurm.last_words(record['log'])}; its log: {record['log']}")
     said = f"job {job} {f'ended {end}' if end else 'is gone'}"
     return State(state.name, f"{state.detail}; {said}" if state.detail else said)
 
