@@ -100,6 +100,7 @@ class Checkpoints:
 
     def save(self, step: int, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
         """Write atomically and drop what is older than the newest two. Cost: the tensors' bytes, once through a checksum and to disk."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -111,6 +112,9 @@ class Checkpoints:
             with open(partial, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
+        except SafetensorError as error:  # hides the system's errors, a full disk among them, in its text
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error from None
         finally:
             partial.unlink(missing_ok=True)
         remove(self.folder, keep=KEPT)
