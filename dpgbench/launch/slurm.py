@@ -201,7 +201,7 @@ def log_tail(log: str, lines: int = 15) -> str:
 def last_words(log: str) -> str:
     """What the log's end says of why the job ended: SLURM's own last error, or the last line."""
     lines = [line.strip() for line in log_tail(log, 40).splitlines() if line.strip()]
-    told = [line for line in lines if re.match(r"(slurmstepd|srun): .*(error|oom|memory)", line, re.IGNORECASE)]
+    told = [line for line in lines if re.match(r"(slurmstepd|srun)\S*: .*(error|oom|memory)", line, re.IGNORECASE)]
     memory = [line for line in told if "memory" in line.lower() or "oom" in line.lower()]
     return (memory or told or lines or ["nothing in its log"])[-1]
 

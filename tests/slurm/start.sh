@@ -30,8 +30,9 @@ if ! munge -n </dev/null >/dev/null 2>&1; then
 fi
 until_true munge -n </dev/null || { echo "munged did not start" >&2; exit 1; }
 
-# More CPUs than the machine has, because the tests' jobs mostly wait; jobs are killed for memory by slurmd's own look at them.
-# USR2 is sent before preemption as it is before the time limit, and half a minute is left for a checkpoint.
+# More CPUs than the machine may have, because the tests' jobs mostly wait; jobs are killed for memory by slurmd's own look at them.
+# A requeued job waits for its old credential to expire: 5 s, not two minutes. USR2 is sent before preemption as it is before the time
+# limit, and half a minute is left for a checkpoint.
 if [ ! -s "$dir/slurm.conf" ]; then
   mkdir -p "$dir"/{state,spool,log}
   cat >"$dir/slurm.conf" <<CONF
@@ -41,6 +42,7 @@ SlurmctldPort=16817
 SlurmdPort=16818
 AuthType=auth/munge
 CredType=cred/munge
+AuthInfo=cred_expire=5
 SlurmUser=root
 SlurmdUser=root
 MailProg=/bin/true

@@ -125,7 +125,16 @@ def long_cell(slurm, own, tmp_path_factory):
     """A cell of over four minutes under a time limit of two, submitted before the other tests."""
     results = tmp_path_factory.mktemp("long")
     done = program(
-        slurm, "sweep", *SLOW_CELL, f"plugins={own}", f"results={results}", *JOB[:2], "launcher.time_min=2", *JOB[3:], SLOW_SECONDS="18"
+        slurm,
+        "sweep",
+        *SLOW_CELL,
+        f"plugins={own}",
+        f"results={results}",
+        *JOB[:2],
+        "launcher.time_min=2",
+        "launcher.warning_seconds=20",
+        JOB[-1],
+        SLOW_SECONDS="17",
     )
     assert done.returncode == 0 and re.search(r"submitted 1 cells as \d+ \(one job\); logs: ", done.stdout), done.stderr
     return results
