@@ -20,7 +20,7 @@ def standings(folders: Sequence[RunFolder], *, settle: bool = False) -> list[Sta
     states = [folder.state() for folder in folders]
     waiting = [index for index, state in enumerate(states) if state.name in ("missing", "interrupted", "stale")]
     records = {index: record for index in waiting if (record := slurm.record_of(folders[index].path)) is not None}
-    if records:
+    if records and slurm.is_here():  # elsewhere (a laptop that got a copy of the results) the files must do
         queue = slurm.queue()
         ends = slurm.ends({record["job"] for record in records.values()} - set(queue))
         for index, record in records.items():
@@ -63,4 +63,4 @@ def jobs_of(folders: Sequence[RunFolder], sweep: str) -> list[str]:
     """The jobs in the queue that a sweep gave these cells to."""
     records = [record for folder in folders if (record := slurm.record_of(folder.path)) is not None]
     mine = {record["job"] for record in records if record["sweep"] == sweep}
-    return sorted(mine & set(slurm.queue())) if mine else []
+    return sorted(mine & set(slurm.queue())) if mine and slurm.is_here() else []

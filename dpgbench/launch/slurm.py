@@ -145,6 +145,11 @@ def _reason(text: str) -> str:
 # ---- afterwards
 
 
+def is_here() -> bool:
+    """Whether this machine can ask SLURM."""
+    return shutil.which("squeue") is not None
+
+
 def record_of(folder: Path) -> dict[str, Any] | None:
     """Which job a cell was given to; None if to none."""
     try:
@@ -155,8 +160,6 @@ def record_of(folder: Path) -> dict[str, Any] | None:
 
 def queue() -> dict[str, str]:
     """The user's jobs that wait or run, by id: "PENDING (Resources)". Raises UserError if SLURM does not answer."""
-    if shutil.which("squeue") is None:
-        raise UserError("there is no squeue on this machine, so queued cells cannot be told from lost ones; ask on a login node")
     done = subprocess.run(["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r"], capture_output=True, text=True, timeout=60)
     if done.returncode:
         raise UserError(f"squeue does not answer: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}; try again later")
