@@ -188,9 +188,10 @@ def _submit(request: Request, todo: list[RunSpec], console: Console) -> int:
     for array in slurm.submit(todo, request.launcher, request.results, plugins, sweep, commit()):
         jobs = f"{array.jobs} jobs" if array.jobs > 1 else "one job"
         console.print(f"submitted {array.cells} cells as {array.job} ({jobs}); logs: {array.log}", highlight=False, soft_wrap=True)
-    if not request.launcher.wait:
+    if not request.launcher.wait and todo:
         same = f"{_selector(sweep)}={sweep} results={request.results}"
         console.print(f"status {same} tells how it goes, cancel {same} stops it", highlight=False, soft_wrap=True)
+    if not request.launcher.wait:
         return 0
     _watch(lambda: [(cell.spec.folder, _state(cell, state)) for cell, state in _with_states(request)], console)
     bad = [(cell, state) for cell, state in _with_states(request) if not cell.skip and state.name != "done"]

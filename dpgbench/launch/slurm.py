@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from dpgbench.launch.job import Job
 from dpgbench.store import RunFolder, write_atomically
 
 RESOURCES = ("gpus", "cpus", "mem_gb", "time_min")
+# A job that is preempted in its first second must not die of the signal before submitit listens: ignored, until it does.
+PYTHON = f"""sh -c 'trap "" USR2 TERM; exec "$0" "$@"' {shlex.quote(sys.executable)}"""
 NOT_ITS_FAULT = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "CANCELLED", "TIMEOUT", "DEADLINE", "REQUEUED", "COMPLETED")
 
 
@@ -77,7 +81,7 @@ def submit(specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: 
         groups.setdefault(json.dumps(_resources(launcher, spec.scale.name, spec.method.name), sort_keys=True), []).append(spec)
     submitted = []
     for asked, group in groups.items():
-        executor = submitit.SlurmExecutor(folder, max_num_timeout=launcher.max_timeouts)
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=launcher.max_timeouts, python=PYTHON)
         executor.update_parameters(**_parameters(launcher, json.loads(asked), code, sweep))
         packs = [group[start : start + launcher.cells_per_job] for start in range(0, len(group), launcher.cells_per_job)]
         largest = _largest_array()
