@@ -43,7 +43,7 @@ def test_killed_workers_cost_time_and_nothing_else(tmp_path):
     """The short version of benchmarks/chaos.py."""
     words = chaos.grid(6)
     assert chaos.sweep(words, 2, tmp_path / "quiet").wait() == 0
-    told = chaos.disturb(words, 2, tmp_path / "disturbed", (8.0, 16.0), seed=1, limit=400)
+    told = chaos.disturb(words, 2, tmp_path / "disturbed", (3.0, 9.0), seed=1, limit=900)
     assert told["workers killed"] + told["sweeps killed"] > 0
     assert chaos.problems(words, tmp_path / "disturbed", tmp_path / "quiet") == []
 
