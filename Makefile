@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: install quickstart test lint wheel smollm2 lock
+.PHONY: install quickstart test test-slurm lint wheel smollm2 lock
 
 install: $(VENV)/.installed
 
@@ -20,6 +20,9 @@ quickstart: install  ## DPG, best-of-n and the untouched generator on two target
 
 test: install
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+test-slurm: install  ## on a SLURM that tests/slurm/start.sh installs and starts, as root on Debian or Ubuntu; elsewhere skipped
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slurm -rs tests/slurm
 
 lint: install
 	$(RUN) -m ruff check .

@@ -86,7 +86,10 @@ def problem_with(path: Path) -> str:
 
 @dataclass
 class Checkpoints:
-    """One cell's checkpoints: written when `seconds` have passed since the last, or when the process was asked to stop."""
+    """One cell's checkpoints: written when `seconds` have passed since the last, or when the process was asked to stop.
+
+    A checkpoint that takes long is made less often, so that all of them together take a twentieth of the time; `seconds=0` is every step.
+    """
 
     folder: Path
     identity: dict[str, str]
@@ -94,14 +97,18 @@ class Checkpoints:
     seconds: float = 60.0
     stop: Stop = field(default_factory=lambda: Stop())
     _last: float = field(default_factory=time.monotonic, repr=False)
+    _took: float = field(default=0.0, repr=False)
 
     def due(self) -> bool:
-        return self.stop.asked is not None or time.monotonic() - self._last >= self.seconds
+        wait = max(self.seconds, 20 * self._took) if self.seconds else 0.0
+        return self.stop.asked is not None or time.monotonic() - self._last >= wait
 
     def save(self, step: int, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
         """Write atomically and drop what is older than the newest two. Cost: the tensors' bytes, once through a checksum and to disk."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
+        start = time.monotonic()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         about = json.dumps({**content, "identity": self.identity, "step": step, "checksum": _checksum(tensors)})
         path = path_of(self.folder, step)
@@ -111,10 +118,14 @@ class Checkpoints:
             with open(partial, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
+        except SafetensorError as error:  # hides the system's errors, a full disk among them, in its text
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error from None
         finally:
             partial.unlink(missing_ok=True)
         remove(self.folder, keep=KEPT)
         self._last = time.monotonic()
+        self._took = self._last - start
 
     def newest(self, sizes: Mapping[str, int]) -> tuple[Saved, dict[str, Any]] | None:
         """The newest checkpoint that is whole and fits the growing files of `sizes` bytes, and its content; None: start again."""

@@ -1,4 +1,4 @@
-"""The command line: run | sweep | status | report | list | check. The only file that prints, and the only one that ends the process."""
+"""The command line: run | sweep | status | cancel | report | list | check. Only this file prints, and only it ends the process."""
 
 from __future__ import annotations
 
@@ -7,19 +7,28 @@ import json
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+try:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
 
-from dpgbench import config, store
-from dpgbench.api import Options
+    from dpgbench import config, store
+except ModuleNotFoundError as missing:  # a node whose environment was never installed, or not activated
+    print(
+        f"dpgbench: {missing.name} is not installed here; activate the environment or `pip install -r requirements.lock`", file=sys.stderr
+    )
+    sys.exit(2)
+from dpgbench.api import Options, RunSpec
 from dpgbench.config import Cell, Request
 from dpgbench.errors import UserError, did_you_mean
 from dpgbench.registry import Registry
+from dpgbench.standing import OPEN, jobs_of, standings
+from dpgbench.store import State
 
 if TYPE_CHECKING:
     from dpgbench.check import Findings
@@ -29,7 +38,8 @@ usage: python -m dpgbench COMMAND [key=value ...]
 
   run     task=sixseven method=dpg seed=0      one cell; `run spec=RUN/spec.yaml` replays a stored one
   sweep   method=dpg,base task=all seed=0,1    a grid of cells, or a stored one with suite=NAME; runs what is not done
-  status  [the same words]                     where each cell stands; without words, every run folder
+  status  [the same words] [--watch]           where each cell stands; without words, every run folder
+  cancel  [the same words]                     stop what that sweep started, here or on SLURM, and nothing else
   report  suite=NAME                           tables, figures and page of a sweep, from its run folders or its parquet
           --format json                        the same numbers for machines, on standard output, instead of the page
           --compare core@HEAD~1 core           what changed between two suites or commits, and whether it is within noise
@@ -38,12 +48,14 @@ usage: python -m dpgbench COMMAND [key=value ...]
 
   --dry-run      with run and sweep: print the grid, what is done, what is skipped and why, what it would cost
   results=DIR    where results go (default: results)        plugins=DIR    your own methods/, tasks/ and configs/
-  launcher=local launcher.workers=2    worker processes     name=NAME      what to call a sweep without a suite
+  launcher=local launcher.workers=2    worker processes     launcher=slurm     job arrays of a cluster; the sweep can be left
+  name=NAME      what to call a sweep without a suite       retry=failed       run cells again that failed (or retry=damaged)
 
 A bare key such as steps=2 or lang=es sets the one option of that name; task=all and method=all mean every one there is.
 """
 
-COMMANDS = ("run", "sweep", "status", "report", "list", "check")
+COMMANDS = ("run", "sweep", "status", "cancel", "report", "list", "check")
+WATCH_SECONDS = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,11 +91,14 @@ def _command(words: list[str]) -> int:
         print(USAGE, end="")
         return 0
     dry_run = "--dry-run" in words
-    words = [word for word in words if word != "--dry-run"]
+    watch = "--watch" in words
+    words = [word for word in words if word not in ("--dry-run", "--watch")]
     if command == "list":
         return _list(words)
     if command == "status":
-        return _status(words)
+        return _status(words, watch)
+    if command == "cancel":
+        return _cancel(words)
     if command == "report":
         return _report(words)
     if command == "check":
@@ -96,45 +111,116 @@ def _command(words: list[str]) -> int:
 
 
 def _launch(request: Request, save: bool) -> int:
-    """Run what is not done; tell what was skipped and what failed, and why."""
-    from dpgbench.display import Display
-    from dpgbench.launch import launch
+    """Run or submit what is not done; tell what was skipped and what failed, and why."""
+    from dpgbench import launch
 
+    launch.check(request.launcher)
     store.check_writable(request.results)
     if save:
         _save_words(request)
     console = _console()
-    todo = []
+    todo, bad = _todo(request, console, sweep=save)
+    if request.launcher.name == "slurm":
+        return max(bad, _submit(request, todo, console))
+    return max(bad, _run_here(request, todo, console, sweep=save))
+
+
+def _todo(request: Request, console: Console, *, sweep: bool) -> tuple[list[RunSpec], int]:
+    """The cells to run, and 1 if there are any that only `retry=` would run; all others are told of."""
+    cells = []
     for cell in request.cells:
         if cell.skip:
             console.print(f"[yellow]skipped[/] {cell.spec.folder}: {cell.skip}", highlight=False, soft_wrap=True)
-            continue
-        folder = store.RunFolder.of(request.results, cell.spec)
-        state = folder.state()
-        if state.name == "damaged":
-            raise UserError(f"{folder.path}: {state.detail}; delete the folder to run the cell again")
-        if state.name != "done":
+        else:
+            cells.append(cell)
+    folders = [store.RunFolder.of(request.results, cell.spec) for cell in cells]
+    todo, elsewhere, left = [], [], {}
+    counts = {"done": 0, "queued": 0}
+    for cell, folder, state in zip(cells, folders, standings(folders, settle=True), strict=True):
+        retried = state.name in request.retry or (state.name == "failed" and not sweep)
+        if state.name in counts:
+            counts[state.name] += 1
+        elif state.name == "running":
+            elsewhere.append(cell.spec)
+        elif state.name in ("failed", "damaged") and not retried:
+            if not sweep:
+                raise UserError(f"{folder.path}: {state.detail}; delete the folder to run the cell again")
+            console.print(f"[red]{state.name}[/] {folder.path}: {escape(state.detail)}", highlight=False, soft_wrap=True)
+            left[state.name] = left.get(state.name, 0) + 1
+        else:
             todo.append(cell.spec)
-    done = sum(not cell.skip for cell in request.cells) - len(todo)
-    if done:
-        console.print(f"{done} of {len(request.cells)} cells are done already", highlight=False)
-    with Display(console, len(todo)) as display:
+    if counts["done"]:
+        console.print(f"{counts['done']} of {len(request.cells)} cells are done already", highlight=False)
+    if counts["queued"]:
+        console.print(f"{counts['queued']} cells are in SLURM's queue already", highlight=False)
+    for name, count in left.items():
+        console.print(f"{count} {name} before and left alone; retry={name} runs {'it' if count == 1 else 'them'} again", highlight=False)
+    if request.launcher.name == "slurm" and elsewhere:
+        console.print(f"{len(elsewhere)} cells are running already", highlight=False)
+        elsewhere = []
+    return todo + elsewhere, int(bool(left))
+
+
+def _run_here(request: Request, todo: list[RunSpec], console: Console, *, sweep: bool) -> int:
+    """In this process and its workers."""
+    from dpgbench.display import Display
+    from dpgbench.launch import launch, processes
+
+    with processes.announced(request.results, request.suite), Display(console, len(todo)) as display:
         launch(todo, request.launcher, request.results, request.registry.plugins, display)
     for spec in display.failed:
         folder = store.RunFolder.of(request.results, spec)
-        console.print(f"[red]failed[/] {folder.path}: {store.last_line(folder.path / 'error.txt')}", highlight=False, soft_wrap=True)
+        said = store.last_line(folder.path / "error.txt")
+        console.print(f"[red]failed[/] {folder.path}: {escape(said)}", highlight=False, soft_wrap=True)
     for spec in display.busy:
         console.print(f"[yellow]busy[/] {spec.folder}: another process works on this cell", highlight=False, soft_wrap=True)
-    if not save and todo and not display.failed and not display.busy:
+    if not sweep and todo and not display.failed and not display.busy:
         console.print(f"results in {store.RunFolder.of(request.results, todo[0]).path}", highlight=False, soft_wrap=True)
     return 1 if display.failed or display.busy else 0
+
+
+def _submit(request: Request, todo: list[RunSpec], console: Console) -> int:
+    """To SLURM; returns at once unless `launcher.wait=true`."""
+    from dpgbench.launch import slurm
+    from dpgbench.runner import commit
+
+    plugins, sweep = request.registry.plugins, request.suite
+    for array in slurm.submit(todo, request.launcher, request.results, plugins, sweep, commit()):
+        jobs = f"{array.jobs} jobs" if array.jobs > 1 else "one job"
+        console.print(f"submitted {array.cells} cells as {array.job} ({jobs}); logs: {array.log}", highlight=False, soft_wrap=True)
+    if not request.launcher.wait and todo:
+        same = f"{_selector(sweep)}={sweep} results={request.results}"
+        console.print(f"status {same} tells how it goes, cancel {same} stops it", highlight=False, soft_wrap=True)
+    if not request.launcher.wait:
+        return 0
+    _watch(lambda: [(cell.spec.folder, _state(cell, state)) for cell, state in _with_states(request)], console)
+    bad = [(cell, state) for cell, state in _with_states(request) if not cell.skip and state.name != "done"]
+    for cell, state in bad:
+        path = store.RunFolder.of(request.results, cell.spec).path
+        console.print(f"[red]{state.name}[/] {path}: {escape(state.detail)}", highlight=False, soft_wrap=True)
+    return 1 if bad else 0
+
+
+def _cancel(words: list[str]) -> int:
+    """Stop what a sweep started."""
+    from dpgbench.launch import processes, slurm
+
+    request = config.read(_full_words(words), sweep=True)
+    folders = [store.RunFolder.of(request.results, cell.spec) for cell in request.cells]
+    asked, elsewhere = processes.stop(request.results, request.suite)
+    jobs = jobs_of(folders, request.suite)
+    slurm.cancel(jobs)
+    for owner in elsewhere:
+        print(f"pid {owner.pid} on {owner.host} runs cells of {request.suite}: stop it there")
+    print(f"stopped {len(asked)} processes and {len(jobs)} jobs of {request.suite}")
+    return 0
 
 
 def _dry_run(request: Request) -> int:
     """The grid, without importing torch."""
     console = _console()
     table = Table("cell", "state", "cost", box=None, pad_edge=False)
-    states = [_state(cell, request.results) for cell in request.cells]
+    states = [_state(cell, state) for cell, state in _with_states(request)]
     seconds = _measured_seconds(request, states)
     to_run = 0.0
     for cell, (name, detail) in zip(request.cells, states, strict=True):
@@ -163,22 +249,55 @@ def _measured_seconds(request: Request, states: list[tuple[str, str]]) -> dict[t
     return {labels: statistics.median(values) for labels, values in measured.items()}
 
 
-def _status(words: list[str]) -> int:
-    """Where every cell stands, from files alone."""
-    console = _console()
-    table = Table("cell", "state", "", box=None, pad_edge=False)
+def _status(words: list[str], watch: bool) -> int:
+    """Where every cell stands, from files and, where cells were given to SLURM, its queue."""
     results, _, nothing_else = _where(words)
     if nothing_else and not any(word.startswith(("suite=", "name=")) for word in words):
-        folders = sorted(path for path in (results / "runs").glob("*") if path.is_dir())
-        states = [(folder.name, store.RunFolder(folder).state()) for folder in folders]
-        rows = [(name, (state.name, state.detail)) for name, state in states]
+
+        def rows() -> list[tuple[str, tuple[str, str]]]:
+            folders = [store.RunFolder(path) for path in sorted((results / "runs").glob("*")) if path.is_dir()]
+            return [(f.path.name, (s.name, s.detail)) for f, s in zip(folders, standings(folders), strict=True)]
     else:
         request = config.read(_full_words(words), sweep=True)
-        rows = [(cell.spec.folder, _state(cell, request.results)) for cell in request.cells]
-    for name, (state, detail) in rows:
-        table.add_row(name, state, detail)
-    console.print(table if rows else f"no runs in {results / 'runs'}")
+
+        def rows() -> list[tuple[str, tuple[str, str]]]:
+            return [(cell.spec.folder, _state(cell, state)) for cell, state in _with_states(request)]
+
+    console = _console()
+    if watch:
+        _watch(rows, console)
+    found = rows()
+    console.print(_state_table(found) if found else f"no runs in {results / 'runs'}")
     return 0
+
+
+def _state_table(rows: list[tuple[str, tuple[str, str]]]) -> Table:
+    table = Table("cell", "state", "", box=None, pad_edge=False)
+    for name, (state, detail) in rows:
+        table.add_row(name, state, escape(detail))
+    return table
+
+
+def _watch(rows: Callable[[], list[tuple[str, tuple[str, str]]]], console: Console) -> None:
+    """Show how it goes until no cell is queued or running; on a terminal all open cells, elsewhere a line whenever a count changes."""
+    from rich.live import Live
+
+    told = ""
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while True:
+            found = rows()
+            names = [state for _, (state, _) in found]
+            counts = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
+            if console.is_terminal:
+                table = _state_table([row for row in found if row[1][0] in OPEN][: max(5, console.height - 5)])
+                table.caption = counts
+                live.update(table, refresh=True)
+            elif counts != told:
+                print(counts, flush=True)
+            told = counts
+            if not set(names) & set(OPEN):
+                return
+            time.sleep(WATCH_SECONDS)
 
 
 def _where(words: list[str]) -> tuple[Path, str, bool]:
@@ -197,11 +316,13 @@ def _full_words(words: list[str]) -> list[str]:
     return [*json.loads(saved.read_text()), f"results={results}"] if nothing_else and saved.exists() else words
 
 
-def _state(cell: Cell, results: Path) -> tuple[str, str]:
-    if cell.skip:
-        return "skipped", cell.skip
-    state = store.RunFolder.of(results, cell.spec).state()
-    return state.name, state.detail
+def _with_states(request: Request) -> list[tuple[Cell, State]]:
+    folders = [store.RunFolder.of(request.results, cell.spec) for cell in request.cells]
+    return list(zip(request.cells, standings(folders), strict=True))
+
+
+def _state(cell: Cell, state: State) -> tuple[str, str]:
+    return ("skipped", cell.skip) if cell.skip else (state.name, state.detail)
 
 
 def _report(words: list[str]) -> int:
@@ -224,7 +345,9 @@ def _report(words: list[str]) -> int:
 
     store.check_writable(results)
     if has_runs:
-        said = shlex.join(word for word in request.arguments if not word.startswith(("results=", "launcher", "workers=", "plugins=")))
+        said = shlex.join(
+            word for word in request.arguments if not word.startswith(("results=", "launcher", "workers=", "plugins=", "retry="))
+        )
         descriptions = {file.name: file.summary for file in request.registry.files("task")}
         frame = collect.frame_of(request.cells, results, descriptions)
         lost = collect.finished_in(parquet) - set(frame.cell[frame.status == "done"])
@@ -234,8 +357,7 @@ def _report(words: list[str]) -> int:
         else:
             collect.write_parquet(frame, parquet, suite=name, title=request.title, command=f"python -m dpgbench sweep {said}")
     frame, about = collect.read_parquet(parquet)
-    selector = "suite" if name in config.suites(Registry()) else "name"
-    command = f"{about['command']}\npython -m dpgbench report {selector}={name}"
+    command = f"{about['command']}\npython -m dpgbench report {_selector(name)}={name}"
     what = {"suite": about["suite"], "command": command, "title": about["title"] or None}
     if as_json:
         print(json.dumps(machine_readable(frame, **what), indent=1, ensure_ascii=False, allow_nan=False))
@@ -371,7 +493,11 @@ def _replay(words: list[str]) -> Request:
     return Request([cell], "replay", "", _where(words)[0], registry, Options({"name": "inline", "workers": 1}))
 
 
+def _selector(name: str) -> str:
+    return "suite" if name in config.suites(Registry()) else "name"
+
+
 def _save_words(request: Request) -> None:
     """So that `report` knows the grid later, without being told again."""
-    words = [word for word in request.arguments if not word.startswith("results=")]
+    words = [word for word in request.arguments if not word.startswith(("results=", "retry="))]
     store.write_atomically(request.results / "runs" / f"{request.suite}.sweep.json", json.dumps(words))

@@ -34,6 +34,7 @@ from dpgbench.errors import UserError, did_you_mean
 from dpgbench.registry import Registry, home
 
 GROUPS = ("task", "method", "scale", "launcher")
+FREE = ("launcher.resources.", "launcher.sbatch.")  # any method, scale or option of sbatch may be named there
 SECTIONS = ("task", "method", "training", "scale")  # what a cell is made of; the root `policy` enters through `method.policy`
 
 
@@ -56,6 +57,8 @@ class Request:
     registry: Registry
     launcher: Options
     arguments: list[str] = field(default_factory=list)
+    retry: frozenset[str] = frozenset()
+    """States whose cells are run again because it was asked for: "failed", "damaged"."""
 
 
 def read(arguments: Sequence[str], *, sweep: bool) -> Request:
@@ -64,6 +67,11 @@ def read(arguments: Sequence[str], *, sweep: bool) -> Request:
     plugins = words.pop("plugins", [None])[0]
     registry = Registry(Path(plugins) if plugins else None)
     results = Path(str(words.pop("results", ["results"])[0]))
+    retry = frozenset(map(str, words.pop("retry", [])))
+    if retry - {"failed", "damaged"}:
+        raise UserError(
+            f"retry={min(retry - {'failed', 'damaged'})}: only failed and damaged cells wait to be asked for; write retry=failed"
+        )
     suite, match = words.pop("suite", None), matching.label_in(words.pop("budget", None))
     title, lines = "", [words]
     if suite is not None:
@@ -85,7 +93,7 @@ def read(arguments: Sequence[str], *, sweep: bool) -> Request:
     if not sweep and len(cells) > 1:
         raise UserError(f"run takes one cell and this line names {len(cells)}; use `sweep` for a grid")
     name = str(suite[0]) if suite else str(words.get("name", ["sweep"])[0])
-    return Request(list(cells.values()), name, title, results, registry, Options(launcher), list(arguments))
+    return Request(list(cells.values()), name, title, results, registry, Options(launcher), list(arguments), retry)
 
 
 def replay(path: Path, registry: Registry) -> Cell:
@@ -174,7 +182,7 @@ class _Composer:
             leaves = _leaves(plain)
             known |= set(leaves)
             applied = {key: full for key in settings if (full := _resolve(key, leaves))}
-            checked = [[_checked(key, full, value, leaves[full]) for value in settings[key]] for key, full in applied.items()]
+            checked = [[_checked(key, full, value, leaves.get(full)) for value in settings[key]] for key, full in applied.items()]
             for key in applied:
                 unused.pop(key, None)
             # Nothing is computed from the seed, so all seeds of a setting share its resolved configuration.
@@ -184,7 +192,9 @@ class _Composer:
                 setting = {full: value for full, value in zip(applied.values(), values, strict=True) if not (alone and full == "seed")}
                 if repr(setting) not in resolved:
                     for full, value in setting.items():
-                        OmegaConf.update(base, full, value)  # every time the same keys, so nothing of the values before is left
+                        OmegaConf.update(
+                            base, full, value, force_add=True
+                        )  # every time the same keys, so nothing of the values before is left
                     resolved[repr(setting)] = _plain(base)
                 seed = values[list(applied).index("seed")] if alone and "seed" in applied else resolved[repr(setting)]["seed"]
                 configs.append({**resolved[repr(setting)], "seed": seed})
@@ -270,7 +280,7 @@ def _leaves(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _resolve(key: str, leaves: Mapping[str, Any]) -> str | None:
     """The dotted key that a possibly bare key stands for, None if this configuration has none."""
-    if key in leaves:
+    if key in leaves or key.startswith(FREE):
         return key
     matches = [full for full in leaves if full.endswith(f".{key}")]
     if "." in key or not matches:

@@ -53,7 +53,7 @@ class Display:
         self._progress.advance(self._sweep)
         measures = self._latest.pop(spec.folder, {}).get("measures", {})
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in measures.items())
-        mark = {"done": "[green]done[/]  ", "busy": "[yellow]busy[/]  "}.get(state, "[red]failed[/]")
+        mark = {"done": "[green]done[/]  ", "busy": "[yellow]busy[/]  ", "interrupted": "[yellow]stopped[/]"}.get(state, "[red]failed[/]")
         {"failed": self.failed, "busy": self.busy}.get(state, []).append(spec)
         self.console.print(f"{mark} {_name(spec)}  {numbers}", highlight=False)
 

@@ -324,7 +324,7 @@ def environment() -> dict[str, Any]:
     packages = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "numpy", *scores)
     return {
         "dpgbench": __version__,
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
         "machine": platform.machine(),
@@ -332,13 +332,15 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
-    """The checkout's commit, with "+changes" if the tree is not clean; "" outside a checkout of dpgbench."""
+def commit() -> str:
+    """The checkout's commit, with "+changes" if the tree is not clean; "" outside a checkout of dpgbench. Of pinned code, what it was."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(home()), *words], capture_output=True, text=True, timeout=20).stdout.strip()
 
     try:
+        if (home() / "COMMIT").exists():
+            return (home() / "COMMIT").read_text()
         if not (home() / ".git").exists():
             return ""
         changed = git("status", "--porcelain", "--", "dpgbench", "methods", "tasks", "configs")

@@ -10,7 +10,8 @@ import zipfile
 import pytest
 from conftest import README, ROOT
 
-COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("python -m dpgbench")]
+CLUSTER = (ROOT / "docs" / "cluster.md").read_text()
+COMMANDS = [line.split("#")[0].strip() for line in (README + CLUSTER).splitlines() if line.startswith("python -m dpgbench")]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -37,9 +38,9 @@ def test_the_readme_names_every_plugin():
 
 def test_make_targets_are_the_readmes_commands():
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("quickstart", "test", "smollm2"):
+    for target in ("quickstart", "test", "test-slurm", "smollm2"):
         assert f"make {target}" in README and re.search(rf"^{target}:", makefile, re.MULTILINE)
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert set(re.findall(r"^make (\S+)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)) == {"test", "test-slurm"}
 
 
 def test_a_wheel_works_outside_the_clone(tmp_path):

@@ -1,0 +1,148 @@
+"""Kill workers at random until a sweep is through, then compare every number with a sweep that was left in peace.
+
+    python benchmarks/chaos.py --cells 40 --workers 4
+
+Every few seconds, once a cell has written something new, a worker process gets SIGKILL, now and then the sweep itself; whenever a sweep
+ends with cells left, it is started again with retry=failed. Passes if every cell is done, each row is in the collected parquet once, and
+metrics and results equal the quiet run's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CELL = ["completions=16", "group_size=4", "deployment_texts=16", "snapshots=3", "steps=4"]
+
+
+def grid(cells: int) -> list[str]:
+    """Words for that many cells: a policy that makes checkpoints and a method that starts again, half of each."""
+    seeds = ",".join(map(str, range(cells // 2)))
+    return ["task=language", "method=dpg,active_inheritance", "n=2", f"seed={seeds}", *CELL]
+
+
+def sweep(words: list[str], workers: int, results: Path) -> subprocess.Popen:
+    launcher = ["launcher=local", f"launcher.workers={workers}", "launcher.checkpoint_seconds=0.0", "retry=failed"]
+    command = [sys.executable, "-m", "dpgbench", "sweep", *words, *launcher, f"results={results}"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def written(results: Path) -> int:
+    """Bytes of all metrics files: what tells that something was done."""
+    return sum(path.stat().st_size for path in results.glob("runs/*/metrics.jsonl"))
+
+
+def workers_of(pid: int) -> list[int]:
+    """The worker processes of a sweep."""
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        children += [
+            int(child)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            if task.name != str(pid)
+            for child in (task / "children").read_text().split()
+        ]
+    except OSError:
+        return []
+    return [child for child in children if b"spawn_main" in _command_line(child)]
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def disturb(words: list[str], workers: int, results: Path, every: tuple[float, float], seed: int, limit: float) -> dict[str, int]:
+    """Sweep under fire until nothing is left; how often what was killed and started. Raises TimeoutError after `limit` seconds."""
+    rng, deadline = random.Random(seed), time.monotonic() + limit
+    told = {"sweeps": 0, "workers killed": 0, "sweeps killed": 0}
+    while True:
+        process = sweep(words, workers, results)
+        told["sweeps"] += 1
+        next_shot, seen = time.monotonic() + rng.uniform(*every), written(results)
+        while process.poll() is None:
+            time.sleep(0.2)
+            if time.monotonic() > deadline:
+                process.send_signal(signal.SIGTERM)
+                raise TimeoutError(f"not through after {limit:.0f} s: {told}")
+            if time.monotonic() < next_shot or written(results) == seen:  # on a busy machine a worker takes long to start
+                continue
+            next_shot, seen = time.monotonic() + rng.uniform(*every), written(results)
+            if rng.random() < 0.1:
+                process.kill()
+                told["sweeps killed"] += 1
+            elif living := workers_of(process.pid):
+                os.kill(rng.choice(living), signal.SIGKILL)
+                told["workers killed"] += 1
+        if process.returncode == 0:
+            return told
+
+
+def numbers(results: Path) -> dict[str, tuple]:
+    """What every cell measured, without its seconds."""
+    found = {}
+    for folder in sorted((results / "runs").glob("*.s[0-9]*")):
+        result = json.loads((folder / "result.json").read_text())
+        lines = [{key: value for key, value in line.items() if key != "seconds"} for line in result["snapshots"]]
+        rollouts = folder / "rollouts.jsonl"
+        found[folder.name] = (
+            (folder / "metrics.jsonl").read_bytes(), rollouts.read_bytes() if rollouts.exists() else b"", lines, result["texts"],
+        )  # fmt: skip
+    return found
+
+
+def problems(words: list[str], results: Path, quiet: Path) -> list[str]:
+    """What is wrong with the disturbed results; empty if nothing is."""
+    import pandas
+
+    disturbed, undisturbed = numbers(results), numbers(quiet)
+    wrong = [f"{name}: differs from the quiet run" for name in undisturbed if disturbed.get(name) != undisturbed[name]]
+    wrong += [f"{name}: not in the quiet run" for name in disturbed if name not in undisturbed]
+    subprocess.run([sys.executable, "-m", "dpgbench", "report", *words, f"results={results}"], cwd=ROOT, check=True, capture_output=True)
+    frame = pandas.read_parquet(results / "sweep.parquet")
+    wrong += [
+        f"{cell}, step {step}: twice in the parquet" for cell, step in frame[frame.duplicated(["cell", "step"])][["cell", "step"]].values
+    ]
+    wrong += [f"{cell}: {status}" for cell, status in frame[frame.status != "done"][["cell", "status"]].values]
+    rows = sum(len(content[2]) for content in undisturbed.values())
+    return wrong if len(frame) == rows else [*wrong, f"{len(frame)} rows in the parquet, {rows} in the quiet run"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cells", type=int, default=40)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--every", type=float, nargs=2, default=(3.0, 12.0), metavar="SECONDS", help="between two kills")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=float, default=3600)
+    given = parser.parse_args()
+    words = grid(given.cells)
+    with tempfile.TemporaryDirectory() as scratch:
+        disturbed, quiet = Path(scratch) / "disturbed", Path(scratch) / "quiet"
+        start = time.monotonic()
+        if sweep(words, min(2, given.workers), quiet).wait():
+            print("the quiet sweep failed")
+            return 1
+        between = time.monotonic()
+        told = disturb(words, given.workers, disturbed, tuple(given.every), given.seed, given.limit)
+        wrong = problems(words, disturbed, quiet)
+        spent = f"quiet {between - start:.0f} s, disturbed {time.monotonic() - between:.0f} s"
+        print(f"{len(numbers(quiet))} cells, {given.workers} workers; {spent}")
+        print(", ".join(f"{count} {name}" for name, count in told.items()))
+        print("\n".join(wrong) or "every cell done once, every row once, every number as in the quiet run")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""Many processes, one results folder: nothing twice, nothing lost, and whatever goes wrong is named."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, SMALL
+
+from dpgbench import config, pinned
+from dpgbench.launch import check
+from dpgbench.store import RunFolder
+
+location = importlib.util.spec_from_file_location("chaos", ROOT / "benchmarks" / "chaos.py")
+chaos = importlib.util.module_from_spec(location)
+location.loader.exec_module(chaos)
+
+LIGHT = ["task=l2_norm", "method=base", "deployment_texts=8"]
+
+
+def start(*words: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "dpgbench", *words]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path_pattern: str, folder, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not list(folder.glob(path_pattern)):
+        assert time.monotonic() < deadline, f"no {path_pattern} came"
+        time.sleep(0.1)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="finds workers to kill in /proc")
+def test_killed_workers_cost_time_and_nothing_else(tmp_path):
+    """The short version of benchmarks/chaos.py."""
+    words = chaos.grid(6)
+    assert chaos.sweep(words, 2, tmp_path / "quiet").wait() == 0
+    told = chaos.disturb(words, 2, tmp_path / "disturbed", (3.0, 9.0), seed=1, limit=900)
+    assert told["workers killed"] + told["sweeps killed"] > 0
+    assert chaos.problems(words, tmp_path / "disturbed", tmp_path / "quiet") == []
+
+
+def test_two_sweeps_at_once_run_no_cell_twice(tmp_path):
+    """A plug-in counts its runs: six cells, two sweeps of two workers each, six runs."""
+    own = tmp_path / "own"
+    (own / "methods").mkdir(parents=True)
+    (own / "configs" / "method").mkdir(parents=True)
+    (own / "methods" / "counted.py").write_text(
+        '"""Counts its runs."""\nimport os\nimport time\nfrom pathlib import Path\n\nfrom dpgbench.api import Method, Snapshot\n\n\n'
+        "class Counted(Method):\n    def run(self, bench):\n"
+        f"        (Path({str(tmp_path)!r}) / f'run.{{bench.spec.seed}}.{{os.getpid()}}.{{time.time_ns()}}').touch()\n"
+        "        time.sleep(1)\n"
+        "        yield Snapshot(0, lambda prompts: ['a'] * len(prompts))\n"
+    )
+    (own / "configs" / "method" / "counted.yaml").write_text("name: counted\n")
+    words = ["sweep", "task=l2_norm", "method=counted", "deployment_texts=8", "seed=0,1,2,3,4,5", f"plugins={own}", f"results={tmp_path}"]
+    both = [start(*words, "launcher=local", "launcher.workers=2") for _ in range(2)]
+    for process in both:
+        process.communicate(timeout=300)
+    assert sorted(path.name.split(".")[1] for path in tmp_path.glob("run.*")) == list("012345")
+    assert len(list(tmp_path.glob("runs/*/result.json"))) == 6
+
+
+def test_failed_cells_wait_to_be_asked_for(dpgbench, plugins, tmp_path):
+    """A sweep names them and goes on with the rest; retry=failed runs them; `launcher=debug` shows the traceback."""
+    bad = plugins / "methods" / "bad.py"
+    text = '"""Fails."""\nfrom dpgbench.api import Method, Snapshot\n\n\nclass Bad(Method):\n    def run(self, bench):\n        '
+    bad.write_text(text + "yield 1 / 0\n")
+    (plugins / "configs" / "method" / "bad.yaml").write_text("name: bad\n")
+    words = ["task=l2_norm", "method=bad", "deployment_texts=8", f"plugins={plugins}", f"results={tmp_path / 'r'}"]
+    debug = dpgbench("sweep", *words, "launcher=debug")
+    assert debug.code == 1 and "Traceback" in debug.err and "ZeroDivisionError" in debug.err
+    bad.write_text(text + "yield Snapshot(0, lambda prompts: ['a'] * len(prompts))\n")
+    again = dpgbench("sweep", *words)
+    assert again.code == 1 and "ZeroDivisionError" in again.out and "retry=failed runs it again" in again.out
+    assert dpgbench("sweep", *words, "retry=sometimes").code == 2
+    assert dpgbench("sweep", *words, "retry=failed").code == 0
+
+
+def test_damaged_cells_are_named_and_the_others_run(dpgbench, tmp_path):
+    """Every file of a done cell that can be damaged: named, not read as done, run again when asked."""
+    words = [*LIGHT, "seed=0,1", f"results={tmp_path}"]
+    assert dpgbench("sweep", *words).code == 0
+    first, second = sorted((tmp_path / "runs").glob("*.s[01].*"))
+    (first / "result.json").write_text("")
+    shutil.rmtree(second)
+    done = dpgbench("sweep", *words)
+    assert done.code == 1 and re.search(r"damaged \S+\.s0\.\S+: result.json is not valid JSON", done.out)
+    assert "done   l2_norm base seed 1" in done.out and (first / "result.json").read_text() == ""
+    assert dpgbench("sweep", *words, "retry=damaged").code == 0
+    assert dpgbench("report", *words).code == 0
+    parquet = tmp_path / "sweep.parquet"
+    parquet.write_bytes(parquet.read_bytes()[:1000])
+    shutil.rmtree(tmp_path / "runs")
+    done = dpgbench("report", *words)
+    assert done.code == 2 and "cannot be read as parquet" in done.err and done.err.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_disk_that_fills_up_ends_in_one_line_and_goes_on_when_there_is_space(dpgbench, tmp_path):
+    """Full in the middle of a cell: no done that is none; with space again the same line ends with the numbers of a quiet run."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no permission to mount a file system here")
+    words = ["task=language", "method=dpg", *SMALL[1:-1], "steps=4", "snapshots=2", "launcher.checkpoint_seconds=0.0"]
+    try:
+        full = dpgbench("sweep", *words, f"results={disk}")  # a checkpoint takes 2.4 MB
+        assert full.code == 2 and "No space left" in full.err and full.err.count("\n") == 1, full.err
+        assert re.search(r"language_de\.dpg\.\S+ +interrupted", dpgbench("status", f"results={disk}").out)
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        assert dpgbench("sweep", *words, f"results={disk}").code == 0
+        assert dpgbench("sweep", *words, f"results={tmp_path / 'quiet'}").code == 0
+        assert chaos.numbers(disk) == chaos.numbers(tmp_path / "quiet")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_cancel_stops_a_local_sweep_which_keeps_its_checkpoint(dpgbench, tmp_path):
+    """Only the named one, and as kindly as a time limit would."""
+    words = ["task=language", "method=dpg", *SMALL[1:-1], "steps=500", "snapshots=2", "seed=0,1", f"results={tmp_path}"]
+    local = ["launcher=local", "launcher.workers=2", "launcher.checkpoint_seconds=0.0"]
+    process = start("sweep", *words, *local, "name=mine")
+    try:
+        wait_for("runs/*/checkpoint.*", tmp_path)
+        assert "stopped 0 processes" in dpgbench("cancel", *words, "name=other").out
+        assert process.poll() is None
+        assert "stopped 1 processes" in dpgbench("cancel", "name=mine", f"results={tmp_path}").out
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 130 and "interrupted" in err
+    finally:
+        process.kill()
+    assert re.search(r"interrupted|stale", dpgbench("status", f"results={tmp_path}").out)
+
+
+def test_two_thousand_cells_take_less_than_three_seconds(dpgbench, tmp_path):
+    """--dry-run and status, of processor time: all of them finished, with metrics as long as a real run's."""
+    words = ["task=all", "method=all", "seed=0", f"results={tmp_path}", "deployment_texts=8"]
+    names = [
+        cell.spec.folder
+        for cell in config.read(["task=all", "method=dpg,base", f"seed={','.join(map(str, range(125)))}"], sweep=True).cells
+    ]
+    assert len(names) == 2000
+    line = json.dumps({"step": 1, "texts": ["der hund schläft."] * 40}) + "\n"
+    for name in names:
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(line * 60)
+        result = {"schema": 1, "hash": name.rpartition(".")[2], "lines": 60, "snapshots": [], "seconds_total": 9.0}
+        (folder / "result.json").write_text(json.dumps(result))
+    words = ["task=all", "method=dpg,base", f"seed={','.join(map(str, range(125)))}", f"results={tmp_path}"]
+    for command in (["sweep", *words, "--dry-run"], ["status", *words], ["status", f"results={tmp_path}"]):
+        before = os.times()
+        done = dpgbench(*command)
+        after = os.times()
+        assert done.code == 0 and done.out.count("done") >= 2000
+        spent = after.children_user + after.children_system - before.children_user - before.children_system
+        assert spent < 3, f"{command[0]}: {spent:.1f} s"
+
+
+def test_slurm_that_is_not_there_is_one_line(dpgbench, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "/nowhere")
+    done = dpgbench("sweep", *LIGHT, "launcher=slurm", f"results={tmp_path}")
+    assert done.code == 2 and "there is no sbatch on this machine" in done.err and done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("module", "words"), [("hydra", ["list"]), ("submitit", ["sweep", *LIGHT, "launcher=slurm"])])
+def test_a_package_that_is_missing_is_one_line(tmp_path, module, words):
+    """As on a node whose environment was never installed."""
+    (tmp_path / "bin").mkdir()
+    for program in ("sbatch", "squeue", "scancel", "srun"):
+        (tmp_path / "bin" / program).write_text("#!/bin/sh\n")
+        (tmp_path / "bin" / program).chmod(0o755)
+    code = (
+        f"import sys; sys.modules[{module!r}] = None\nfrom dpgbench.cli import main\n"
+        f"sys.exit(main({[*words, f'results={tmp_path}'] if words != ['list'] else words!r}))"
+    )
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and module in done.stderr and "pip install" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_settings_of_launchers_are_checked():
+    from dpgbench.errors import UserError
+
+    for words in (["launcher=local", "launcher.workers=0"], ["launcher.checkpoint_seconds=-1.0"]):
+        with pytest.raises(UserError, match="launcher"):
+            check(config.read([*LIGHT, *words], sweep=True).launcher)
+
+
+def test_resources_by_scale_and_method():
+    """default, then the scale's, then the method's, then what the line says for all."""
+    from dpgbench.launch.slurm import _resources
+
+    words = ["launcher=slurm", "launcher.resources.dpg.mem_gb=64", "launcher.gpus=2"]
+    launcher = config.read([*LIGHT, *words], sweep=True).launcher
+    assert _resources(launcher, "tiny", "base") == {"gpus": 2, "cpus": 1, "mem_gb": 4, "time_min": 120}
+    assert _resources(launcher, "small", "dpg") == {"gpus": 2, "cpus": 4, "mem_gb": 64, "time_min": 480}
+
+
+def test_pinned_code_is_a_copy_that_shows_when_it_was_changed(tmp_path, plugins):
+    """The same content is found again, other content lies elsewhere, and a changed copy is refused."""
+    from dpgbench.errors import UserError
+
+    there = pinned.pin(tmp_path, plugins, "abc")
+    assert pinned.pin(tmp_path, plugins, "abc") == there and (there / "COMMIT").read_text() == "abc"
+    assert (there / "dpgbench" / "phrasebook" / "weights").exists() or list((there / "dpgbench" / "phrasebook").rglob("*.safetensors"))
+    before = pinned.digest(plugins)
+    (plugins / "methods" / "parrot.py").write_text((plugins / "methods" / "parrot.py").read_text() + "\n# changed\n")
+    assert pinned.pin(tmp_path, plugins, "abc") != there and pinned.digest(plugins) != before
+    (there / "dpgbench" / "seeds.py").write_text("# changed")
+    with pytest.raises(UserError, match="changed since it was pinned"):
+        pinned.verify(there)
+
+
+def test_a_worker_that_was_told_to_stop_before_it_worked_is_gone():
+    """The signal's default is not what a pool's worker does: idle it ends, at work it finishes its step."""
+    code = "import os, signal\nfrom dpgbench.checkpoint import Stop\nStop.install()\nos.kill(os.getpid(), signal.SIGTERM)\nprint('here')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGTERM and not done.stdout
+
+
+def test_a_state_names_the_folder_of_another_version(tmp_path):
+    folder = RunFolder(tmp_path / "task.method.s0.0123456789")
+    folder.path.mkdir()
+    (folder.path / "result.json").write_text(json.dumps({"schema": 0, "hash": folder.hash, "snapshots": [], "lines": 0}))
+    assert folder.state().name == "damaged" and "another version" in folder.state().detail
