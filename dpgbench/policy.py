@@ -75,7 +75,7 @@ def train_policy(
     generator = generator or bench.generator
     average = WeightAverage(generator.model, policy.averaging)
     if saved is not None:
-        restore_weights(generator.model, average.mean, saved.tensors)
+        restore_weights(generator.model, saved.tensors, average.mean)
 
     def snapshot(step: int) -> Snapshot:
         def write(prompts: Sequence[Prompt]) -> list[str]:

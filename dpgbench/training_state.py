@@ -17,7 +17,7 @@ SCHEDULE = ("last_epoch", "_step_count", "_last_lr")
 
 def tensors_of(model: nn.Module, mean: Mapping[str, Tensor] | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Everything that is a tensor, by name. Nothing is copied."""
-    tensors = {f"model.{name}": weight for name, weight in model.named_parameters()}
+    tensors = weights_of(model)
     tensors |= {f"mean.{name}": weight for name, weight in (mean or {}).items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
@@ -25,6 +25,11 @@ def tensors_of(model: nn.Module, mean: Mapping[str, Tensor] | None, optimizer: t
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     return tensors
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The weights alone, for training that starts each time with a new optimizer."""
+    return {f"model.{name}": weight for name, weight in model.named_parameters()}
 
 
 def numbers_of(optimizer: torch.optim.Optimizer, schedule: Any) -> dict[str, Any]:
@@ -37,7 +42,7 @@ def numbers_of(optimizer: torch.optim.Optimizer, schedule: Any) -> dict[str, Any
 
 
 @torch.no_grad()
-def restore_weights(model: nn.Module, mean: Mapping[str, Tensor] | None, tensors: Mapping[str, Tensor]) -> None:
+def restore_weights(model: nn.Module, tensors: Mapping[str, Tensor], mean: Mapping[str, Tensor] | None = None) -> None:
     """Put the weights, and their running mean where there is one, back in place."""
     for name, weight in model.named_parameters():
         weight.copy_(tensors[f"model.{name}"])

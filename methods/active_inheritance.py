@@ -49,13 +49,21 @@ class ActiveInheritance(Method):
             return f"{task.name} has no black-box score of a text; use method.criterion=utility"
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
-        n = self.options.n
-        for size in [2**power for power in range(n.bit_length()) if 2**power < n]:
-            yield self._snapshot(bench, size, size)
-        yield self._snapshot(bench, n, n)
-        for completed in range(1, self.options.rounds):
+        from dpgbench.training_state import restore_weights, weights_of
+
+        n, completed, model = self.options.n, 1, bench.generator.model
+        if bench.saved is not None:
+            restore_weights(model, bench.saved.tensors)
+            completed = bench.saved.step // n
+        else:
+            for size in [2**power for power in range(n.bit_length()) if 2**power < n]:
+                yield self._snapshot(bench, size, size)
+        yield self._snapshot(bench, completed * n, n)
+        while completed < self.options.rounds:
             self._inherit(bench, completed)
-            yield self._snapshot(bench, (completed + 1) * n, n)
+            completed += 1
+            bench.checkpoint(completed * n, lambda: weights_of(model))
+            yield self._snapshot(bench, completed * n, n)
 
     def _snapshot(self, bench: Workbench, step: int, n: int) -> Snapshot:
         return Snapshot(step, lambda prompts: self._best(bench, prompts, n, "deployment")[0])

@@ -39,20 +39,24 @@ class PromptOnly(Method):
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         candidates = self._candidates(bench)
-        yield self._under(candidates[0], bench, tried=1)
+        values: list[float] = list(bench.saved.numbers["values"]) if bench.saved else []
+        yield self._best(candidates, values, bench)
         if len(candidates) == 1:
             return  # and nothing to compare it with
-        values: list[float] = []
-        for tried, instruction in enumerate(candidates, start=1):
+        for tried, instruction in enumerate(candidates[len(values) :], start=len(values) + 1):
             values.append(self._value(instruction, bench, tried))
             if tried in (2, 4, 8, 16, len(candidates)):
-                yield self._under(candidates[values.index(max(values))], bench, tried)
+                bench.checkpoint(tried, dict, lambda: {"values": values})
+                yield self._best(candidates, values, bench)
 
-    def _under(self, instruction: str, bench: Workbench, tried: int) -> Snapshot:
+    def _best(self, candidates: Sequence[str], values: Sequence[float], bench: Workbench) -> Snapshot:
+        """Of those with a value; before there are any, the hint."""
+        instruction = candidates[values.index(max(values)) if values else 0]
+
         def instructed(prompts: Sequence[Prompt]) -> list[str]:
             return bench.sample(bench.world.instruct(prompts, instruction), "deployment")
 
-        return Snapshot(step=tried, sample=instructed)
+        return Snapshot(step=max(1, len(values)), sample=instructed)
 
     def _candidates(self, bench: Workbench) -> list[str]:
         """The hint first."""

@@ -21,6 +21,8 @@ METHODS = {
     "influence": ["method=influence", "estimator=adam"],
     "naive": ["method=naive"],
     "optimsyn": ["method=optimsyn", "texts=1"],
+    "rounds": ["method=active_inheritance_rounds", "n=2", "rounds=4", "round_prompts=16"],
+    "search": ["method=prompt_only", "search=5", "search_texts=8"],
 }
 
 
@@ -28,12 +30,12 @@ def cell(*words: str):
     return config.read(["task=language", *WORDS, *words], sweep=False).cells[0].spec
 
 
-def stop_at(step: int):
+def stop_at(step: int, counter: str = "step"):
     """A watcher that sends SIGTERM once, when the line of `step` is recorded: the next checkpoint is the last thing that happens."""
     sent = []
 
     def watch(line: dict) -> None:
-        if line.get("step") == step and not sent:
+        if line.get(counter) == step and not sent:
             sent.append(step)
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -79,6 +81,22 @@ def test_a_cell_that_goes_on_ends_as_one_that_never_stopped(quiet, tmp_path, nam
     assert [number for number in steps if number] == list(range(step + 1, 5))
     assert_same(folder, quiet(name))
     assert not checkpoint.steps_in(folder.path)
+
+
+@pytest.mark.parametrize(
+    ("name", "counter", "stop", "made_again"),
+    [("rounds", "round", 2, [3]), ("search", "candidate", 3, [5]), ("search", "candidate", 5, [])],
+)
+def test_rounds_and_searches_go_on_too(quiet, tmp_path, name, counter, stop, made_again):
+    """A search has checkpoints where it has snapshots, of 2, 4 and all candidates; a round has one each."""
+    spec = cell(*METHODS[name])
+    folder = RunFolder.of(tmp_path, spec)
+    seen = []
+    first = run_cell(spec, tmp_path, watch=stop_at(stop, counter), checkpoint_seconds=0)
+    assert first == "interrupted" and checkpoint.steps_in(folder.path)
+    assert run_cell(spec, tmp_path, watch=lambda line: seen.append(line.get(counter))) == "done"
+    assert [number for number in seen if number] == made_again
+    assert_same(folder, quiet(name))
 
 
 def test_a_kill_between_checkpoints_goes_back_to_the_last(quiet, tmp_path):
