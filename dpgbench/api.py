@@ -127,6 +127,8 @@ class Snapshot:
     """One text per prompt. The harness calls it on held-out prompts, right away, and charges what it spends to the method."""
     params: dict[str, Tensor] | None = None
     """For anchors of the scale alone: parameters that the target reached without any text, measured in place of training on texts."""
+    weights: Callable[[], Mapping[str, Tensor]] | None = None
+    """For methods that train the generator that writes the texts: its parameters as `sample` uses them, asked for right after it."""
 
 
 class Method(ABC):
@@ -188,6 +190,7 @@ class RunSpec:
             relevant[section].pop("file", None)  # `file_sha256` stands for it
         for setting in ("memory_budget", "checkpoint", "offload"):  # time and memory, not numbers
             relevant["training"].pop(setting, None)
+        relevant["scale"].pop("keep_generator", None)
         if relevant["training"].get("precision") == "full":
             del relevant["training"]["precision"]  # what cells had before there was a choice
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:10]

@@ -1,4 +1,4 @@
-"""The command line: run | sweep | status | report | list | check. The only file that prints, and the only one that ends the process."""
+"""The command line: run | sweep | status | report | export | list | check. The only file that prints and that ends the process."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ usage: python -m dpgbench COMMAND [key=value ...]
   report  suite=NAME                           tables, figures and page of a sweep, from its run folders or its parquet
           --format json                        the same numbers for machines, on standard output, instead of the page
           --compare core@HEAD~1 core           what changed between two suites or commits, and whether it is within noise
+  export RUN [to=DIR]                          a run folder's trained generator, for transformers, and its deployment dataset
   list                                         every method, task, scale and suite
   check metagrad task=language seed=0          can this cell's rewards be trusted? directions=8 subsets=32 say how much to measure
 
@@ -43,7 +44,7 @@ usage: python -m dpgbench COMMAND [key=value ...]
 A bare key such as steps=2 or lang=es sets the one option of that name; task=all and method=all mean every one there is.
 """
 
-COMMANDS = ("run", "sweep", "status", "report", "list", "check")
+COMMANDS = ("run", "sweep", "status", "report", "export", "list", "check")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,6 +89,8 @@ def _command(words: list[str]) -> int:
         return _report(words)
     if command == "check":
         return _check(words)
+    if command == "export":
+        return _export(words)
     if command == "run" and any(word.startswith("spec=") for word in words):
         request = _replay(words)
     else:
@@ -241,6 +244,18 @@ def _report(words: list[str]) -> int:
         print(json.dumps(machine_readable(frame, **what), indent=1, ensure_ascii=False, allow_nan=False))
     else:
         print(f"report: {build(frame, results / name, **what)}")
+    return 0
+
+
+def _export(words: list[str]) -> int:
+    """Generator and dataset of a finished cell, in a folder of their own."""
+    runs = [word for word in words if not word.startswith("to=")]
+    if len(runs) != 1 or len(words) > 2:
+        raise UserError(f"export {' '.join(words)}: takes one run folder, and to=DIR if you like; write export results/runs/CELL to=mine")
+    from dpgbench.export import export
+
+    given = [word.removeprefix("to=") for word in words if word.startswith("to=")]
+    print(f"exported to {export(Path(runs[0]), Path(given[0]) if given else None)}")
     return 0
 
 

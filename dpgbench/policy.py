@@ -82,7 +82,7 @@ def train_policy(
             with average.loaded():
                 return sample(prompts) if sample else bench.sample(prompts, "deployment")
 
-        return Snapshot(step, write)
+        return Snapshot(step, write, weights=average.weights if sample is None else None)
 
     first = saved.step if saved else 0
     spending = _Spending(*(saved.numbers["spending"] if saved else ()))
@@ -145,6 +145,10 @@ class WeightAverage:
             keep = min(self.decay, step / (step + 9))
             for name, weight in self.model.named_parameters():
                 self.mean[name].lerp_(weight.detach(), 1 - keep)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What texts are drawn from."""
+        return dict(self.model.named_parameters()) if self.mean is None else self.mean
 
     def loaded(self) -> AbstractContextManager:
         return nullcontext() if self.mean is None else loaded(self.model, self.mean)

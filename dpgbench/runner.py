@@ -17,6 +17,7 @@ from dpgbench import __version__, pinned
 from dpgbench.api import RunSpec, Snapshot, Task, TaskView
 from dpgbench.checkpoint import Checkpoints, Stop
 from dpgbench.errors import Busy, CellError, Interrupted, Lost, UserError
+from dpgbench.export import keep
 from dpgbench.registry import Registry, home
 from dpgbench.seeds import stream
 from dpgbench.store import RunFolder
@@ -187,6 +188,7 @@ class _Cell:
         scored = self._score(snapshot)
         if scored is None:
             return False
+        keep(self.folder, snapshot, self.prompts, scored.texts)
         self.lines.append({**scored.line, "seconds": scored.seconds})
         self.texts, self.params = scored.texts, scored.params
         return True
