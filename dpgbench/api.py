@@ -191,6 +191,9 @@ class RunSpec:
         for setting in ("memory_budget", "checkpoint", "offload"):  # time and memory, not numbers
             relevant["training"].pop(setting, None)
         relevant["scale"].pop("keep_generator", None)
+        for setting in ("generator_revision", "target_revision"):  # which cells had none of before there was a choice
+            if relevant["scale"].get(setting) is None:
+                relevant["scale"].pop(setting, None)
         if relevant["training"].get("precision") == "full":
             del relevant["training"]["precision"]  # what cells had before there was a choice
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:10]

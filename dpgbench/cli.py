@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpgbench import config, store
+from dpgbench import config, model_files, store
 from dpgbench.api import Options
 from dpgbench.config import Cell, Request
 from dpgbench.errors import UserError, did_you_mean
@@ -104,6 +104,7 @@ def _launch(request: Request, save: bool) -> int:
     from dpgbench.launch import launch
 
     store.check_writable(request.results)
+    model_files.check_cells(cell.spec for cell in request.cells if not cell.skip)
     if save:
         _save_words(request)
     console = _console()

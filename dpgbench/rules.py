@@ -80,6 +80,8 @@ def _check_scale(scale: _Section, inner_steps: int) -> None:
     steps, source = (given, "deployment_steps") if given else (inner_steps, "inner_steps")
     fix = f"write deployment_texts={max(1, texts // steps) * steps}"
     scale.require("deployment_texts", texts >= 1 and texts % steps == 0, f"must divide into {source}={steps} batches; {fix}")
+    for role in ("generator", "target"):
+        scale.require_one_of(f"{role}_dtype", "float32", "bfloat16")
     said = scale["instruction"]
     scale.require(
         "instruction", said is None or (isinstance(said, str) and said.strip()), "a sentence or null; write scale.instruction=null"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpgbench import __version__, pinned
+from dpgbench import __version__, model_files, pinned
 from dpgbench.api import RunSpec, Snapshot, Task, TaskView
 from dpgbench.checkpoint import Checkpoints, Stop
 from dpgbench.errors import Busy, CellError, Interrupted, Lost, UserError
@@ -126,14 +126,18 @@ class _Cell:
         """Prepare the folder: afresh, or as it was at the newest checkpoint that is whole."""
         found = self.checkpoints.newest(self.folder.sizes())
         if found is None:
-            self.folder.begin(environment())
+            self.folder.begin(self.environment())
             return
         saved, content = found
-        self.folder.begin(environment(), content["sizes"])
+        self.folder.begin(self.environment(), content["sizes"])
         self.started = self._clock - content["seconds"]
         self.lines, self.texts, self.schedule.passed = content["lines"], content["texts"], content["passed"]
         self.bench.restore(saved, content["bench"])
         self.meter.restore(content["meter"])
+
+    def environment(self) -> dict[str, Any]:
+        """What the numbers were made with, the models' revisions among it."""
+        return {**environment(), "models": {role: model_files.find(self.spec.scale, role).about() for role in model_files.ROLES}}
 
     def _checkpoint(self, step: int, tensors: Callable[[], dict[str, Tensor]], numbers: Callable[[], dict[str, Any]]) -> None:
         """What `Workbench.checkpoint` does: save if it is time to, and stop here if asked to. The time is nobody's cost."""
