@@ -25,6 +25,12 @@ Prompt = str | list[dict[str, str]]
 """What a generator is asked: rendered text, or chat messages for a model with a chat template."""
 
 
+# Settings that scales have had since their first cells were stored; null is what those cells had.
+ADDED_TO_SCALES = (
+    "generator_revision", "target_revision", "max_prompt_tokens", "corpus_subset", "corpus_column", "corpus_revision",
+)  # fmt: skip
+
+
 class Options(Mapping):
     """A read-only view of one section of the configuration; `options.lr` and `options["lr"]` are the same."""
 
@@ -191,9 +197,11 @@ class RunSpec:
         for setting in ("memory_budget", "checkpoint", "offload"):  # time and memory, not numbers
             relevant["training"].pop(setting, None)
         relevant["scale"].pop("keep_generator", None)
-        for setting in ("generator_revision", "target_revision"):  # which cells had none of before there was a choice
+        for setting in ADDED_TO_SCALES:
             if relevant["scale"].get(setting) is None:
                 relevant["scale"].pop(setting, None)
+        if "corpus_sha256" in relevant["scale"]:  # which stands for the file's path
+            relevant["scale"].pop("corpus")
         if relevant["training"].get("precision") == "full":
             del relevant["training"]["precision"]  # what cells had before there was a choice
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:10]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from dpgbench.errors import UserError, did_you_mean
+from dpgbench.texts import is_passages
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -82,6 +84,10 @@ def _check_scale(scale: _Section, inner_steps: int) -> None:
     scale.require("deployment_texts", texts >= 1 and texts % steps == 0, f"must divide into {source}={steps} batches; {fix}")
     for role in ("generator", "target"):
         scale.require_one_of(f"{role}_dtype", "float32", "bfloat16")
+    corpus = str(scale["corpus"])
+    known = corpus in ("phrasebook", "topics") or is_passages(corpus) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", corpus)
+    fix = "choose from: phrasebook, topics, a .txt, .jsonl or .parquet file, or a data set of the hub such as wikimedia/wikipedia"
+    scale.require("corpus", bool(known), f"no such corpus; {fix}")
     said = scale["instruction"]
     scale.require(
         "instruction", said is None or (isinstance(said, str) and said.strip()), "a sentence or null; write scale.instruction=null"

@@ -115,7 +115,7 @@ class _Cell:
         generator = models.load_generator(spec.scale)
         generator.model.to(device)
         target, tokenizer = models.load_target(spec.scale)
-        self.world = data.World(spec.scale, spec.training, data.corpus(spec.scale), target.to(device), tokenizer)
+        self.world = data.World(spec.scale, spec.training, data.corpus(spec.scale, generator.tokenizer), target.to(device), tokenizer)
         self.task.prepare(self.world)
         self.meter = compute.Meter()
         self.bench = Workbench(spec, TaskView(self.task), self.world, generator, self.meter, self._record, self._checkpoint)
@@ -137,7 +137,8 @@ class _Cell:
 
     def environment(self) -> dict[str, Any]:
         """What the numbers were made with, the models' revisions among it."""
-        return {**environment(), "models": {role: model_files.find(self.spec.scale, role).about() for role in model_files.ROLES}}
+        models = {role: model_files.find(self.spec.scale, role).about() for role in model_files.ROLES}
+        return {**environment(), "models": models, "corpus_revision": getattr(self.world.corpus, "revision", None)}
 
     def _checkpoint(self, step: int, tensors: Callable[[], dict[str, Tensor]], numbers: Callable[[], dict[str, Any]]) -> None:
         """What `Workbench.checkpoint` does: save if it is time to, and stop here if asked to. The time is nobody's cost."""
