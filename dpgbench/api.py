@@ -149,6 +149,12 @@ class Method(ABC):
     def supports(self, task: TaskInfo) -> str | None:
         """None, or the one-line reason why this method cannot do this task (the cell is then skipped, not failed)."""
 
+    def target_passes(self, steps: int) -> float | None:
+        """For `--dry-run`: forward passes of the target on all texts of a policy step, at T = `steps`, at most; None: cannot tell.
+
+        A method without a policy whose cost is its deployment dataset says 0. Asked before torch is loaded.
+        """
+
     @abstractmethod
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         """Work, yielding a snapshot whenever there is a new answer. The harness scores some of them and always the last."""
@@ -200,6 +206,8 @@ class RunSpec:
         for setting in ADDED_TO_SCALES:
             if relevant["scale"].get(setting) is None:
                 relevant["scale"].pop(setting, None)
+        if relevant["method"].get("policy") and relevant["method"]["policy"].get("rollout_batch") is None:  # as scales' settings
+            relevant["method"]["policy"] = {k: v for k, v in relevant["method"]["policy"].items() if k != "rollout_batch"}
         if "corpus_sha256" in relevant["scale"]:  # which stands for the file's path
             relevant["scale"].pop("corpus")
         if relevant["training"].get("precision") == "full":

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpgbench import config, model_files, store
+from dpgbench import config, model_files, plan, store
 from dpgbench.api import Options
 from dpgbench.config import Cell, Request
 from dpgbench.errors import UserError, did_you_mean
@@ -140,12 +140,15 @@ def _dry_run(request: Request) -> int:
     table = Table("cell", "state", "cost", box=None, pad_edge=False)
     states = [_state(cell, request.results) for cell in request.cells]
     seconds = _measured_seconds(request, states)
-    to_run = 0.0
+    to_run, planned = 0.0, []
     for cell, (name, detail) in zip(request.cells, states, strict=True):
         known = seconds.get((cell.spec.task.label, cell.spec.method.label))
         waiting = name not in ("done", "skipped")
         to_run += known or 0.0 if waiting else 0.0
         cost = "" if not waiting else f"about {known:.0f} s" if known else "not measured yet"
+        if waiting and (found := plan.estimate(cell.spec, request.registry)):
+            planned.append(found)
+            cost += f", about {found.flops:.1e} FLOPs and {found.memory / 1e9:.2g} GB"
         table.add_row(cell.spec.folder, f"{name}{': ' + detail if detail else ''}", cost)
     console.print(table)
     counts = {name: sum(state == name for state, _ in states) for name in dict.fromkeys(state for state, _ in states)}
@@ -153,6 +156,14 @@ def _dry_run(request: Request) -> int:
     if to_run:
         console.print(
             f"about {to_run:.0f} s of computing left, by the median of finished cells of the same task and method", highlight=False
+        )
+    if planned:
+        flops, hours, memory = (sum(p.flops for p in planned), sum(p.gpu_hours for p in planned), max(p.memory for p in planned))
+        console.print(
+            f"about {flops:.2g} FLOPs in {len(planned)} cells, {hours:.2g} GPU-hours if a GPU sustains {plan.SUSTAINED:.0e} FLOPs a "
+            f"second (not measured), {memory / 1e9:.3g} GB for the largest on one GPU",
+            highlight=False,
+            soft_wrap=True,
         )
     return 0
 

@@ -93,7 +93,9 @@ def test_settings_that_scales_got_later_change_no_older_cell():
     later = ("keep_generator", "generator_revision", "target_revision", "max_prompt_tokens")
     before = {key: value for key, value in spec.config["scale"].items() if key not in later and not key.startswith("corpus_")}
     assert len(before) < len(spec.config["scale"]) - 6
-    assert config.RunSpec({**spec.config, "scale": before}).hash == spec.hash
+    policy = {key: value for key, value in spec.config["method"]["policy"].items() if key != "rollout_batch"}
+    method = {**spec.config["method"], "policy": policy}
+    assert config.RunSpec({**spec.config, "scale": before, "method": method}).hash == spec.hash
 
 
 @pytest.fixture
