@@ -25,6 +25,12 @@ Prompt = str | list[dict[str, str]]
 """What a generator is asked: rendered text, or chat messages for a model with a chat template."""
 
 
+# Settings that scales have had since their first cells were stored; null is what those cells had.
+ADDED_TO_SCALES = (
+    "generator_revision", "target_revision", "max_prompt_tokens", "corpus_subset", "corpus_column", "corpus_revision",
+)  # fmt: skip
+
+
 class Options(Mapping):
     """A read-only view of one section of the configuration; `options.lr` and `options["lr"]` are the same."""
 
@@ -127,6 +133,8 @@ class Snapshot:
     """One text per prompt. The harness calls it on held-out prompts, right away, and charges what it spends to the method."""
     params: dict[str, Tensor] | None = None
     """For anchors of the scale alone: parameters that the target reached without any text, measured in place of training on texts."""
+    weights: Callable[[], Mapping[str, Tensor]] | None = None
+    """For methods that train the generator that writes the texts: its parameters as `sample` uses them, asked for right after it."""
 
 
 class Method(ABC):
@@ -140,6 +148,12 @@ class Method(ABC):
 
     def supports(self, task: TaskInfo) -> str | None:
         """None, or the one-line reason why this method cannot do this task (the cell is then skipped, not failed)."""
+
+    def target_passes(self, steps: int) -> float | None:
+        """For `--dry-run`: forward passes of the target on all texts of a policy step, at T = `steps`, at most; None: cannot tell.
+
+        A method without a policy whose cost is its deployment dataset says 0. Asked before torch is loaded.
+        """
 
     @abstractmethod
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
@@ -188,6 +202,14 @@ class RunSpec:
             relevant[section].pop("file", None)  # `file_sha256` stands for it
         for setting in ("memory_budget", "checkpoint", "offload"):  # time and memory, not numbers
             relevant["training"].pop(setting, None)
+        relevant["scale"].pop("keep_generator", None)
+        for setting in ADDED_TO_SCALES:
+            if relevant["scale"].get(setting) is None:
+                relevant["scale"].pop(setting, None)
+        if relevant["method"].get("policy") and relevant["method"]["policy"].get("rollout_batch") is None:  # as scales' settings
+            relevant["method"]["policy"] = {k: v for k, v in relevant["method"]["policy"].items() if k != "rollout_batch"}
+        if "corpus_sha256" in relevant["scale"]:  # which stands for the file's path
+            relevant["scale"].pop("corpus")
         if relevant["training"].get("precision") == "full":
             del relevant["training"]["precision"]  # what cells had before there was a choice
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:10]

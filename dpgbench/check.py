@@ -249,7 +249,7 @@ def measure_cell(spec: RunSpec, plugins: Path | None = None, **counts: int) -> F
     generator = models.load_generator(spec.scale)
     generator.model.to(device)
     target, tokenizer = models.load_target(spec.scale)
-    world = data.World(spec.scale, spec.training, data.corpus(spec.scale), target.to(device), tokenizer)
+    world = data.World(spec.scale, spec.training, data.corpus(spec.scale, generator.tokenizer), target.to(device), tokenizer)
     task.prepare(world)
     bench = Workbench(spec, TaskView(task), world, generator, compute.Meter(), lambda line: None)
     policy = spec.method.plain().get("policy") or {}

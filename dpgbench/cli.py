@@ -1,4 +1,4 @@
-"""The command line: run | sweep | status | cancel | report | list | check. Only this file prints, and only it ends the process."""
+"""The command line: run | sweep | status | cancel | report | export | list | check. Only this file prints, and only it ends the process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ try:
     from rich.markup import escape
     from rich.table import Table
 
-    from dpgbench import config, store
+    from dpgbench import config, model_files, plan, store
 except ModuleNotFoundError as missing:  # a node whose environment was never installed, or not activated
     print(
         f"dpgbench: {missing.name} is not installed here; activate the environment or `pip install -r requirements.lock`", file=sys.stderr
@@ -43,6 +43,7 @@ usage: python -m dpgbench COMMAND [key=value ...]
   report  suite=NAME                           tables, figures and page of a sweep, from its run folders or its parquet
           --format json                        the same numbers for machines, on standard output, instead of the page
           --compare core@HEAD~1 core           what changed between two suites or commits, and whether it is within noise
+  export RUN [to=DIR]                          a run folder's trained generator, for transformers, and its deployment dataset
   list                                         every method, task, scale and suite
   check metagrad task=language seed=0          can this cell's rewards be trusted? directions=8 subsets=32 say how much to measure
 
@@ -54,7 +55,7 @@ usage: python -m dpgbench COMMAND [key=value ...]
 A bare key such as steps=2 or lang=es sets the one option of that name; task=all and method=all mean every one there is.
 """
 
-COMMANDS = ("run", "sweep", "status", "cancel", "report", "list", "check")
+COMMANDS = ("run", "sweep", "status", "cancel", "report", "export", "list", "check")
 WATCH_SECONDS = 2.0
 
 
@@ -103,6 +104,8 @@ def _command(words: list[str]) -> int:
         return _report(words)
     if command == "check":
         return _check(words)
+    if command == "export":
+        return _export(words)
     if command == "run" and any(word.startswith("spec=") for word in words):
         request = _replay(words)
     else:
@@ -116,6 +119,7 @@ def _launch(request: Request, save: bool) -> int:
 
     launch.check(request.launcher)
     store.check_writable(request.results)
+    model_files.check_cells(cell.spec for cell in request.cells if not cell.skip)
     if save:
         _save_words(request)
     console = _console()
@@ -222,12 +226,15 @@ def _dry_run(request: Request) -> int:
     table = Table("cell", "state", "cost", box=None, pad_edge=False)
     states = [_state(cell, state) for cell, state in _with_states(request)]
     seconds = _measured_seconds(request, states)
-    to_run = 0.0
+    to_run, planned = 0.0, []
     for cell, (name, detail) in zip(request.cells, states, strict=True):
         known = seconds.get((cell.spec.task.label, cell.spec.method.label))
         waiting = name not in ("done", "skipped")
         to_run += known or 0.0 if waiting else 0.0
         cost = "" if not waiting else f"about {known:.0f} s" if known else "not measured yet"
+        if waiting and (found := plan.estimate(cell.spec, request.registry)):
+            planned.append(found)
+            cost += f", about {found.flops:.1e} FLOPs and {found.memory / 1e9:.2g} GB"
         table.add_row(cell.spec.folder, f"{name}{': ' + detail if detail else ''}", cost)
     console.print(table)
     counts = {name: sum(state == name for state, _ in states) for name in dict.fromkeys(state for state, _ in states)}
@@ -235,6 +242,14 @@ def _dry_run(request: Request) -> int:
     if to_run:
         console.print(
             f"about {to_run:.0f} s of computing left, by the median of finished cells of the same task and method", highlight=False
+        )
+    if planned:
+        flops, hours, memory = (sum(p.flops for p in planned), sum(p.gpu_hours for p in planned), max(p.memory for p in planned))
+        console.print(
+            f"about {flops:.2g} FLOPs in {len(planned)} cells, {hours:.2g} GPU-hours if a GPU sustains {plan.SUSTAINED:.0e} FLOPs a "
+            f"second (not measured), {memory / 1e9:.3g} GB for the largest on one GPU",
+            highlight=False,
+            soft_wrap=True,
         )
     return 0
 
@@ -363,6 +378,18 @@ def _report(words: list[str]) -> int:
         print(json.dumps(machine_readable(frame, **what), indent=1, ensure_ascii=False, allow_nan=False))
     else:
         print(f"report: {build(frame, results / name, **what)}")
+    return 0
+
+
+def _export(words: list[str]) -> int:
+    """Generator and dataset of a finished cell, in a folder of their own."""
+    runs = [word for word in words if not word.startswith("to=")]
+    if len(runs) != 1 or len(words) > 2:
+        raise UserError(f"export {' '.join(words)}: takes one run folder, and to=DIR if you like; write export results/runs/CELL to=mine")
+    from dpgbench.export import export
+
+    given = [word.removeprefix("to=") for word in words if word.startswith("to=")]
+    print(f"exported to {export(Path(runs[0]), Path(given[0]) if given else None)}")
     return 0
 
 

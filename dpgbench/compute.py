@@ -100,36 +100,58 @@ class Budget:
         return max((value / limit for limit, value in used if limit is not None), default=0.0)
 
 
-def matmul_weights(model: nn.Module) -> int:
+@dataclass(frozen=True)
+class Shape:
+    """A causal LM's sizes, which is all that the formulas need."""
+
+    matmul_weights: int
     """N: the number of weights that multiply activations, once per module (a tied head counts, an embedding look-up does not)."""
+    attention_flops_per_pair: int
+    """4 H D: what one (query, key) pair costs over all layers."""
+    head: int
+    """Weights of the LM head."""
+    parameters: int = 0
+    """All there are, a tied head once; for memory."""
+    untied: int = 0
+    """The same with a head of its own."""
+    vocabulary: int = 0
+    cache_per_token: int = 0
+    """Keys and values kept for one token, over all layers."""
+
+    def forward_flops(self, batch: int, length: int) -> float:
+        """F(B, L) of the module docstring."""
+        return 2.0 * self.matmul_weights * batch * length + float(self.attention_flops_per_pair) * batch * length**2
+
+    def sampling_flops(self, batch: int, prompt_length: int, new_tokens: int) -> float:
+        """Sampling with a key-value cache: the prompt once (logits of its last position only), then a token at a time."""
+        if new_tokens == 0:
+            return 0.0
+        prompt = self.forward_flops(batch, prompt_length) - 2.0 * self.head * batch * (prompt_length - 1)
+        steps = new_tokens - 1  # the last token is sampled but never read
+        contexts = steps * prompt_length + steps * (steps + 1) / 2
+        return prompt + 2.0 * self.matmul_weights * batch * steps + float(self.attention_flops_per_pair) * batch * contexts
+
+
+def shape_of(model: nn.Module) -> Shape:
+    """What a loaded model's charges are computed from."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    return sum(module.weight.numel() for module in model.modules() if isinstance(module, (nn.Linear, Conv1D)))
-
-
-def attention_flops_per_pair(model: nn.Module) -> int:
-    """4 H D: what one (query, key) pair costs over all layers."""
     config = model.config
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 4 * config.num_hidden_layers * width
+    products = sum(module.weight.numel() for module in model.modules() if isinstance(module, (nn.Linear, Conv1D)))
+    return Shape(products, 4 * config.num_hidden_layers * width, model.get_output_embeddings().weight.numel())
 
 
 def forward_flops(model: nn.Module, batch: int, length: int) -> float:
     """F(B, L) of the module docstring."""
-    return 2.0 * matmul_weights(model) * batch * length + float(attention_flops_per_pair(model)) * batch * length**2
+    return shape_of(model).forward_flops(batch, length)
 
 
 def sampling_flops(model: nn.Module, batch: int, prompt_length: int, new_tokens: int) -> float:
-    """Sampling with a key-value cache: the prompt once (logits of its last position only), then a token at a time."""
-    if new_tokens == 0:
-        return 0.0
-    head = model.get_output_embeddings().weight.numel()
-    prompt = forward_flops(model, batch, prompt_length) - 2.0 * head * batch * (prompt_length - 1)
-    steps = new_tokens - 1  # the last token is sampled but never read
-    contexts = steps * prompt_length + steps * (steps + 1) / 2
-    return prompt + 2.0 * matmul_weights(model) * batch * steps + float(attention_flops_per_pair(model)) * batch * contexts
+    """Of `new_tokens` for each of `batch` prompts; see `Shape.sampling_flops`."""
+    return shape_of(model).sampling_flops(batch, prompt_length, new_tokens)
 
 
 def counted_flops(function: Callable[[], Result]) -> tuple[Result, float]:

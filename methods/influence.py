@@ -38,6 +38,9 @@ class Influence(Method):
         if options.estimator not in ESTIMATORS:
             raise UserError(f"method.estimator={options.estimator}: no such estimator; {did_you_mean(options.estimator, ESTIMATORS)}")
 
+    def target_passes(self, steps: int) -> float:
+        return 3.0
+
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         from dpgbench.policy import Rollouts, train_policy
 

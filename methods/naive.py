@@ -35,6 +35,9 @@ class Naive(Method):
                 f"write datasets=null for {group}, or raise group_size"
             )
 
+    def target_passes(self, steps: int) -> float:
+        return 3.0
+
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         from dpgbench.policy import Rollouts, train_policy
 

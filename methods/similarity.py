@@ -46,6 +46,9 @@ class Similarity(Method):
         if self.options.reward != "score" and "references" not in task.defines:
             return f"{task.name} has no references, texts that show what is wanted"
 
+    def target_passes(self, steps: int) -> float:
+        return 0.0
+
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         from dpgbench.policy import Rollouts, train_policy
 

@@ -48,7 +48,7 @@ def without_seconds(result: dict) -> dict:
 
 
 def assert_same(one: RunFolder, other: RunFolder) -> None:
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
+    for name in ("metrics.jsonl", "rollouts.jsonl", "deployment.jsonl", "generator.safetensors"):
         if (one.path / name).exists() or (other.path / name).exists():
             assert (one.path / name).read_bytes() == (other.path / name).read_bytes()
     assert without_seconds(one.result()) == without_seconds(other.result())

@@ -166,14 +166,3 @@ def test_sampling_does_not_depend_on_what_came_before():
     again, _ = generator.sample(prompts[:16], seed=7)
     assert again == texts[:16] and len(shapes) == 3 and all(batch == 8 for batch, _, _ in shapes)
     assert generator.sample(prompts[:8], seed=8)[0] != texts[:8]
-
-
-def test_missing_models_are_one_line(tmp_path, monkeypatch):
-    """A name that cannot be loaded: one line, with the way out."""
-    from dpgbench import config
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    spec = config.read([f"scale.target={tmp_path}/nothing"], sweep=False).cells[0].spec
-    with pytest.raises(UserError, match="the model cannot be loaded") as caught:
-        models.load_target(spec.scale)
-    assert "\n" not in str(caught.value)

@@ -18,12 +18,15 @@ COMMANDS = [line.split("#")[0].strip() for line in (README + CLUSTER).splitlines
 def test_every_command_in_the_readme_is_understood(command, plugins, tmp_path):
     """Cells are not run here, but every word is read: sweeps and runs with --dry-run, the rest as they are."""
     words = command.split()[3:]
-    words = [word.replace("plugins=mine", f"plugins={plugins}") for word in words] + ([] if words[0] == "list" else [f"results={tmp_path}"])
+    words = [word.replace("plugins=mine", f"plugins={plugins}") for word in words]
+    words += [] if words[0] in ("list", "export") else [f"results={tmp_path}"]
     if words[0] in ("run", "sweep") and "--dry-run" not in words:
         words.append("--dry-run")
     done = subprocess.run([sys.executable, "-m", "dpgbench", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
     if words[0] == "report":
         assert done.returncode == 2 and re.search("nothing to report|--compare .*: git has no", done.stderr)
+    elif words[0] == "export":
+        assert done.returncode == 2 and "not a run folder" in done.stderr
     else:
         assert done.returncode == 0, done.stderr
 

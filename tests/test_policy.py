@@ -153,3 +153,27 @@ def test_lines_are_json(bench):
     work = bench("steps=1")
     list(train_policy(work, lambda rollouts: [0.0] * 16))
     assert "seconds" not in json.dumps(work.lines)
+
+
+def test_rollouts_are_sampled_in_calls_that_fit(bench, monkeypatch):
+    """rollout_batch=8: two calls for sixteen completions, all of them rewarded in the order of their prompts, each call charged its own."""
+    work, calls = bench("rollout_batch=8"), []
+    generate, charge = type(work.generator.model).generate, work.charge_generation
+
+    def counting(model, **inputs):
+        calls.append(len(inputs["input_ids"]))
+        return generate(model, **inputs)
+
+    charged = []
+    monkeypatch.setattr(type(work.generator.model), "generate", counting)
+    monkeypatch.setattr(work, "charge_generation", lambda *shape: (charged.append(shape), charge(*shape)))
+    seen = []
+
+    def reward(rollouts):
+        assert all(rollouts.prompts[i] == rollouts.prompts[i - i % 4] for i in range(16))
+        seen.append(rollouts)
+        return [float(len(text)) for text in rollouts.completions]
+
+    assert [snapshot.step for snapshot in train_policy(work, reward)] == [0, 1, 2]
+    assert calls == [8] * 4 and [shape[0] for shape in charged] == [8] * 4
+    assert len({*seen[0].completions}) > 8  # the calls draw different texts

@@ -1,0 +1,206 @@
+"""Which models a scale names, read from their configuration files alone: without torch, before anything heavy is loaded.
+
+A model is the name of one on the model hub, a local folder as `save_pretrained` writes it, or "phrasebook", the embedded weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dpgbench import phrasebook
+from dpgbench.api import Options, RunSpec
+from dpgbench.errors import UserError
+
+ROLES = ("generator", "target")
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CAUSAL = ("ForCausalLM", "LMHeadModel")  # how transformers ends the names of classes that predict the next token
+CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx")  # what configurations call the longest context
+
+
+def smollm2_folder() -> Path:
+    """Where SmolLM2 is kept once it was converted from the weights in a registry package (`models.load_generator`)."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpgbench" / "smollm2-135m-instruct-from-q4_1"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """One model of a scale."""
+
+    role: str
+    name: str
+    config: Mapping[str, Any]
+    """config.json as it is: what a class has for a default may be missing."""
+    folder: Path | None
+    """Where its files are, if it is a local one."""
+    commit: str | None
+    """Of the hub's repository, if it is there."""
+
+    @property
+    def context(self) -> int | None:
+        """The longest context in tokens, where the configuration says."""
+        return next((self.config[key] for key in CONTEXT if self.config.get(key)), None)
+
+    def about(self) -> dict[str, Any]:
+        """What a result says of its models: the hub's commit, or the digest of a local folder's weights."""
+        return {"name": self.name, "revision": self.commit} if self.folder is None else {"name": self.name, "sha256": _digest(self.folder)}
+
+
+def find(scale: Options, role: str, *, online: bool = True) -> ModelFiles:
+    """The files of a scale's model, from the hub's cache if they are there. Raises UserError, one line that says why not and what to do.
+
+    `online=False` asks nobody: what is in no cache is not found.
+    """
+    name, revision = str(scale[role]), scale.get(f"{role}_revision")
+    folder = _folder(role, name)
+    if folder is not None and revision is not None:
+        raise UserError(f"scale.{role}_revision={revision}: {name} is a folder, which has no revisions; write {role}_revision=null")
+    where = _Where(f"scale.{role}={name}", name, folder, revision, online)
+    path = where.file("config.json")
+    if path is None:
+        raise UserError(f"scale.{role}={name}: no config.json there, so not a model of transformers; give one that `save_pretrained` wrote")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"scale.{role}={name}: its config.json cannot be read ({type(error).__name__}); get the model anew") from None
+    commit = path.parent.name if folder is None and re.fullmatch(r"[0-9a-f]{40}", path.parent.name) else revision
+    return ModelFiles(role, name, config, folder, commit)
+
+
+def check(scale: Options, training: Options) -> None:
+    """Both models of a scale are there, causal, end their texts and are long enough. Raises UserError, one line, for the first that is not.
+
+    Cost: a few kilobytes of each model from the hub, once.
+    """
+    for role in ROLES:
+        files = find(scale, role)
+        check_kind(files)
+        where = _Where(f"scale.{role}={files.name}", files.name, files.folder, files.commit, True)
+        settings = (_json(where.file(name)) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+        if files.config.get("eos_token_id") is None and not any(found.get("eos_token") for found in settings):
+            raise no_end(role, files.name)
+        if role == "target":
+            _check_room(files, training.max_length, f"an example has training.max_length={training.max_length}")
+        else:
+            read, written = scale.get("max_prompt_tokens") or 0, scale.max_completion_tokens
+            said = f"scale.max_prompt_tokens={read} and scale.max_completion_tokens={written}" if read else f"a completion has {written}"
+            _check_room(files, read + written, said)
+
+
+def check_cells(specs: Iterable[RunSpec]) -> None:
+    """`check` for every different pair of models of some cells."""
+    seen = set()
+    for spec in specs:
+        asked = json.dumps([spec.scale.plain(), spec.training.max_length], sort_keys=True)
+        if asked not in seen:
+            seen.add(asked)
+            if SMOLLM2 not in (spec.scale.generator, spec.scale.target) or smollm2_folder().exists():
+                check(spec.scale, spec.training)  # SmolLM2 may also come from a registry package, which loading it finds out
+
+
+def check_kind(files: ModelFiles) -> None:
+    """Raises UserError for a model that does not predict the next token."""
+    classes = files.config.get("architectures") or []
+    if classes and not any(name.endswith(CAUSAL) for name in classes):
+        said = f"scale.{files.role}={files.name}"
+        raise UserError(f"{said}: {classes[0]} is not a causal language model; choose one whose config.json says ...ForCausalLM")
+
+
+def no_end(role: str, name: str) -> UserError:
+    return UserError(f"scale.{role}={name}: its tokenizer has no end-of-sequence token, so texts cannot end; choose a model that has one")
+
+
+def _check_room(files: ModelFiles, needed: int, said: str) -> None:
+    if files.context is not None and needed > files.context:
+        fix = f"training.max_length={files.context}" if files.role == "target" else "fewer of them"
+        raise UserError(
+            f"scale.{files.role}={files.name}: it reads {files.context} tokens and {said}; write {fix}, or choose another model"
+        )
+
+
+def _folder(role: str, name: str) -> Path | None:
+    """A local model's folder; None for a name on the hub."""
+    if name == "phrasebook":
+        return phrasebook.WEIGHTS / role
+    if name == SMOLLM2 and smollm2_folder().exists():
+        return smollm2_folder()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise UserError(f"scale.{role}={name}: no such folder, nor a name on the model hub; give a folder or a name such as {SMOLLM2}")
+    return None
+
+
+@dataclass(frozen=True)
+class _Where:
+    """A model's files, wherever they are."""
+
+    said: str
+    name: str
+    folder: Path | None
+    revision: str | None
+    online: bool
+
+    def file(self, name: str) -> Path | None:
+        """One of them; None if the model has no such file."""
+        if self.folder is not None:
+            return self.folder / name if (self.folder / name).exists() else None
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            GatedRepoError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )  # fmt: skip
+        from huggingface_hub.utils import logging
+
+        logging.set_verbosity_error()  # the hub's retries are nobody's business: the lines below say what happened
+        wanted = {"repo_id": self.name, "filename": name, "revision": self.revision}
+        try:
+            return Path(hf_hub_download(**wanted, local_files_only=True))
+        except OSError as error:
+            if not self.online:
+                raise UserError(f"{self.said}: not in the model hub's cache ({type(error).__name__}); run a cell of it once") from None
+        try:
+            return Path(hf_hub_download(**wanted))
+        except GatedRepoError:
+            raise UserError(f"{self.said}: gated; accept its terms on its page of the model hub, then `hf auth login`") from None
+        except RepositoryNotFoundError:
+            fix = "check the name, or `hf auth login` if it is private; a local folder will do as well"
+            raise UserError(f"{self.said}: the model hub has no such model; {fix}") from None
+        except RevisionNotFoundError:
+            raise UserError(f"{self.said}: it has no revision {self.revision}; give a commit, a tag or a branch of it, or null") from None
+        except (LocalEntryNotFoundError, OSError) as error:  # before the next: a file that could not be asked for is an entry not found too
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                return None
+            reason = str(error).strip().splitlines()[0].split(". ")[0]
+            raise UserError(f"{self.said}: cannot be loaded ({reason}); go online once, or give a local folder") from None
+
+
+def _json(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+
+
+@cache
+def _digest(folder: Path) -> str:
+    """SHA-256 over a folder's weight files, in hex; seconds for gigabytes."""
+    total = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with open(path, "rb") as file:
+            while part := file.read(1 << 24):
+                total.update(part)
+    return total.hexdigest()

@@ -1,0 +1,161 @@
+"""What a cell will cost, before it runs and without torch: FLOPs by the formulas of `compute`, memory by the largest things that must fit.
+
+Both from configuration files alone, and both as if every completion were as long as it may be: nearer to an upper bound than to a guess.
+What a method asks of the target in a step only the method knows, `Method.target_passes`; what Phi takes, only the task, and it is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from dpgbench import data, model_files
+from dpgbench.api import Options, RunSpec
+from dpgbench.compute import Shape
+from dpgbench.errors import UserError
+from dpgbench.registry import Registry
+
+SUSTAINED = 2e13  # FLOPs a second of one GPU; ours: a third of what an H100 has for float32 products, not measured
+TOKENS_PER_WORD = 4 / 3  # of English prose, roughly; for corpora whose prompts have no limit
+
+# What the stored scales name, for a machine that has not loaded them yet. From their config.json.
+KNOWN = {
+    "openai-community/gpt2": {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
+    "meta-llama/Llama-3.2-1B-Instruct": {
+        "model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 64, "intermediate_size": 8192, "vocab_size": 128256, "tie_word_embeddings": True,
+    },
+    model_files.SMOLLM2: {
+        "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "head_dim": 64, "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+GATED = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "smollm3",
+    "olmo2",
+)  # as Llama
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a cell: FLOPs that the method is charged, and bytes on one GPU that holds everything."""
+
+    flops: float
+    memory: float
+
+    @property
+    def gpu_hours(self) -> float:
+        """At the rate of SUSTAINED."""
+        return self.flops / SUSTAINED / 3600
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape | None:
+    """A model's sizes from its config.json; None for an architecture whose matrices are not known here."""
+    kind = config.get("model_type")
+    if kind == "gpt2":
+        width, layers, vocabulary = config["n_embd"], config["n_layer"], config["vocab_size"]
+        inner = config.get("n_inner") or 4 * width
+        products = layers * (4 * width**2 + 2 * width * inner)
+        small = layers * (9 * width + inner) + 2 * width + config.get("n_positions", 1024) * width
+        cache = 2 * layers * width
+        heads_width, tied = width, config.get("tie_word_embeddings", True)
+    elif kind in GATED:
+        width, layers, vocabulary, heads = (
+            config[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
+        )  # fmt: skip
+        head = config.get("head_dim") or width // heads
+        keys = config.get("num_key_value_heads") or heads
+        products = layers * (2 * width * head * (heads + keys) + 3 * width * config["intermediate_size"])
+        small = layers * 2 * width + width
+        cache = 2 * layers * keys * head
+        heads_width, tied = heads * head, config.get("tie_word_embeddings", False)
+    else:
+        return None
+    table = vocabulary * width
+    return Shape(
+        matmul_weights=products + table, attention_flops_per_pair=4 * layers * heads_width, head=table,
+        parameters=products + small + table * (1 if tied else 2), untied=products + small + 2 * table,
+        vocabulary=vocabulary, cache_per_token=cache,
+    )  # fmt: skip
+
+
+def estimate(spec: RunSpec, registry: Registry) -> Estimate | None:
+    """A cell's cost; None where a model's configuration is not at hand, or the method cannot tell."""
+    generator, target = _shape(spec.scale, "generator"), _shape(spec.scale, "target")
+    passes = _passes(spec, registry)
+    if generator is None or target is None or passes is None:
+        return None
+    scale, training = spec.scale, spec.training
+    prompt, written = _prompt_tokens(scale), scale.max_completion_tokens
+    flops = generator.sampling_flops(scale.deployment_texts, prompt, written)
+    at_once, updated = scale.sampling_batch, 0
+    policy = spec.method.get("policy")
+    if policy is not None:
+        if policy.steps is None:
+            return None  # a budget says what it costs
+        texts = policy.completions
+        step = generator.sampling_flops(texts, prompt, written) + 3 * generator.forward_flops(texts, prompt + written)
+        flops += policy.steps * (step + passes * target.forward_flops(texts, training.max_length))
+        at_once, updated = max(at_once, policy.get("rollout_batch") or texts), policy.micro_batch or policy.minibatch or texts
+    return Estimate(flops, _memory(spec, generator, target, prompt + written, at_once, updated))
+
+
+def _memory(spec: RunSpec, generator: Shape, target: Shape, length: int, at_once: int, updated: int) -> float:
+    """The two models and their optimizers' states, and the larger of: keys and values while sampling, an update's logits, the target's run.
+
+    Activations inside layers, and tapes, which take what `training.memory_budget` leaves, are not in it.
+    """
+    training, width = spec.training, BYTES[spec.scale.generator_dtype]
+    resident = generator.parameters * width * (4 if updated else 1) + target.untied * BYTES[spec.scale.target_dtype]
+    sampling = at_once * length * generator.cache_per_token * width
+    update = 3 * updated * length * generator.vocabulary * 4  # logits, their softmax and its gradient
+    texts = spec.method.policy.completions if updated else spec.scale.deployment_texts
+    steps, kept = training.inner_steps, training.plain().get("checkpoint")
+    states = min(steps, kept) if isinstance(kept, int) else min(steps, 2 * math.isqrt(steps) + 1) if kept == "sqrt" else steps
+    logits = 3 * (training.micro_batch or texts // steps) * training.max_length * target.vocabulary * 4
+    run = (states + 1) * 12.0 * target.untied + logits  # parameters and two moments a state
+    return resident + max(sampling, update, run)
+
+
+def _passes(spec: RunSpec, registry: Registry) -> float | None:
+    """What the method says, if its file can be asked without loading torch."""
+    if "target_passes" not in registry.find("method", spec.method.name).defines:
+        return None
+    return registry.load("method", spec.method.name)(spec.method).target_passes(spec.training.inner_steps)
+
+
+def _shape(scale: Options, role: str) -> Shape | None:
+    known = KNOWN.get(scale[role]) if scale.get(f"{role}_revision") is None else None
+    try:
+        return shape_of(known or model_files.find(scale, role, online=False).config)
+    except (UserError, KeyError):
+        return None
+
+
+def _prompt_tokens(scale: Options) -> int:
+    """A prompt's limit, or about the longest of a local corpus's in a batch, to which the others are padded."""
+    if (limit := scale.get("max_prompt_tokens")) is not None:
+        return limit
+    return _longest(scale.corpus, scale.get("corpus_column"))
+
+
+@lru_cache
+def _longest(corpus: str, column: str | None) -> int:
+    if corpus not in ("phrasebook", "topics"):
+        return 1024  # the paper's limit, for texts that nobody has looked at
+    prompts = data.corpus(Options({"corpus": corpus, "corpus_column": column})).prompts("train", 64, random.Random(0))
+    words = [len((prompt if isinstance(prompt, str) else prompt[-1]["content"]).split()) for prompt in prompts]
+    per_word = 1 if corpus == "phrasebook" else TOKENS_PER_WORD
+    return round(per_word * max(words)) + 1

@@ -1,0 +1,80 @@
+"""The estimate of a dry run: sizes against real models, FLOPs against what finished cells were charged."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from conftest import SMALL
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from dpgbench import compute, config, model_files, plan
+from dpgbench.registry import Registry
+from dpgbench.runner import run_cell
+from dpgbench.store import RunFolder
+
+WIDE = dict(vocab_size=211, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2)
+MODELS = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=311, n_embd=32, n_layer=3, n_head=4, n_positions=64)),
+    "gpt2_inner": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=48, n_layer=2, n_head=2, n_inner=100, n_positions=64)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**WIDE)),
+    "llama_tied": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, tie_word_embeddings=True)),
+    "mistral_wide_heads": lambda: MistralForCausalLM(MistralConfig(**WIDE, head_dim=16)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sizes_from_a_configuration_are_those_of_the_model(name):
+    """The numbers that charges are computed from, and every parameter."""
+    model = MODELS[name]()
+    found, loaded = plan.shape_of(model.config.to_dict()), compute.shape_of(model)
+    assert (found.matmul_weights, found.attention_flops_per_pair, found.head) == (
+        loaded.matmul_weights, loaded.attention_flops_per_pair, loaded.head,
+    )  # fmt: skip
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert found.untied == found.parameters + (found.head if model.config.tie_word_embeddings else 0)
+
+
+def test_known_models_have_their_published_sizes():
+    sizes = {name: plan.shape_of(config).parameters for name, config in plan.KNOWN.items()}
+    assert sizes == {
+        "openai-community/gpt2": 124_439_808, "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400, model_files.SMOLLM2: 134_515_008,
+    }  # fmt: skip
+    assert plan.shape_of({"model_type": "mamba"}) is None
+
+
+@pytest.mark.parametrize("words", [["method=dpg"], ["method=dpg", "inner_steps=4"], ["method=naive"], ["method=langid"], ["method=base"]])
+def test_no_cell_costs_more_than_was_said_and_none_half_of_it(words, tmp_path):
+    """Completions are shorter than they may be, a metagradient takes up to what is said of it, and this task's Phi next to nothing."""
+    task = "language" if "langid" in words[0] else "l2_norm"
+    spec = config.read([f"task={task}", *SMALL, *words], sweep=False).cells[0].spec
+    assert run_cell(spec, tmp_path) == "done"
+    spent = RunFolder.of(tmp_path, spec).result()["snapshots"][-1]["flops"]
+    assert spent <= plan.estimate(spec, Registry()).flops <= 2 * spent
+
+
+def test_a_method_that_cannot_tell_has_no_estimate():
+    for words in (["method=optimsyn"], ["method=dpg", "steps=null", "budget.flops=1e12"], ["scale.target=some/model"]):
+        spec = config.read(words, sweep=False).cells[0].spec
+        assert plan.estimate(spec, Registry()) is None
+
+
+def test_memory_grows_with_what_must_fit():
+    """More steps' states, more completions sampled at once, a larger model; fewer states kept take less."""
+
+    def memory(*words: str) -> float:
+        spec = config.read(["scale=paper", "task=l2_norm", *words], sweep=False).cells[0].spec
+        return plan.estimate(spec, Registry()).memory
+
+    plain = memory("completions=128", "max_completion_tokens=16")
+    assert plain > (16 * 1_235_814_400 + 4 * 163_037_184)  # weights, gradients and moments; the target with a head of its own
+    many = ["inner_steps=32", "completions=128", "max_completion_tokens=16", "deployment_texts=1024"]
+    assert plain < memory(*many) < memory(*many, "checkpoint=null")
+    assert memory("completions=4096", "rollout_batch=null") > memory("completions=2048", "rollout_batch=null") > memory("completions=2048")
+
+
+def test_a_dry_run_says_what_the_papers_runs_cost(dpgbench, tmp_path, imports_of):
+    done = dpgbench("sweep", "suite=paper_qr", "--dry-run", f"results={tmp_path}")
+    assert done.code == 0 and re.search(r"qr.dpg.* about \d\.\de\+\d+ FLOPs and [\d.e+]+ GB", done.out)
+    assert re.search(r"about .* FLOPs in 2 cells, .* GPU-hours if a GPU sustains 2e\+13 FLOPs a second \(not measured\)", done.out)
+    assert not {"torch", "trl"} & imports_of("sweep", "suite=paper_qr", "--dry-run", f"results={tmp_path}")
