@@ -1,4 +1,4 @@
-"""What a person sees while cells run: a bar per cell (step, Phi, tokens, time left) and one for the sweep. Used by cli.py alone."""
+"""What a person sees while cells run: a bar per cell (step, Phi, tokens, time left) and one for the sweep. Used by cli/ alone."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ cell from a lost one. `squeue` is needed; `sacct`, or `scontrol` while SLURM sti
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,7 @@ def submit(specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: 
         for start in range(0, len(packs), largest):
             part = packs[start : start + largest]
             try:
-                with executor.batch():
+                with redirect_stderr(io.StringIO()), executor.batch():  # submitit echoes sbatch, and raises its words as well
                     jobs = [executor.submit(_job(pack, launcher, results, code)) for pack in part]
             except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
                 raise UserError(f"launcher=slurm: {_reason(str(error))}; `sinfo` shows the partitions there are") from None

@@ -1,0 +1,85 @@
+"""report and export: what finished cells become."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from dpgbench import config, store
+from dpgbench.cli.words import full_words, place_of, selector, take_format
+from dpgbench.errors import UserError
+from dpgbench.registry import Registry
+
+
+def write_report(words: list[str]) -> int:
+    """Collect a sweep into its parquet (where there are run folders) and build the page from that, or say it in JSON."""
+    words, as_json = take_format(words)
+    if "--compare" in words:
+        return compare(words, as_json)
+    results, name, _ = place_of(words)
+    parquet = results / f"{name}.parquet"
+    full = full_words(words)
+    known = full != words or name in config.suites(Registry()) or not place_of(words)[2]
+    request = config.read(full, sweep=True) if known else None
+    has_runs = request is not None and any((results / "runs" / cell.spec.folder).exists() for cell in request.cells)
+    if not has_runs and not parquet.exists():
+        raise UserError(
+            f"suite={name}: nothing to report: no run folders of it under {results / 'runs'} and no {parquet}; run `sweep` first"
+        )
+    from dpgbench import collect
+    from dpgbench.report import build, machine_readable
+
+    store.check_writable(results)
+    if has_runs:
+        said = shlex.join(
+            word for word in request.arguments if not word.startswith(("results=", "launcher", "workers=", "plugins=", "retry="))
+        )
+        descriptions = {file.name: file.summary for file in request.registry.files("task")}
+        frame = collect.frame_of(request.cells, results, descriptions)
+        lost = collect.finished_in(parquet) - set(frame.cell[frame.status == "done"])
+        if lost:
+            left = f"{len(lost)} finished cells are in {parquet} but have no run folder"
+            print(f"{left}: reporting from it; delete it to leave them out", file=sys.stderr if as_json else sys.stdout)
+        else:
+            collect.write_parquet(frame, parquet, suite=name, title=request.title, command=f"python -m dpgbench sweep {said}")
+    frame, about = collect.read_parquet(parquet)
+    command = f"{about['command']}\npython -m dpgbench report {selector(name)}={name}"
+    what = {"suite": about["suite"], "command": command, "title": about["title"] or None}
+    if as_json:
+        print(json.dumps(machine_readable(frame, **what), indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        print(f"report: {build(frame, results / name, **what)}")
+    return 0
+
+
+def export_cell(words: list[str]) -> int:
+    """Generator and dataset of a finished cell, in a folder of their own."""
+    runs = [word for word in words if not word.startswith("to=")]
+    if len(runs) != 1 or len(words) > 2:
+        raise UserError(f"export {' '.join(words)}: takes one run folder, and to=DIR if you like; write export results/runs/CELL to=mine")
+    from dpgbench.export import export
+
+    given = [word.removeprefix("to=") for word in words if word.startswith("to=")]
+    print(f"exported to {export(Path(runs[0]), Path(given[0]) if given else None)}")
+    return 0
+
+
+def compare(words: list[str], as_json: bool) -> int:
+    """Two stored suites, or two commits of one, on standard output."""
+    at = words.index("--compare")
+    sides, rest = words[at + 1 : at + 3], words[:at] + words[at + 3 :]
+    if len(sides) < 2 or any("=" in side for side in sides):
+        raise UserError("--compare: needs two sides, each a suite, suite@revision or a parquet file; write --compare core@HEAD~1 core")
+    unknown = [word for word in rest if not word.startswith("results=")]
+    if unknown:
+        raise UserError(f"{unknown[0]}: --compare takes two sides and nothing else but results=DIR and --format json")
+    results = place_of(rest)[0]
+    if not results.is_dir():
+        raise UserError(f"results={results}: there is no such folder; give the one that holds the parquet files")
+    from dpgbench.report import compare
+
+    table = compare.compare(*(compare.read_side(side, results) for side in sides))
+    print(compare.as_json(table) if as_json else compare.as_markdown(table), end="\n" if as_json else "")
+    return 0

@@ -1,0 +1,78 @@
+"""Where every cell stands, once or until all are through."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dpgbench import config, store
+from dpgbench.cli.words import full_words, place_of, terminal
+from dpgbench.config import Cell, Request
+from dpgbench.standing import OPEN, standings
+from dpgbench.store import State
+
+WATCH_SECONDS = 2.0
+
+
+def show_status(words: list[str], watch: bool) -> int:
+    """Where every cell stands, from files and, where cells were given to SLURM, its queue."""
+    results, _, nothing_else = place_of(words)
+    if nothing_else and not any(word.startswith(("suite=", "name=")) for word in words):
+
+        def rows() -> list[tuple[str, tuple[str, str]]]:
+            folders = [store.RunFolder(path) for path in sorted((results / "runs").glob("*")) if path.is_dir()]
+            return [(f.path.name, (s.name, s.detail)) for f, s in zip(folders, standings(folders), strict=True)]
+    else:
+        request = config.read(full_words(words), sweep=True)
+
+        def rows() -> list[tuple[str, tuple[str, str]]]:
+            return [(cell.spec.folder, described(cell, state)) for cell, state in with_states(request)]
+
+    console = terminal()
+    if watch:
+        watch_rows(rows, console)
+    found = rows()
+    console.print(_state_table(found) if found else f"no runs in {results / 'runs'}")
+    return 0
+
+
+def _state_table(rows: list[tuple[str, tuple[str, str]]]) -> Table:
+    table = Table("cell", "state", "", box=None, pad_edge=False)
+    for name, (state, detail) in rows:
+        table.add_row(name, state, escape(detail))
+    return table
+
+
+def watch_rows(rows: Callable[[], list[tuple[str, tuple[str, str]]]], console: Console) -> None:
+    """Show how it goes until no cell is queued or running; on a terminal all open cells, elsewhere a line whenever a count changes."""
+    from rich.live import Live
+
+    told = ""
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while True:
+            found = rows()
+            names = [state for _, (state, _) in found]
+            counts = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
+            if console.is_terminal:
+                table = _state_table([row for row in found if row[1][0] in OPEN][: max(5, console.height - 5)])
+                table.caption = counts
+                live.update(table, refresh=True)
+            elif counts != told:
+                print(counts, flush=True)
+            told = counts
+            if not set(names) & set(OPEN):
+                return
+            time.sleep(WATCH_SECONDS)
+
+
+def with_states(request: Request) -> list[tuple[Cell, State]]:
+    folders = [store.RunFolder.of(request.results, cell.spec) for cell in request.cells]
+    return list(zip(request.cells, standings(folders), strict=True))
+
+
+def described(cell: Cell, state: State) -> tuple[str, str]:
+    return ("skipped", cell.skip) if cell.skip else (state.name, state.detail)
