@@ -182,7 +182,8 @@ class _Composer:
             leaves = _leaves(plain)
             known |= set(leaves)
             applied = {key: full for key in settings if (full := _resolve(key, leaves))}
-            checked = [[_checked(key, full, value, leaves.get(full)) for value in settings[key]] for key, full in applied.items()]
+            defaults = {full: _default(base, full, leaves.get(full)) for full in applied.values()}
+            checked = [[_checked(key, full, value, defaults[full]) for value in settings[key]] for key, full in applied.items()]
             for key in applied:
                 unused.pop(key, None)
             # Nothing is computed from the seed, so all seeds of a setting share its resolved configuration.
@@ -297,14 +298,18 @@ def _closest(key: str, leaves: Iterable[str]) -> str:
     return f"did you mean {' or '.join(names[name] for name in close)}?" if close else "configs/ has them all, with a comment each"
 
 
+def _default(config: DictConfig, full: str, written: Any) -> Any:
+    """What a setting is if nobody says otherwise: as written, or what the interpolation that is written comes to."""
+    return OmegaConf.select(config, full) if isinstance(written, str) and "${" in written else written
+
+
 def _checked(key: str, full: str, value: Any, default: Any) -> Any:
     """A value as it will be set, insisting that it is of the default's kind."""
     if isinstance(default, float) and type(value) is int:
         value = float(value)
     if isinstance(default, int) and isinstance(value, float) and value.is_integer():
         value = int(value)  # 1e3 is a whole number too
-    computed = isinstance(default, str) and "${" in default
-    free = default is None or value is None or computed or isinstance(default, list)
+    free = default is None or value is None or OmegaConf.is_config(default) or isinstance(default, list)
     if not free and type(value) is not type(default):
         raise UserError(f"{key}={value}: expected {_kind(default)}, such as {full}={default}")
     if isinstance(value, float) and not math.isfinite(value):
