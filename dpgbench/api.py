@@ -206,8 +206,12 @@ class RunSpec:
         for setting in ADDED_TO_SCALES:
             if relevant["scale"].get(setting) is None:
                 relevant["scale"].pop(setting, None)
-        if relevant["method"].get("policy") and relevant["method"]["policy"].get("rollout_batch") is None:  # as scales' settings
-            relevant["method"]["policy"] = {k: v for k, v in relevant["method"]["policy"].items() if k != "rollout_batch"}
+        if relevant["method"].get("policy"):
+            policy = dict(relevant["method"]["policy"])
+            policy.pop("activation_checkpointing", None)
+            if policy.get("rollout_batch") is None:  # as with scales' settings
+                policy.pop("rollout_batch", None)
+            relevant["method"]["policy"] = policy
         if "corpus_sha256" in relevant["scale"]:  # which stands for the file's path
             relevant["scale"].pop("corpus")
         if relevant["training"].get("precision") == "full":

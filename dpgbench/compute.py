@@ -117,6 +117,18 @@ class Shape:
     vocabulary: int = 0
     cache_per_token: int = 0
     """Keys and values kept for one token, over all layers."""
+    layers: int = 0
+    width: int = 0
+    score_maps: int = 0
+    """Layers times heads: attention scores kept for one pair of tokens, with eager attention."""
+
+    def activations(self, batch: int, length: int, *, checkpointed: bool = False) -> float:
+        """Values kept for a backward pass through all layers: about 17 a token and unit, and scores before and after their softmax.
+
+        A rough count (Korthikanti et al., arXiv 2205.05198, without dropout). Checkpointed: a layer's input each, and one layer.
+        """
+        layer = batch * length * (17.0 * self.width + 2.0 * self.score_maps / max(1, self.layers) * length)
+        return layer + batch * length * self.layers * self.width if checkpointed else layer * self.layers
 
     def forward_flops(self, batch: int, length: int) -> float:
         """F(B, L) of the module docstring."""

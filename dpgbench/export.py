@@ -92,9 +92,12 @@ def _write_generator(spec: RunSpec, weights: Path, to: Path) -> None:
     """The scale's generator with these weights, as `from_pretrained` reads it."""
     import torch
     from safetensors.torch import load_file
+    from transformers.utils import logging
 
     from dpgbench.models import load_generator
 
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     generator, kept = load_generator(spec.scale), load_file(weights)
     parameters = dict(generator.model.named_parameters())
     if {name: value.shape for name, value in kept.items()} != {name: value.shape for name, value in parameters.items()}:

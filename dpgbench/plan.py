@@ -70,7 +70,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape | None:
         products = layers * (4 * width**2 + 2 * width * inner)
         small = layers * (9 * width + inner) + 2 * width + config.get("n_positions", 1024) * width
         cache = 2 * layers * width
-        heads_width, tied = width, config.get("tie_word_embeddings", True)
+        heads_width, heads, tied = width, config["n_head"], config.get("tie_word_embeddings", True)
     elif kind in GATED:
         width, layers, vocabulary, heads = (
             config[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
@@ -87,7 +87,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape | None:
     return Shape(
         matmul_weights=products + table, attention_flops_per_pair=4 * layers * heads_width, head=table,
         parameters=products + small + table * (1 if tied else 2), untied=products + small + 2 * table,
-        vocabulary=vocabulary, cache_per_token=cache,
+        vocabulary=vocabulary, cache_per_token=cache, layers=layers, width=width, score_maps=layers * heads,
     )  # fmt: skip
 
 
@@ -113,19 +113,22 @@ def estimate(spec: RunSpec, registry: Registry) -> Estimate | None:
 
 
 def _memory(spec: RunSpec, generator: Shape, target: Shape, length: int, at_once: int, updated: int) -> float:
-    """The two models and their optimizers' states, and the larger of: keys and values while sampling, an update's logits, the target's run.
+    """The two models and their optimizers' states, and the largest of: keys and values while sampling, an update, the target's run.
 
-    Activations inside layers, and tapes, which take what `training.memory_budget` leaves, are not in it.
+    Tapes of the metagradients are not in it: they take what `training.memory_budget` leaves.
     """
     training, width = spec.training, BYTES[spec.scale.generator_dtype]
     resident = generator.parameters * width * (4 if updated else 1) + target.untied * BYTES[spec.scale.target_dtype]
     sampling = at_once * length * generator.cache_per_token * width
-    update = 3 * updated * length * generator.vocabulary * 4  # logits, their softmax and its gradient
+    update = 3 * updated * spec.scale.max_completion_tokens * generator.vocabulary * 4  # logits of the completions, softmax and gradient
+    checkpointed = updated and spec.method.policy.get("activation_checkpointing")
+    update += generator.activations(updated, length, checkpointed=bool(checkpointed)) * width
     texts = spec.method.policy.completions if updated else spec.scale.deployment_texts
     steps, kept = training.inner_steps, training.plain().get("checkpoint")
     states = min(steps, kept) if isinstance(kept, int) else min(steps, 2 * math.isqrt(steps) + 1) if kept == "sqrt" else steps
-    logits = 3 * (training.micro_batch or texts // steps) * training.max_length * target.vocabulary * 4
-    run = (states + 1) * 12.0 * target.untied + logits  # parameters and two moments a state
+    at_a_time = training.micro_batch or texts // steps
+    logits = 3 * at_a_time * training.max_length * target.vocabulary * 4
+    run = (states + 1) * 12.0 * target.untied + logits + 4 * target.activations(at_a_time, training.max_length)  # a state: and two moments
     return resident + max(sampling, update, run)
 
 

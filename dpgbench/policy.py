@@ -292,7 +292,8 @@ def _trl_settings(bench: Workbench, policy: Options, generator: Generator, scrat
     forward = policy.micro_batch or updated
     on_cpu = not torch.cuda.is_available()
     return GRPOConfig(
-        output_dir=scratch, use_cpu=on_cpu, bf16=False, gradient_checkpointing=False, report_to=[], disable_tqdm=True, save_strategy="no",
+        output_dir=scratch, use_cpu=on_cpu, bf16=False,
+        gradient_checkpointing=bool(policy.get("activation_checkpointing")), report_to=[], disable_tqdm=True, save_strategy="no",
         logging_steps=1, logging_nan_inf_filter=False, seed=bench.seed("trainer") % 2**31, shuffle_dataset=False, dataloader_num_workers=0,
         max_steps=(policy.steps or MOST_STEPS) * (policy.completions // updated),
         per_device_train_batch_size=forward, gradient_accumulation_steps=updated // forward,

@@ -67,7 +67,7 @@ def bench(tmp_path):
         said = {word.split("=")[0]: word for word in (*SMALL, *words)}
         spec = config.read(list(said.values()), sweep=False).cells[0].spec
         folder = RunFolder.of(tmp_path, spec)
-        folder.path.mkdir(parents=True)
+        folder.path.mkdir(parents=True, exist_ok=True)
         cell = _Cell(spec, folder, Registry(), lambda event: None, Checkpoints(folder.path, {}))
         cell.bench.lines = []
         cell.bench._record = cell.bench.lines.append

@@ -166,3 +166,22 @@ def test_a_deployment_dataset_is_paid_once():
     assert total.total_flops == 110 and total.flops["deployment"] == 10 and total.tokens_generated == 11
     with pytest.raises(ValueError, match="phase='sleep'"):
         meter.charge("sleep", 1)
+
+
+def test_what_a_backward_pass_keeps_is_roughly_counted(model):
+    """`Shape.activations`, values that autograd saves outside of parameters, within a factor of 1.6; the logits are counted elsewhere."""
+    from dpgbench.plan import shape_of
+
+    ids, saved = torch.zeros(4, 48, dtype=torch.long), {}
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in parameters and tensor.is_floating_point():
+            saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes() / tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.base_model(ids).last_hidden_state.sum()
+    shape = shape_of(model.config.to_dict())
+    assert shape.activations(4, 48) / 1.6 < sum(saved.values()) < 1.6 * shape.activations(4, 48)
+    assert shape.activations(4, 48, checkpointed=True) < shape.activations(4, 48)

@@ -107,4 +107,6 @@ def test_a_run_folder_that_cannot_be_exported_is_one_line(trained, tmp_path, dpg
         done = dpgbench("export", *words)
         assert done.code == 2 and says in done.err and done.err.count("\n") == 1
     done = dpgbench("export", str(folder.path), f"to={tmp_path / 'x'}")
-    assert done.code == 0 and json.loads((tmp_path / "x" / "generator" / "config.json").read_text())["model_type"] == "gpt2"
+    assert (
+        done.code == 0 and not done.err and json.loads((tmp_path / "x" / "generator" / "config.json").read_text())["model_type"] == "gpt2"
+    )

@@ -177,3 +177,16 @@ def test_rollouts_are_sampled_in_calls_that_fit(bench, monkeypatch):
     assert [snapshot.step for snapshot in train_policy(work, reward)] == [0, 1, 2]
     assert calls == [8] * 4 and [shape[0] for shape in charged] == [8] * 4
     assert len({*seen[0].completions}) > 8  # the calls draw different texts
+
+
+def test_checkpointed_activations_change_no_number(bench):
+    """The same rollouts, entropies and gradient norms, and the same charge: what memory costs in time is nobody's FLOPs. The same cell."""
+    plain, less = (bench("seed=5", f"activation_checkpointing={value}", "policy.micro_batch=8") for value in ("false", "true"))
+    assert plain.spec.hash == less.spec.hash
+    for work in (plain, less):
+        for _ in train_policy(work, lambda rollouts: [float(len(text)) for text in rollouts.completions]):
+            pass
+    assert [line["rollouts"]["texts"] for line in plain.lines] == [line["rollouts"]["texts"] for line in less.lines]
+    for name in ("entropy", "gradient_norm"):
+        assert [line[name] for line in plain.lines] == pytest.approx([line[name] for line in less.lines], rel=1e-4)
+    assert plain.meter.flops == less.meter.flops
