@@ -22,6 +22,7 @@ from dpgbench.registry import home
 PARTS = ("dpgbench", "methods", "tasks", "configs")
 # Reading and showing results: free to change while a cell is half done.
 NOT_IN_NUMBERS = {"display.py", "collect.py", "check.py", "export.py", "lock.py", "pinned.py", "plan.py", "standing.py"}
+NOT_IN_NUMBERS_FOLDERS = {"cli", "report", "statistics", "launch", "configs", "bundled/configs"}
 SKIPPED = {"__pycache__", ".git", ".venv", "results", "runs", ".pytest_cache", ".ruff_cache"}
 
 
