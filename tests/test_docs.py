@@ -10,8 +10,8 @@ import zipfile
 import pytest
 from conftest import README, ROOT
 
-CLUSTER = (ROOT / "docs" / "cluster.md").read_text()
-COMMANDS = [line.split("#")[0].strip() for line in (README + CLUSTER).splitlines() if line.startswith("python -m dpgbench")]
+GUIDES = "".join((ROOT / "docs" / name).read_text() for name in ("cluster.md", "models.md"))
+COMMANDS = [line.split("#")[0].strip() for line in (README + GUIDES).splitlines() if line.startswith("python -m dpgbench")]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
