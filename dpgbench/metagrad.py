@@ -175,6 +175,20 @@ def signal_gradients(model: nn.Module, params: Params, signal: Signal) -> tuple[
     return value.item(), dict(zip(leaves, cotangents, strict=True))
 
 
+def ascend(model: nn.Module, signal: Signal, optimizer: Optimizer, steps: int) -> Params:
+    """Parameters after `steps` optimizer steps from the model's own on -Phi itself, no text in between; the model is left unchanged.
+
+    Cost: `steps` times the signal's forward and backward. Raises ValueError as `signal_gradients` does."""
+    params = initial_parameters(model)
+    state = optimizer.init(params)
+    for step in range(steps):
+        _, slopes = signal_gradients(model, params, signal)
+        downhill = {name: torch.zeros_like(theta) if slopes[name] is None else -slopes[name] for name, theta in params.items()}
+        with torch.no_grad():
+            params, state = optimizer.update(params, downhill, state, step)
+    return params
+
+
 class Record(NamedTuple):
     """What the reverse pass needs of step `step`: its tapes if they were kept, and phi_t, its gradient and the state after it."""
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dpgbench.engine.derivatives import Share, StepLoss, reverse_over_forward
+from dpgbench.engine import derivatives
+from dpgbench.engine.derivatives import Share, StepLoss
 from dpgbench.engine.inputs import (
     Batch,
     check_batch,
@@ -35,7 +36,7 @@ from dpgbench.engine.loss import initial_parameters, loaded, per_example_loss
 from dpgbench.engine.optimizers import SGD, AdamW, Moments, Optimizer, Params
 
 __all__ = [
-    "SGD", "AdamW", "Moments", "Optimizer", "Signal", "ascend", "first_step_dots", "gradient_dots", "loaded", "mean_gradients",
+    "SGD", "AdamW", "Moments", "Optimizer", "Signal", "first_step_dots", "gradient_dots", "loaded", "mean_gradients",
     "one_step_values", "per_example_loss", "train",
 ]  # fmt: skip
 
@@ -95,23 +96,6 @@ def train(
     return params
 
 
-def ascend(model: nn.Module, signal: Signal, optimizer: Optimizer, steps: int) -> Params:
-    """Parameters after `steps` optimizer steps from the model's own on -Phi itself, no text in between; the model is left unchanged.
-
-    Cost: `steps` times the signal's forward and backward. Raises ValueError on a signal that is not finite or ignores the parameters."""
-    check_model(model)
-    params = initial_parameters(model)
-    state = optimizer.init(params)
-    for step in range(steps):
-        leaves = {name: theta.detach().requires_grad_() for name, theta in params.items()}
-        with torch.enable_grad(), loaded(model, leaves):
-            loss = -check_scalar(signal(model))
-        gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True), strict=True))
-        with torch.no_grad():
-            params, state = optimizer.update(params, gradients, state, step)
-    return params
-
-
 def one_step_values(
     model: nn.Module,
     input_ids: Tensor,
@@ -127,11 +111,9 @@ def one_step_values(
     time through torch.func.vmap, holding about six copies of the parameters per text; where an architecture or a signal
     cannot be vectorised, one warning names the reason and the rest runs text by text. Cost: 3F over all texts plus N signals.
     Raises ValueError as `train` does, and on a signal that is not a scalar tensor."""
-    check_model(model)
     check_reduction(reduction)
     check_count("chunk", chunk)
-    params = initial_parameters(model)
-    texts = check_batch({"input_ids": input_ids, "labels": labels}, "input", device_of(params), may_be_unlabelled=True)
+    params, texts = _start(model, input_ids, labels)
     state = optimizer.init(params)
 
     def value(ids_L: Tensor, labels_L: Tensor) -> Tensor:
@@ -156,11 +138,9 @@ def first_step_dots(
     Weight decay, the same for every text, is left out. direction: by parameter name; a parameter it does not name counts as zero.
     Vectorised as `one_step_values` is, with about four copies of the parameters per text. Cost 3F over all texts.
     Raises ValueError as `train` does."""
-    check_model(model)
     check_reduction(reduction)
     check_count("chunk", chunk)
-    params = initial_parameters(model)
-    texts = check_batch({"input_ids": input_ids, "labels": labels}, "input", device_of(params), may_be_unlabelled=True)
+    params, texts = _start(model, input_ids, labels)
     # From parameters of zero, what the optimizer returns is the update itself: no digits are lost against phi_0, and nothing decays.
     zeros = {name: torch.zeros_like(theta) for name, theta in params.items()}
     state = optimizer.init(params)
@@ -183,16 +163,26 @@ def gradient_dots(
 ) -> Tensor:
     """<grad l_i(phi_0), direction> for each of N texts: (N,), detached. One forward-mode product of the loss vector, no gradient is formed.
 
+    Where a model has no forward mode, or a wrong one (found on two texts, once per model), each text's gradient is formed after all, in
+    full precision.
+
     direction: by parameter name; a parameter it does not name counts as zero. `micro_batch` and `precision` as in `train`.
     Cost: 3F when the direction reaches every layer (the products of weights and activations, and both their tangents), less otherwise.
-    Raises ValueError as `train` does, NotImplementedError where the model has an operation without forward mode."""
+    Raises ValueError as `train` does."""
+    params, texts = _start(model, input_ids, labels)
+    check_precision(precision, params)
+    loss = StepLoss(model, micro_batch, reduction, precision)
+    share = Share(texts, torch.ones(len(input_ids), device=texts.input_ids.device), 1)
+    if derivatives.forward_mode_fault(loss, params, share, second_order=False):
+        return -first_step_dots(model, input_ids, labels, direction, SGD(lr=1.0), reduction)
+    return derivatives.reverse_over_forward(loss, params, share, dict(direction), second_order=False)[0]
+
+
+def _start(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Params, Batch]:
+    """phi_0 and the texts, both checked; a text may have no label."""
     check_model(model)
     params = initial_parameters(model)
-    check_precision(precision, params)
-    texts = check_batch({"input_ids": input_ids, "labels": labels}, "input", device_of(params), may_be_unlabelled=True)
-    loss = StepLoss(model, micro_batch, reduction, precision)
-    ones_N = torch.ones(len(input_ids), device=texts.input_ids.device)
-    return reverse_over_forward(loss, params, Share(texts, ones_N, 1), dict(direction), second_order=False)[0]
+    return params, check_batch({"input_ids": input_ids, "labels": labels}, "input", device_of(params), may_be_unlabelled=True)
 
 
 def _gradients_of_one(model: nn.Module, params: Params, ids_L: Tensor, labels_L: Tensor, reduction: str) -> Params:

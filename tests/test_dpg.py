@@ -7,8 +7,9 @@ import torch
 
 from dpgbench import config
 from dpgbench.errors import UserError
+from dpgbench.metagrad import ascend
 from dpgbench.registry import Registry
-from dpgbench.training import SGD, AdamW, ascend
+from dpgbench.training import SGD, AdamW
 
 
 def rewards_of_a_step(work):
@@ -70,6 +71,8 @@ def test_ascent_follows_phi():
     assert ascend(model, phi, SGD(lr=0.25), 3)["weight"].item() == pytest.approx(3 - 2 / 8)
     assert ascend(model, phi, AdamW(lr=0.1, weight_decay=0.0), 1)["weight"].item() == pytest.approx(1.1)
     assert model.weight.item() == 1.0
+    with pytest.raises(ValueError, match="does not depend on the trained parameters"):
+        ascend(model, lambda model: torch.tensor(1.0), SGD(lr=0.1), 1)
 
 
 @pytest.mark.parametrize(("task", "products"), [("sixseven", False), ("length", True)])

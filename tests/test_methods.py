@@ -49,6 +49,18 @@ def test_dot_is_the_metagradient_of_one_sgd_step(bench):
     assert torch.allclose(aware, dots * 0.1, rtol=1e-6, atol=1e-6 * aware.abs().max().item())
 
 
+def test_dot_without_forward_mode_is_the_same(bench, monkeypatch):
+    """A model whose forward mode is found wanting gets the same numbers from each text's own gradient."""
+    from dpgbench.engine import derivatives
+
+    work = bench("task=language")
+    texts = work.sample(work.prompts(6, "a test"), "a test")
+    usual = work.influences(texts)
+    monkeypatch.setattr(derivatives, "forward_mode_fault", lambda *arguments, **named: "no forward mode")
+    monkeypatch.setattr(derivatives, "reverse_over_forward", None)
+    assert torch.allclose(work.influences(texts), usual, rtol=1e-4, atol=1e-4 * usual.abs().max().item())
+
+
 def test_adam_is_the_slope_of_the_one_step_utility(bench):
     """With a linear metric, Phi after AdamW's step on one text alone is Phi(phi_0) + adam, up to the decay that all texts share."""
     work = bench("task=l2_norm", "eps_root=1e-6", "weight_decay=1e-4")
