@@ -61,6 +61,17 @@ class Options(Mapping):
         return json.loads(json.dumps(self._values))
 
 
+def leaves_of(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key: {"policy": {"lr": 1e-3}} -> {"policy.lr": 1e-3}."""
+    leaves: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, dict):
+            leaves |= leaves_of(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
 class Task(ABC):
     """A target: a differentiable metric of the trained target model, and what people read instead of that number.
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpgbench.api import leaves_of
 from dpgbench.config import Cell
 from dpgbench.errors import UserError
 from dpgbench.store import RunFolder, write_atomically
@@ -140,13 +141,4 @@ def _labels(cells: Sequence[Cell]) -> dict[str, tuple[str, str]]:
 
 
 def _flat(config: Any) -> dict[str, Any]:
-    flat = {}
-    for section in ("task", "method", "training", "scale"):
-        stack = [(section, config[section])]
-        while stack:
-            prefix, value = stack.pop()
-            if isinstance(value, dict):
-                stack += [(f"{prefix}.{key}", inner) for key, inner in value.items()]
-            else:
-                flat[prefix] = value
-    return flat
+    return leaves_of({section: config[section] for section in ("task", "method", "training", "scale")})

@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dpgbench import matching, rules, texts
-from dpgbench.api import Options, RunSpec, TaskInfo
+from dpgbench.api import Options, RunSpec, TaskInfo, leaves_of
 from dpgbench.errors import UserError, did_you_mean
 from dpgbench.registry import Registry, home
 
@@ -179,7 +179,7 @@ class _Composer:
         for names in itertools.product(*chosen):
             base = self._compose(names)
             plain = OmegaConf.to_container(base, resolve=False)
-            leaves = _leaves(plain)
+            leaves = leaves_of(plain)
             known |= set(leaves)
             applied = {key: full for key in settings if (full := _resolve(key, leaves))}
             defaults = {full: _default(base, full, leaves.get(full)) for full in applied.values()}
@@ -193,9 +193,8 @@ class _Composer:
                 setting = {full: value for full, value in zip(applied.values(), values, strict=True) if not (alone and full == "seed")}
                 if repr(setting) not in resolved:
                     for full, value in setting.items():
-                        OmegaConf.update(
-                            base, full, value, force_add=True
-                        )  # every time the same keys, so nothing of the values before is left
+                        # Every time the same keys, so nothing of the values before is left.
+                        OmegaConf.update(base, full, value, force_add=True)
                     resolved[repr(setting)] = _plain(base)
                 seed = values[list(applied).index("seed")] if alone and "seed" in applied else resolved[repr(setting)]["seed"]
                 configs.append({**resolved[repr(setting)], "seed": seed})
@@ -266,17 +265,6 @@ class _Composer:
         OmegaConf.set_struct(part, False)
         self._parts[group, name] = part
         return part
-
-
-def _leaves(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> default value, for every setting of an unresolved configuration."""
-    leaves: dict[str, Any] = {}
-    for key, value in section.items():
-        if isinstance(value, dict):
-            leaves |= _leaves(value, f"{prefix}{key}.")
-        else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves
 
 
 def _resolve(key: str, leaves: Mapping[str, Any]) -> str | None:

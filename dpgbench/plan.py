@@ -34,17 +34,7 @@ KNOWN = {
         "head_dim": 64, "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-GATED = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "smollm3",
-    "olmo2",
-)  # as Llama
+GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2")  # as Llama
 BYTES = {"float32": 4, "bfloat16": 2}
 
 

@@ -180,7 +180,8 @@ def test_every_method_runs_on_every_task(method, tmp_path):
         folder = RunFolder.of(tmp_path, cell.spec)
         assert state == "done", last_line(folder.path / "error.txt")
         result = folder.result()
-        assert (result["snapshots"][-1]["flops"] > 0 or method == "oracle") and len(result["texts"]) == 12
+        paid = result["snapshots"][-1]
+        assert paid["flops"] == sum(paid["flops_by_phase"].values()) and len(result["texts"]) == 12
 
 
 def test_a_users_folder_is_held_to_the_contracts(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
+from dpgbench.api import leaves_of
 from dpgbench.collect import read_parquet
 from dpgbench.errors import UserError, did_you_mean
 from dpgbench.report.frame import SuiteResults, TaskResults, natural, read_frame
@@ -175,17 +176,12 @@ def _settings(task_a: TaskResults, task_b: TaskResults, method: str) -> list[str
 
 def _first_spec(task: TaskResults, method: str) -> dict[str, object]:
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     specs = task.finals.loc[task.finals["method_label"] == method, "spec"].dropna()
     try:
         parsed = OmegaConf.to_container(OmegaConf.create(specs.iloc[0])) if len(specs) else {}
-    except Exception:  # whatever a YAML reader says of a text that is none: there are no settings to compare
+    except (YAMLError, OmegaConfBaseException, ValueError):  # a text that is none: there are no settings to compare
         parsed = {}
-    flat, stack = {}, list(parsed.items()) if isinstance(parsed, dict) else []
-    while stack:
-        key, value = stack.pop()
-        if isinstance(value, dict):
-            stack += [(f"{key}.{inner}", deeper) for inner, deeper in value.items()]
-        else:
-            flat[key] = value
-    return flat
+    return leaves_of(parsed) if isinstance(parsed, dict) else {}
