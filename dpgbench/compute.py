@@ -134,6 +134,11 @@ class Shape:
         """F(B, L) of the module docstring."""
         return 2.0 * self.matmul_weights * batch * length + float(self.attention_flops_per_pair) * batch * length**2
 
+    def update_flops(self, batch: int, prompt_length: int, new_tokens: int) -> float:
+        """A policy update: 3F of prompts and completions, but for the head at the prompt's positions, its last one excepted."""
+        head = 2.0 * self.head * batch * (prompt_length - 1)
+        return 3 * (self.forward_flops(batch, prompt_length + new_tokens) - head)
+
     def sampling_flops(self, batch: int, prompt_length: int, new_tokens: int) -> float:
         """Sampling with a key-value cache: the prompt once (logits of its last position only), then a token at a time."""
         if new_tokens == 0:
@@ -159,6 +164,11 @@ def shape_of(model: nn.Module) -> Shape:
 def forward_flops(model: nn.Module, batch: int, length: int) -> float:
     """F(B, L) of the module docstring."""
     return shape_of(model).forward_flops(batch, length)
+
+
+def update_flops(model: nn.Module, batch: int, prompt_length: int, new_tokens: int) -> float:
+    """Of the policy on `batch` prompts and their completions; see `Shape.update_flops`."""
+    return shape_of(model).update_flops(batch, prompt_length, new_tokens)
 
 
 def sampling_flops(model: nn.Module, batch: int, prompt_length: int, new_tokens: int) -> float:

@@ -68,7 +68,8 @@ def train_policy(
     in that copy.
     Ends after `policy.steps`, or before the step that would go over the cell's budget. Learning rate and entropy bonus follow the nearer
     of the two ends, so that a run which a budget ends has had its whole schedule.
-    Cost per step: sampling, whatever `reward` spends, and 3F of the generator on prompts and completions.
+    Cost per step: sampling, whatever `reward` spends, and 3F of the generator on prompts and completions,
+    less the LM head where there is nothing to predict.
     Raises CellError if a reward is not finite or has the wrong count, and whatever `reward` raises: never a batch of zeros.
     """
     policy, saved = bench.options.policy, bench.saved
@@ -249,7 +250,7 @@ class _Loop(TrainerCallback):
             self.bench.charge_generation(len(prompts[part]), read, max(map(len, completion_ids[part])))
         prompt_length = self.generator.tokenize(prompts)["input_ids"].shape[1]
         new_tokens = max(map(len, completion_ids))
-        update = 3 * compute.forward_flops(self.generator.model, batch, prompt_length + new_tokens)
+        update = compute.update_flops(self.generator.model, batch, prompt_length, new_tokens)
         self.bench.meter.charge("policy_update", update, trained=sum(map(len, completion_ids)))
 
 

@@ -33,6 +33,8 @@ ESTIMATORS = ("dot", "adam")
 
 
 class Influence(Method):
+    version = 2
+
     def __init__(self, options: Options):
         super().__init__(options)
         if options.estimator not in ESTIMATORS:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 class Naive(Method):
+    version = 2
+
     def __init__(self, options: Options):
         super().__init__(options)
         group = options.policy.group_size

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 
 class OptimSyn(Method):
+    version = 2
+
     def __init__(self, options: Options):
         super().__init__(options)
         if options.texts < 1:
