@@ -111,6 +111,32 @@ def test_versus_and_overview_by_hand(small):
     assert "Behind at least one on 1: toy (dpg)." in (small / "versus_best_n4.md").read_text(encoding="utf-8")
 
 
+def test_the_winner_and_the_difference_over_tasks_by_hand(small):
+    """dpg minus best_n4, the next: 0.3, 0.4, 0.8, mean 0.5, sd 0.2646, half-width 0.657; against each of the others all three differences
+    are positive, so each p is 2/8, and so is the largest. Over its one task, at equal FLOPs: (0.1, 0.1, 0.4) / 0.6, mean 1/3, half-width
+    0.430 / 0.6 = 0.717, p = 2/8."""
+    summary = squeezed((small / "summary.md").read_text(encoding="utf-8"))
+    line = "| toy acc ↑ | dpg | 0.800 [0.303, 1.297] | best_n4 | +0.500 [-0.157, +1.157] | 1.00e+10 next: 1.00e+09 | 3 | 0.25 "
+    assert line in summary
+    assert "No method is shown to be better than every other on toy (dpg leads, p 0.25)." in summary
+    versus = squeezed((small / "versus_dpg.md").read_text(encoding="utf-8"))
+    assert "| best_n4 | 1 | 3 | +0.333 [-0.384, +1.050] | 0.25 | 0.25 |" in versus
+    assert "| dpg | 1 | 3 | -0.333 [-1.050, +0.384] | 0.25 | 0.25 |" in squeezed((small / "versus_best_n4.md").read_text(encoding="utf-8"))
+
+
+def test_enough_seeds_and_a_clear_lead_are_a_win(tmp_path):
+    """Eight seeds: p = 2/256 against every other, one task, so 0.0078 stays 0.0078 and the page says who is better."""
+    values = {"base": 0.1, "dpg": 0.8, "naive": 0.4}
+    frame = pd.DataFrame([row(method=name, seed=seed, value=value + 0.01 * seed) for name, value in values.items() for seed in range(8)])
+    frame.loc[frame["method"] == "dpg", "metric:acc"] += np.tile([0.0, 0.05], 4)
+    build(frame, tmp_path, suite="demo", command=COMMAND)
+    summary = (tmp_path / "tables/summary.md").read_text(encoding="utf-8")
+    assert "Better than every other (adjusted p &lt; 0.05): dpg on toy." in summary and "**0.0078 one task: 0.0078" in summary
+    assert "Better than every other (adjusted p &lt; 0.05): dpg on toy." in (tmp_path / "index.html").read_text(encoding="utf-8")
+    versus = squeezed((tmp_path / "tables/versus_dpg.md").read_text(encoding="utf-8"))
+    assert "Over tasks, adjusted p &lt; 0.05: better than naive; worse than none." in versus
+
+
 def test_lower_is_better_turns_the_order_and_the_oracle_scales_and_does_not_compete(tmp_path):
     frame = small_frame().assign(higher_is_better=False)
     frame = pd.concat([frame, pd.DataFrame([row(method="oracle", seed=s, value=0.0, higher_is_better=False) for s in range(3)])])

@@ -12,6 +12,7 @@ from dpgbench.report.frame import SuiteResults, read_frame
 from dpgbench.report.summary import means_table, overview_table, summary_markdown, versus_tables
 from dpgbench.report.table import Table, latex, markdown, records
 from dpgbench.report.tables import gaps, notes_on, task_markdown, task_tables
+from dpgbench.report.verdicts import over_tasks_table, winners_table
 from dpgbench.report.writing import file_names
 from dpgbench.store import write_atomically
 
@@ -20,13 +21,18 @@ __all__ = ["build", "machine_readable"]
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """What a report says, before it is drawn: the tables over all tasks, of every method against the others, and of every task."""
+    """What a report says, before it is drawn: the tables over all tasks, of every method against the others, and of every task.
+
+    `over_tasks` has a method against the others on all tasks at once; not every method of `versus` need have one.
+    """
 
     results: SuiteResults
     across: Across
     overview: Table
+    winners: Table
     means: Table
     versus: dict[str, Table]
+    over_tasks: dict[str, Table]
     by_task: dict[str, list[Table]]
 
 
@@ -38,7 +44,10 @@ def read_contents(frame: pd.DataFrame, suite: str) -> Contents:
         task.label: task_tables(task, across.rows[task.label], across.pairs[task.label], across.anchors.get(task.label))
         for task in results.tasks
     }
-    return Contents(results, across, overview_table(results, across), means_table(results, across), versus_tables(results, across), by_task)
+    versus = versus_tables(results, across)
+    over_tasks = {label: table for label in versus if (table := over_tasks_table(label, results, across))}
+    overall = overview_table(results, across), winners_table(results, across), means_table(results, across)
+    return Contents(results, across, *overall, versus, over_tasks, by_task)
 
 
 def build(frame: pd.DataFrame, folder: str | Path, *, suite: str, command: str, title: str | None = None) -> Path:
@@ -72,7 +81,7 @@ def build(frame: pd.DataFrame, folder: str | Path, *, suite: str, command: str, 
 def table_files(contents: Contents) -> dict[str, str]:
     """{file name: content}: the summary, a file per task, a file per method against the others; Markdown and LaTeX each."""
     results = contents.results
-    over_all = [contents.overview, contents.means] if results.tasks else []
+    over_all = [contents.overview, contents.winners, contents.means] if results.tasks else []
     stems = file_names([*(task.file_name for task in results.tasks), *(f"versus_{label}" for label in contents.versus)])
     task_files = [stems[task.file_name] for task in results.tasks]
     files = {"summary.md": summary_markdown(results, over_all, [*stems.values()]), "summary.tex": _latex(over_all)}
@@ -80,8 +89,9 @@ def table_files(contents: Contents) -> dict[str, str]:
         shown = contents.by_task[task.label]
         files |= {f"{stem}.md": task_markdown(task, shown, contents.across.rows[task.label]), f"{stem}.tex": _latex(shown)}
     for label, table in contents.versus.items():
-        stem = stems[f"versus_{label}"]
-        files |= {f"{stem}.md": markdown(table, "#").rstrip("\n") + "\n", f"{stem}.tex": _latex([table])}
+        stem, over_tasks = stems[f"versus_{label}"], [contents.over_tasks[label]] if label in contents.over_tasks else []
+        shown = "\n".join([markdown(table, "#"), *map(markdown, over_tasks)])
+        files |= {f"{stem}.md": shown.rstrip("\n") + "\n", f"{stem}.tex": _latex([table, *over_tasks])}
     return files
 
 
@@ -95,7 +105,9 @@ def machine_readable(frame: pd.DataFrame, *, suite: str, command: str, title: st
     results, ranks = contents.results, contents.across.ranks
     found = {
         "suite": suite, "title": title or "", "command": command, "cells": results.cells_by_status, "overview": records(contents.overview),
+        "winners": records(contents.winners),
         "means": records(contents.means), "versus": {label: records(table) for label, table in contents.versus.items()},
+        "over_tasks": {label: records(table) for label, table in contents.over_tasks.items()},
         "ranking": {
             "critical_difference": ranks.critical_difference, "friedman_p": ranks.friedman_p, "groups": [list(g) for g in ranks.groups],
             "seeds_by_task": {task: list(seeds) for task, seeds in ranks.seeds_by_task.items()}, "left_out": ranks.left_out,

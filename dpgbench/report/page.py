@@ -46,10 +46,11 @@ def render_page(contents: Contents, overall: list[DrawnFigure], figures: dict[st
         css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
         script=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
         explanation=_explanation(results),
-        findings=findings(results, contents.across),
+        findings=findings(results, contents.across, contents.winners),
         statuses=list(results.cells_by_status.items()),
         styles=results.styles,
         overview=contents.overview,
+        winners=contents.winners,
         means=contents.means,
         versus=_versus(contents),
         overall=[_inline(figure, f"s{position}-") for position, figure in enumerate(overall)],
@@ -82,7 +83,8 @@ def _versus(contents: Contents) -> list[dict]:
         label = row.methods[0]
         if label in contents.versus:
             ahead = next(cell for cell, column in zip(row.cells, contents.overview.columns, strict=True) if column.name.startswith("ahead"))
-            shown.append({"label": label, "style": contents.results.styles[label], "table": contents.versus[label], "ahead": ahead.text})
+            shown.append({"label": label, "style": contents.results.styles[label], "table": contents.versus[label],
+                          "over_tasks": contents.over_tasks.get(label), "ahead": ahead.text})  # fmt: skip
     return shown
 
 

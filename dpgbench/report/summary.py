@@ -111,7 +111,7 @@ def _bar(row: tables.MethodRow, rows: list[tables.MethodRow], task: TaskResults)
     return float(np.clip(task.sign * (row.score.mean - base) / top, 0, 1))
 
 
-def findings(results: SuiteResults, across: Across) -> list[str]:
+def findings(results: SuiteResults, across: Across, winners: Table) -> list[str]:
     """What the numbers over tasks say, in sentences; none where there is nothing to compare."""
     competing = [label for label in across.complete if results.styles[label].role == "method"]
     if len(competing) < 2:
@@ -130,6 +130,7 @@ def findings(results: SuiteResults, across: Across) -> list[str]:
         others = and_more(label for label in with_it if label != first)
         told = f"the tasks do not tell it apart from {others}" if others else "the tasks tell it apart from every other"
         said.append(f"Best mean rank: {first}, {number(ranks.iloc[0], 2)}; {told}.")
+    said += winners.findings
     ahead = {}
     for label in results.labels("method"):
         answers = [ahead_of_all(label, across.pairs[task.label]) for task in results.tasks]
