@@ -35,7 +35,8 @@ class _Section:
             raise UserError(f"{self.name}.{key}={self.values[key]}: {rule}")
 
     def require_one_of(self, key: str, *choices: str) -> None:
-        self.require(key, self.values[key] in choices, did_you_mean(self.values[key], choices))
+        if self.values[key] not in choices:  # the nearest choice is looked for only then: a grid asks this thousands of times
+            self.require(key, False, did_you_mean(self.values[key], choices))
 
     def require_divides(self, key: str, whole: int, of_what: str) -> None:
         """None, or a divisor of `whole`."""
