@@ -18,8 +18,8 @@ from dpgbench.report.frame import SuiteResults, TaskResults, natural, read_frame
 from dpgbench.report.table import Cell, Column, Row, Table, escape, markdown, records, text_cell
 from dpgbench.report.tables import generator_for
 from dpgbench.report.writing import DASH, and_more, decimals_for, interval, number, plural, probability
-from dpgbench.statistics.aggregates import holm
 from dpgbench.statistics.over_seeds import mean_interval, paired_difference
+from dpgbench.statistics.verdicts import holm
 
 
 def read_side(name: str, results: Path) -> SuiteResults:

@@ -9,7 +9,8 @@ from dpgbench.report.across import Across, ahead_of_all
 from dpgbench.report.frame import BASE, ORACLE, SuiteResults, TaskResults
 from dpgbench.report.table import Cell, Column, Row, Table, escape, markdown, text_cell
 from dpgbench.report.writing import DASH, amount, and_more, interval, number, plural, probability
-from dpgbench.statistics.aggregates import OverTasks, holm
+from dpgbench.statistics.aggregates import OverTasks
+from dpgbench.statistics.verdicts import holm
 
 
 def overview_table(results: SuiteResults, across: Across) -> Table:

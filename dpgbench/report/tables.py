@@ -13,10 +13,12 @@ import pandas as pd
 from dpgbench.report.frame import BASE, ORACLE, TaskResults, natural
 from dpgbench.report.table import Cell, Column, Row, Table, escape, markdown, text_cell
 from dpgbench.report.writing import DASH, amount, and_more, decimals_for, duration, interval, number, plural, probability
-from dpgbench.statistics.aggregates import Anchors, EffectSize, holm, paired_effect_size
+from dpgbench.statistics.aggregates import Anchors
 from dpgbench.statistics.curves import area_over_seeds, reach_over_seeds, shared_span
+from dpgbench.statistics.effect_size import EffectSize, paired_effect_size
 from dpgbench.statistics.equal_compute import MatchedComparison, compare_at_equal_compute
 from dpgbench.statistics.over_seeds import Interval, PairedDifference, mean_interval, paired_difference, smallest_sign_flip_p
+from dpgbench.statistics.verdicts import holm
 
 LEVELS = (0.5, 0.9)  # ours: half way and most of the way from base to the ceiling
 

@@ -10,9 +10,8 @@ from dpgbench.report.across import Across
 from dpgbench.report.frame import ORACLE, SuiteResults, TaskResults, natural
 from dpgbench.report.table import Cell, Column, Row, Table, text_cell
 from dpgbench.report.writing import DASH, amount, and_more, interval, number, plural, probability
-from dpgbench.statistics.aggregates import holm
 from dpgbench.statistics.over_seeds import mean_interval, paired_difference
-from dpgbench.statistics.verdicts import OverTasksDifference, better_than_all, difference_over_tasks
+from dpgbench.statistics.verdicts import OverTasksDifference, better_than_all, difference_over_tasks, holm
 
 SIGNIFICANT = 0.05
 

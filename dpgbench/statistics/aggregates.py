@@ -1,10 +1,10 @@
-"""Statistics over comparisons and over tasks: adjusted p-values, effect sizes, normalised scores, and aggregates of tasks x seeds.
+"""Over tasks: normalised scores, and aggregates of tasks x seeds.
 
-What is per task and per seed is in over_seeds.py; here several of those are put together, and whatever could not be is named. Scores over
-tasks are grids: a DataFrame with a row per task and a column per seed, NaN where there is none, higher is better unless said otherwise.
-Aggregates and their stratified bootstrap follow Agarwal et al. 2021, arXiv 2108.13264 (rliable): seeds are drawn anew within each task.
-Its 95% intervals are too narrow with few seeds: simulated for the IQM of 4 tasks with Gaussian scores they cover about 72% with 2 seeds
-a task, 85% with 3, 90% with 5, 93% with 10 (tests/test_aggregates.py), little better with 8 tasks. Show that beside them; they are no test.
+Scores are grids: a DataFrame with a row per task and a column per seed, NaN where there is none, higher is better unless said otherwise;
+whatever could not be put together is named. Aggregates and their stratified bootstrap follow Agarwal et al. 2021, arXiv 2108.13264 (rliable):
+seeds are drawn anew within each task. Its 95% intervals are too narrow with few seeds: simulated for the IQM of 4 tasks with Gaussian
+scores they cover about 72% with 2 seeds a task, 85% with 3, 90% with 5, 93% with 10 (tests/test_aggregates.py), little better with 8
+tasks. Show that beside them; they are no test.
 """
 
 from __future__ import annotations
@@ -15,106 +15,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, special
 
-from dpgbench.statistics.over_seeds import check_level, mean_interval, pairs_by_seed
+from dpgbench.statistics.over_seeds import SAME, check_level, mean_interval
 
 BOOTSTRAP_DRAWS = 5_000  # ours: the share of draws beyond a 2.5% point then has standard error 0.0022
-SAME = 1e-12  # differences below this share of the numbers they come from are rounding, not data
-
-
-@dataclass(frozen=True, eq=False)
-class AdjustedP:
-    """Holm-adjusted p-values in the order and shape given; `tests` is the size of the family, `missing` the NaNs left out of it."""
-
-    p: np.ndarray | pd.Series
-    tests: int
-    missing: int
-
-
-def holm(p_values: Sequence[float] | np.ndarray | pd.Series) -> AdjustedP:
-    """Holm's step-down adjustment over one family of comparisons (Holm 1979): valid however the tests depend on each other.
-
-    The k-th smallest of m becomes min(1, max over j <= k of (m - j + 1) p_j). A NaN stays NaN and is not counted in m. A Series keeps its
-    index. No adjusted p falls when a p rises, so `holm` of the smallest p's that the tests can reach gives the smallest adjusted ones.
-    ValueError for a p outside [0, 1].
-    """
-    p = np.asarray(p_values, dtype=float)
-    outside = p[(p < 0) | (p > 1)]
-    if len(outside):
-        raise ValueError(f"a p-value is {outside[0]}, but p-values lie between 0 and 1; leave a test without a p as NaN")
-    flat, adjusted = p.ravel(), np.full(p.size, np.nan)
-    order = np.flatnonzero(~np.isnan(flat))
-    order = order[np.argsort(flat[order], kind="stable")]
-    tests = len(order)
-    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(flat[order] * np.arange(tests, 0, -1)))
-    adjusted = adjusted.reshape(p.shape)
-    kept = pd.Series(adjusted, index=p_values.index) if isinstance(p_values, pd.Series) else adjusted
-    return AdjustedP(kept, tests, p.size - tests)
-
-
-@dataclass(frozen=True)
-class EffectSize:
-    """The mean of a - b in standard deviations of a - b, over the `n` seeds both have (`unpaired`: seeds only one side has).
-
-    `d` is Cohen's d_z, `g` the same without its small-sample bias; `low` and `high` bound the true effect. `g` needs 3 pairs, the rest 2.
-    Where there is no effect size, `why_undefined` says why.
-    """
-
-    n: int
-    d: float
-    g: float
-    low: float
-    high: float
-    unpaired: int = 0
-    why_undefined: str = ""
-
-
-def paired_effect_size(values_by_seed_a: pd.Series, values_by_seed_b: pd.Series, *, level: float = 0.95) -> EffectSize:
-    """d_z = mean / standard deviation (ddof=1) of the differences by seed, Hedges' g_z = J(n - 1) d_z, and d_z's exact interval.
-
-    J(m) = gamma(m/2) / (sqrt(m/2) gamma((m-1)/2)) (Hedges 1981) makes g unbiased for Gaussian differences; J(1) = 0, so two pairs have no
-    g. The interval holds the effects under which the t statistic, noncentral t with n - 1 degrees of freedom, is not extreme. With few
-    seeds it is wide: say so rather than call an effect large. Positive where a is larger, whichever direction is better. ValueError as
-    in over_seeds.paired_difference.
-    """
-    check_level(level)
-    pairs, unpaired = pairs_by_seed(values_by_seed_a, values_by_seed_b)
-    a, b = pairs["a"].to_numpy(), pairs["b"].to_numpy()
-    n = len(a)
-    why = "" if n > 1 else f"{n} pair{'s' if n != 1 else ''}: a standard deviation needs 2"
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        why = "an infinite value"
-    elif n > 1 and np.ptp(a - b) <= SAME * max(np.abs(a).max(), np.abs(b).max()):
-        why = "all differences are equal: there is no standard deviation to measure them in"
-    if why:
-        return EffectSize(n, np.nan, np.nan, np.nan, np.nan, unpaired, why)
-    d = float(np.mean(a - b) / np.std(a - b, ddof=1))
-    g = d * _hedges_correction(n - 1) if n > 2 else np.nan
-    low, high = _noncentral_t_interval(d * math.sqrt(n), n - 1, level)
-    return EffectSize(n, d, g, low / math.sqrt(n), high / math.sqrt(n), unpaired)
-
-
-def _hedges_correction(degrees: int) -> float:
-    return float(np.exp(special.gammaln(degrees / 2) - special.gammaln((degrees - 1) / 2)) / np.sqrt(degrees / 2))
-
-
-def _noncentral_t_interval(t: float, degrees: int, level: float) -> tuple[float, float]:
-    """The noncentralities under which a statistic as small as t, or as large, has probability (1 - level) / 2."""
-    reach, tail = 1.0, (1 - level) / 2
-
-    def excess(noncentrality: float, probability: float) -> float:
-        cdf = float(special.nctdtr(degrees, noncentrality, t))
-        if math.isnan(cdf):  # scipy 1.17 at some noncentralities of the other sign than t, far from it: all mass is on one side
-            cdf = float(noncentrality < t)
-        return cdf - probability
-
-    while not (excess(t - reach, 1 - tail) >= 0 and excess(t + reach, tail) <= 0):  # the cdf falls as the noncentrality rises
-        reach *= 2
-        if reach > 1e6 * (1 + abs(t)):
-            return np.nan, np.nan
-    low = optimize.brentq(excess, t - reach, t + reach, args=(1 - tail,))
-    return float(low), float(optimize.brentq(excess, t - reach, t + reach, args=(tail,)))
 
 
 @dataclass(frozen=True)

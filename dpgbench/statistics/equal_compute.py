@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from dpgbench.statistics.aggregates import EffectSize, paired_effect_size
 from dpgbench.statistics.curves import curves_by_seed, value_at
+from dpgbench.statistics.effect_size import EffectSize, paired_effect_size
 from dpgbench.statistics.over_seeds import PairedDifference, paired_difference
 
 

@@ -15,6 +15,7 @@ from scipy import stats as scipy_stats
 
 ENUMERATE_UP_TO = 12  # 2**12 = 4096 sign patterns: exact and instant; above it the sign-flip test draws patterns
 MONTE_CARLO_DRAWS = 20_000  # ours: the standard error of an estimated p of 0.05 is then 0.0015
+SAME = 1e-12  # differences below this share of the numbers they come from are rounding, not data
 
 
 @dataclass(frozen=True)
@@ -133,5 +134,5 @@ def _sign_flip_test(differences: np.ndarray, generator: np.random.Generator | No
     flips = (np.arange(2**n)[:, None] >> np.arange(n)) & 1 if exact else generator.integers(0, 2, size=(MONTE_CARLO_DRAWS, n))
     sums = np.abs((1 - 2 * flips) @ differences)
     # Sums of the same numbers in another order differ in the last bits; without the slack a tie would count as "less extreme".
-    hits = int((sums >= abs(differences.sum()) - 1e-12 * np.abs(differences).sum()).sum())
+    hits = int((sums >= abs(differences.sum()) - SAME * np.abs(differences).sum()).sum())
     return (hits / len(flips) if exact else (1 + hits) / (1 + len(flips))), smallest, exact

@@ -1,4 +1,6 @@
-"""Claims that rest on more than one comparison, the seed still the unit: better over several tasks, better than every rival.
+"""Claims that rest on more than one comparison, the seed still the unit: one of many, better over several tasks, better than every rival.
+
+One of many: Holm's adjustment over a family of comparisons.
 
 Over tasks: each seed's advantages on all tasks become one number, their mean, and those are tested. What a seed does to all tasks alike
 (the prompts it draws, say) stays inside it, so tasks need not be independent of one another.
@@ -9,13 +11,43 @@ no correction for their number (the intersection-union test; Berger 1982, Techno
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from dpgbench.statistics.over_seeds import PairedDifference, paired_difference
+
+
+@dataclass(frozen=True, eq=False)
+class AdjustedP:
+    """Holm-adjusted p-values in the order and shape given; `tests` is the size of the family, `missing` the NaNs left out of it."""
+
+    p: np.ndarray | pd.Series
+    tests: int
+    missing: int
+
+
+def holm(p_values: Sequence[float] | np.ndarray | pd.Series) -> AdjustedP:
+    """Holm's step-down adjustment over one family of comparisons (Holm 1979): valid however the tests depend on each other.
+
+    The k-th smallest of m becomes min(1, max over j <= k of (m - j + 1) p_j). A NaN stays NaN and is not counted in m. A Series keeps its
+    index. No adjusted p falls when a p rises, so `holm` of the smallest p's that the tests can reach gives the smallest adjusted ones.
+    ValueError for a p outside [0, 1].
+    """
+    p = np.asarray(p_values, dtype=float)
+    outside = p[(p < 0) | (p > 1)]
+    if len(outside):
+        raise ValueError(f"a p-value is {outside[0]}, but p-values lie between 0 and 1; leave a test without a p as NaN")
+    flat, adjusted = p.ravel(), np.full(p.size, np.nan)
+    order = np.flatnonzero(~np.isnan(flat))
+    order = order[np.argsort(flat[order], kind="stable")]
+    tests = len(order)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(flat[order] * np.arange(tests, 0, -1)))
+    adjusted = adjusted.reshape(p.shape)
+    kept = pd.Series(adjusted, index=p_values.index) if isinstance(p_values, pd.Series) else adjusted
+    return AdjustedP(kept, tests, p.size - tests)
 
 
 @dataclass(frozen=True, eq=False)
