@@ -2,9 +2,9 @@
 
 Scores are grids: a DataFrame with a row per task and a column per seed, NaN where there is none, higher is better unless said otherwise;
 whatever could not be put together is named. Aggregates and their stratified bootstrap follow Agarwal et al. 2021, arXiv 2108.13264
-(rliable): seeds are drawn anew within each task. Its 95% intervals are too narrow with few seeds: simulated for the IQM of 4 tasks with Gaussian
-scores they cover about 72% with 2 seeds a task, 85% with 3, 90% with 5, 93% with 10 (tests/test_aggregates.py), little better with 8
-tasks. Show that beside them; they are no test.
+(rliable): seeds are drawn anew within each task. Its 95% intervals are too narrow with few seeds: simulated for the IQM of 4 tasks with
+Gaussian scores they cover about 72% with 2 seeds a task, 85% with 3, 90% with 5, 93% with 10 (tests/test_aggregates.py), little better
+with 8 tasks. Show that beside them; they are no test.
 """
 
 from __future__ import annotations
