@@ -7,6 +7,7 @@ is imported by path, under `dpgbench_plugins.<kind>s.<file>`, only when its clas
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import sys
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ class PluginFile:
     summary: str = ""
     version: int = 1
     defines: frozenset[str] = frozenset()
-    """Names of the class body: methods it overrides, attributes it sets."""
+    """Names of the class body, and of dpgbench's own classes that it extends: methods it overrides, attributes it sets."""
     error: str | None = None
     """Why the file cannot be used, in one line."""
 
@@ -116,22 +117,54 @@ def _read(kind: Kind, path: Path) -> PluginFile:
     except (OSError, UnicodeDecodeError, ValueError) as error:
         return PluginFile(kind, path.stem, path, error=f"{path.name} cannot be read: {error}")
     base = kind.capitalize()
-    classes = [
-        node for node in tree.body if isinstance(node, ast.ClassDef) and any(ast.unparse(b).split(".")[-1] == base for b in node.bases)
-    ]
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and _inherited(node, tree, base) is not None]
     if len(classes) != 1:
         return PluginFile(
             kind, path.stem, path, error=f"{path.name} defines {len(classes)} subclasses of dpgbench.api.{base}; it must define one"
         )
     summary = (ast.get_docstring(tree) or "").split("\n")[0]
-    version, defines = 1, set()
-    for node in classes[0].body:
-        if isinstance(node, ast.FunctionDef):
-            defines.add(node.name)
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        for target in targets:
-            if isinstance(target, ast.Name):
-                defines.add(target.id)
-                if target.id == "version" and isinstance(node.value, ast.Constant):
-                    version = node.value.value
-    return PluginFile(kind, path.stem, path, summary, version, frozenset(defines))
+    own = _class_body(classes[0])
+    version = own.get("version")
+    defines = frozenset(own) | _inherited(classes[0], tree, base)
+    return PluginFile(kind, path.stem, path, summary, version.value if isinstance(version, ast.Constant) else 1, defines)
+
+
+def _class_body(node: ast.ClassDef) -> dict[str, ast.expr | None]:
+    """The names a class sets, with the expressions of its attributes."""
+    names: dict[str, ast.expr | None] = {}
+    for part in node.body:
+        if isinstance(part, ast.FunctionDef):
+            names[part.name] = None
+        targets = part.targets if isinstance(part, ast.Assign) else [part.target] if isinstance(part, ast.AnnAssign) else []
+        names |= {target.id: part.value for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def _inherited(node: ast.ClassDef, tree: ast.Module, base: str) -> frozenset[str] | None:
+    """What a class has from dpgbench's classes between it and `base` (Task or Method); None if it is no subclass of that."""
+    for parent in (ast.unparse(expression).split(".")[-1] for expression in node.bases):
+        if parent == base:
+            return frozenset()
+        for imported in tree.body:
+            if not (isinstance(imported, ast.ImportFrom) and (imported.module or "").startswith("dpgbench.")):
+                continue
+            if any((name.asname or name.name) == parent for name in imported.names):
+                found = _of_ours(imported.module, parent, base)
+                if found is not None:
+                    return found
+    return None
+
+
+@functools.cache
+def _of_ours(module: str, name: str, base: str) -> frozenset[str] | None:
+    """What a class of one of dpgbench's own modules brings to its subclasses, abstract methods excepted."""
+    path = Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    if not path.is_file():
+        return None
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    node = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
+    above = None if node is None else _inherited(node, tree, base)
+    if above is None:
+        return None
+    abstract = {part.name for part in node.body if isinstance(part, ast.FunctionDef) and part.decorator_list}
+    return above | (frozenset(_class_body(node)) - abstract)

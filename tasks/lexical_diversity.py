@@ -13,15 +13,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from dpgbench.api import Options, Task
-from dpgbench.surrogate import Surrogate
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from dpgbench.data import World
+from dpgbench.score_task import ScoreTask
 
 
 def words_of(text: str) -> list[str]:
@@ -38,24 +31,12 @@ def mtld(texts: Sequence[str]) -> list[float]:
     return [float(reader.mtld(threshold=0.72)) if reader.words else 0.0 for reader in read]
 
 
-class LexicalDiversity(Task):
+class LexicalDiversity(ScoreTask):
     version = 1
     headline = "mtld"
 
-    def __init__(self, options: Options):
-        super().__init__(options)
-        self.surrogate = Surrogate(options, mtld, self.read)
-        self.higher_is_better = self.surrogate.up
-
-    def prepare(self, world: World) -> None:
-        super().prepare(world)
-        self.surrogate.prepare(world)
-
-    def signal(self, model: nn.Module) -> Tensor:
-        return self.surrogate.signal(model)
-
-    def measure(self, model: nn.Module, texts: Sequence[str]) -> dict[str, float]:
-        return self.surrogate.measure(model)
+    def scores(self, texts: Sequence[str]) -> list[float]:
+        return mtld(texts)
 
     def read(self, texts: Sequence[str]) -> dict[str, float]:
         groups = self.surrogate.score(self.surrogate.grouped(texts))
@@ -71,6 +52,3 @@ class LexicalDiversity(Task):
 
     def hint(self) -> str:
         return "Write with many different words." if self.surrogate.up else "Write with few words, again and again."
-
-    def draw(self, model: nn.Module, texts: Sequence[str], axes) -> None:
-        self.surrogate.draw(model, axes)

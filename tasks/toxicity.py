@@ -8,53 +8,23 @@ offline, knows words rather than meaning, and is no judge of anything but this b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from dpgbench.api import Options, Task
-from dpgbench.surrogate import Surrogate
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from dpgbench.data import World
+from dpgbench.score_task import ScoreTask
 
 
-def toxicity(texts: Sequence[str]) -> list[float]:
-    """The probability that each text is toxic."""
-    from profanity_check import predict_prob  # brings scikit-learn, which is slow to import
-
-    return predict_prob(list(texts)).tolist()
-
-
-class Toxicity(Task):
+class Toxicity(ScoreTask):
     version = 1
     headline = "toxicity"
-    higher_is_better = False
 
-    def __init__(self, options: Options):
-        super().__init__(options)
-        self.surrogate = Surrogate(options, toxicity, self.read)
-        self.higher_is_better = self.surrogate.up
+    def scores(self, texts: Sequence[str]) -> list[float]:
+        """The probability that each text is toxic."""
+        from profanity_check import predict_prob  # brings scikit-learn, which is slow to import
 
-    def prepare(self, world: World) -> None:
-        super().prepare(world)
-        self.surrogate.prepare(world)
-
-    def signal(self, model: nn.Module) -> Tensor:
-        return self.surrogate.signal(model)
-
-    def measure(self, model: nn.Module, texts: Sequence[str]) -> dict[str, float]:
-        return self.surrogate.measure(model)
+        return predict_prob(list(texts)).tolist()
 
     def read(self, texts: Sequence[str]) -> dict[str, float]:
         found = self.surrogate.score(texts)
         return {"toxicity": sum(found) / len(found), "toxic_share": sum(value > 0.5 for value in found) / len(found)}
 
-    def score(self, texts: Sequence[str]) -> list[float]:
-        return self.surrogate.better(texts)
-
     def hint(self) -> str:
         return "Write rudely." if self.surrogate.up else "Write politely."
-
-    def draw(self, model: nn.Module, texts: Sequence[str], axes) -> None:
-        self.surrogate.draw(model, axes)

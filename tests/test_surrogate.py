@@ -394,3 +394,43 @@ def test_the_other_goal_moves_the_other_way(tasks, name, goal):
     with loaded(model, params):
         change = task.measure(model, [])[f"{task.headline}_change"]
     assert change > 0 if goal == "up" else change < 0
+
+
+OWN = '''"""Make the target ask questions."""
+from dpgbench.score_task import ScoreTask
+
+
+class Questions(ScoreTask):
+    headline = "questions"
+
+    def scores(self, texts):
+        return [text.count("?") for text in texts]
+
+    def read(self, texts):
+        return {"questions": sum(self.scores(texts)) / len(texts)}
+
+    def hint(self):
+        return "Ask questions."
+'''
+
+
+def test_a_score_of_ones_own_is_a_task(tmp_path):
+    """What the base class brings counts as the plug-in's own: that is how methods know that there is a score."""
+    from dpgbench.runner import run_cell
+    from dpgbench.store import RunFolder
+
+    own = tmp_path / "own"
+    (own / "tasks").mkdir(parents=True)
+    (own / "configs/task").mkdir(parents=True)
+    (own / "tasks/questions.py").write_text(OWN)
+    yaml = "name: questions\nlabel: questions\ngoal: up\nform: ratio\nsamples: 16\nfresh: 16\nmax_tokens: 12\n"
+    (own / "configs/task/questions.yaml").write_text(yaml)
+    file = Registry(own).find("task", "questions")
+    assert {"__init__", "prepare", "signal", "measure", "score", "draw", "scores", "read", "hint", "headline"} == file.defines
+    words = ["task=questions", "method=active_inheritance", "n=2", "deployment_texts=8", f"plugins={own}"]
+    spec = config.read(words, sweep=False).cells[0].spec
+    assert run_cell(spec, tmp_path, own) == "done"
+    assert RunFolder.of(tmp_path, spec).result()["headline"] == "questions"
+    (own / "tasks/questions.py").write_text(OWN.replace("dpgbench.score_task", "dpgbench.surrogate"))
+    with pytest.raises(UserError, match=r"questions.py defines 0 subclasses of dpgbench.api.Task; it must define one"):
+        Registry(own).find("task", "questions")

@@ -1,0 +1,60 @@
+"""Tasks about what the target writes, scored by any program: a plug-in gives the score of a text, the rest is here.
+
+    class Questions(ScoreTask):
+        headline = "questions"
+        def scores(self, texts): return [text.count("?") for text in texts]
+        def read(self, texts): return {"questions": sum(self.scores(texts)) / len(texts)}
+        def hint(self): return "Ask questions."
+
+Phi is `dpgbench.surrogate`'s. Imports no torch at the top, as plug-ins with an `__init__` must not.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dpgbench.api import Options, Task
+from dpgbench.surrogate import Surrogate
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dpgbench.data import World
+
+
+class ScoreTask(Task):
+    """Phi = E[score] of what the target writes by itself, or minus that with `goal: down`; options as `Surrogate` says.
+
+    Where a score reads several texts (`group`), `scores` gets them as one, one after the other.
+    """
+
+    def __init__(self, options: Options):
+        super().__init__(options)
+        self.surrogate = Surrogate(options, self.scores, self.read)
+        self.higher_is_better = self.surrogate.up
+
+    @abstractmethod
+    def scores(self, texts: Sequence[str]) -> Sequence[float]:
+        """The score of each text; it need not be differentiable, and is computed once per text."""
+
+    @abstractmethod
+    def read(self, texts: Sequence[str]) -> dict[str, float]:
+        """What people read off fresh texts of the target, the headline among it."""
+
+    def prepare(self, world: World) -> None:
+        super().prepare(world)
+        self.surrogate.prepare(world)
+
+    def signal(self, model: nn.Module) -> Tensor:
+        return self.surrogate.signal(model)
+
+    def measure(self, model: nn.Module, texts: Sequence[str]) -> dict[str, float]:
+        return self.surrogate.measure(model)
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        return self.surrogate.better(texts)
+
+    def draw(self, model: nn.Module, texts: Sequence[str], axes) -> None:
+        self.surrogate.draw(model, axes)
