@@ -217,8 +217,12 @@ class RunSpec:
         for setting in ADDED_TO_SCALES:
             if relevant["scale"].get(setting) is None:
                 relevant["scale"].pop(setting, None)
+        if relevant["method"].get("lora") is None:
+            relevant["method"].pop("lora", None)
         if relevant["method"].get("policy"):
             policy = dict(relevant["method"]["policy"])
+            if policy.get("lora") is None:
+                policy.pop("lora", None)
             policy.pop("activation_checkpointing", None)
             if policy.get("rollout_batch") is None:  # as with scales' settings
                 policy.pop("rollout_batch", None)

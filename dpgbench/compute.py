@@ -117,6 +117,10 @@ class Shape:
     vocabulary: int = 0
     cache_per_token: int = 0
     """Keys and values kept for one token, over all layers."""
+    adapters: int = 0
+    """Of N, the weights of low-rank adapters, which are then all that is trained; 0: everything is."""
+    untouched: int = 0
+    """With adapters, weights that multiply what no adapter has touched yet, as the first layer's: no gradient flows back through them."""
     layers: int = 0
     width: int = 0
     score_maps: int = 0
@@ -134,10 +138,21 @@ class Shape:
         """F(B, L) of the module docstring."""
         return 2.0 * self.matmul_weights * batch * length + float(self.attention_flops_per_pair) * batch * length**2
 
+    def training_flops(self, batch: int, length: int) -> float:
+        """Forward and backward, 3F: every product has one with its input's gradient and one with its weights'.
+
+        A frozen weight has no gradient of its own, so with a weights of adapters in N, u of N untouched and attention's products, which
+        have no weights, as before, the N part of 3F is 2 (N + (N - u) + a) B L.
+        """
+        if not self.adapters:
+            return 3 * self.forward_flops(batch, length)
+        products = 2.0 * (2 * self.matmul_weights - self.untouched + self.adapters) * batch * length
+        return products + 3.0 * self.attention_flops_per_pair * batch * length**2
+
     def update_flops(self, batch: int, prompt_length: int, new_tokens: int) -> float:
-        """A policy update: 3F of prompts and completions, but for the head at the prompt's positions, its last one excepted."""
-        head = 2.0 * self.head * batch * (prompt_length - 1)
-        return 3 * (self.forward_flops(batch, prompt_length + new_tokens) - head)
+        """A policy update: prompts and completions, but for the head at the prompt's positions, its last one excepted."""
+        head = 2.0 * self.head * batch * (prompt_length - 1)  # never has an adapter
+        return self.training_flops(batch, prompt_length + new_tokens) - (2 if self.adapters else 3) * head
 
     def sampling_flops(self, batch: int, prompt_length: int, new_tokens: int) -> float:
         """Sampling with a key-value cache: the prompt once (logits of its last position only), then a token at a time."""
@@ -149,26 +164,47 @@ class Shape:
         return prompt + 2.0 * self.matmul_weights * batch * steps + float(self.attention_flops_per_pair) * batch * contexts
 
 
-def shape_of(model: nn.Module) -> Shape:
-    """What a loaded model's charges are computed from."""
+def shape_of(model: nn.Module, *, trains: bool = False) -> Shape:
+    """What a loaded model's charges are computed from; with `trains` those of training too, which takes a model with adapters a token."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     config = model.config
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    products = sum(module.weight.numel() for module in model.modules() if isinstance(module, (nn.Linear, Conv1D)))
-    return Shape(products, 4 * config.num_hidden_layers * width, model.get_output_embeddings().weight.numel())
+    products = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    adapters = untouched = 0
+    if trains and not all(weight.requires_grad for weight in model.parameters()):
+        adapters = sum(module.weight.numel() for module in products if module.weight.requires_grad)
+        untouched = _untouched(model, products)
+    weights, head = sum(module.weight.numel() for module in products), model.get_output_embeddings().weight.numel()
+    return Shape(weights, 4 * config.num_hidden_layers * width, head, adapters=adapters, untouched=untouched)
+
+
+def _untouched(model: nn.Module, products: list[nn.Module]) -> int:
+    """Weights whose input needs no gradient, found by letting one token through."""
+    import torch
+
+    found: list[int] = []
+
+    def look(module: nn.Module, inputs: tuple) -> None:
+        if not inputs[0].requires_grad:
+            found.append(module.weight.numel())
+
+    hooks, was_training = [module.register_forward_pre_hook(look) for module in products], model.training
+    try:
+        with torch.enable_grad():
+            model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return sum(found)
 
 
 def forward_flops(model: nn.Module, batch: int, length: int) -> float:
     """F(B, L) of the module docstring."""
     return shape_of(model).forward_flops(batch, length)
-
-
-def update_flops(model: nn.Module, batch: int, prompt_length: int, new_tokens: int) -> float:
-    """Of the policy on `batch` prompts and their completions; see `Shape.update_flops`."""
-    return shape_of(model).update_flops(batch, prompt_length, new_tokens)
 
 
 def sampling_flops(model: nn.Module, batch: int, prompt_length: int, new_tokens: int) -> float:

@@ -316,6 +316,9 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise UserError(f"the configuration does not resolve: {str(error).splitlines()[0]}") from None
     kept = {key: resolved[key] for key in (*SECTIONS, "seed", "launcher")}
+    for section in (kept["method"], kept["method"].get("policy") or {}):
+        if isinstance(section.get("lora"), dict) and section["lora"].get("rank") is None:
+            section["lora"] = None  # no adapters, so what they would have been is no part of the cell
     limits = {name: limit for name, limit in resolved["budget"].items() if limit is not None}
     return {**kept, "budget": limits} if limits else kept
 

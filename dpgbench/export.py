@@ -3,12 +3,15 @@
 A cell keeps what its last scored snapshot was made with and of, beside its result, replaced at every scored snapshot:
 
     deployment.jsonl        the deployment dataset, a {"prompt", "text"} a line
-    generator.safetensors   the generator's weights, for methods that train it (`Snapshot.weights`), unless scale.keep_generator=false
+    generator.safetensors   the generator's weights, for methods that train it (`Snapshot.weights`), unless scale.keep_generator=false;
+                            its low-rank adapters alone, where those are what was trained
 
 `export` makes of them, in a folder that `transformers` and `datasets` read and that needs nothing of dpgbench:
 
     README.md               what it is, the curve, the settings
-    generator/              config, model.safetensors, tokenizer with its chat template; only where the method trained it
+    generator/              config, model.safetensors, tokenizer with its chat template; only where the method trained it. Low-rank
+                            adapters are merged into it
+    adapter/                and as peft reads them, where there are some
     dataset/train.jsonl     {"text": ...} a line, what the target was trained on: the texts alone
     spec.yaml               `python -m dpgbench run spec=spec.yaml` runs the cell again
 """
@@ -24,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from dpgbench import adapters
 from dpgbench.api import Prompt, RunSpec, Snapshot
 from dpgbench.errors import UserError
 from dpgbench.store import RunFolder, read_lines, write_atomically
@@ -98,13 +102,19 @@ def _write_generator(spec: RunSpec, weights: Path, to: Path) -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    generator, kept = load_generator(spec.scale), load_file(weights)
-    parameters = dict(generator.model.named_parameters())
+    generator, kept, lora = load_generator(spec.scale), load_file(weights), adapters.settings(spec.method)
+    generator.adapt(lora, seed=0)
+    parameters = adapters.trained(generator.model)
     if {name: value.shape for name, value in kept.items()} != {name: value.shape for name, value in parameters.items()}:
         raise UserError(f"{weights}: not weights of scale.generator={spec.scale.generator}; delete the folder and run the cell again")
     with torch.no_grad():
         for name, value in parameters.items():
             value.copy_(kept[name])
+    if lora is not None:
+        generator.model.peft_config["default"].base_model_name_or_path = spec.scale.generator  # and not the folder it was loaded from
+        generator.model.save_pretrained(to.parent / "adapter", save_embedding_layers=False)
+        (to.parent / "adapter" / "README.md").unlink(missing_ok=True)  # peft's template of a card; the folder has its own
+        generator.model = generator.model.merge_and_unload()
     generator.model.save_pretrained(to)
     generator.tokenizer.save_pretrained(to)
 
@@ -113,7 +123,7 @@ def _readme(spec: RunSpec, result: Mapping[str, Any], env: Mapping[str, Any], tr
     """The folder's card: what was made, how far it got, with what."""
     scale, headline = spec.scale, result["headline"]
     if trained:
-        generator = LOADS
+        generator = LOADS + (ADAPTER if adapters.settings(spec.method) else "")
     elif scale.get("keep_generator", True):
         generator = f"The method leaves the generator as it was: {scale.generator}."
     else:
@@ -141,6 +151,10 @@ tokenizer = AutoTokenizer.from_pretrained("generator")
 ```
 
 It was sampled at temperature 1 from the full distribution (`do_sample=True, temperature=1.0, top_p=1.0, top_k=0`)."""
+
+ADAPTER = """
+
+Only low-rank adapters were trained: `generator` has them merged into its weights; `adapter` is they alone, for peft's `PeftModel`."""
 
 CARD = """\
 ---

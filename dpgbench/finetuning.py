@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
+from dpgbench.adapters import trained
 from dpgbench.api import Prompt
 from dpgbench.models import Generator
 
@@ -21,12 +22,13 @@ def finetune(
 
         -1/K sum_k log pi_theta(x_k | q, x_<k),     over the K tokens of the batch's completions, ends included.
 
-    Changes the generator's weights; no weight decay, no dropout, gradients clipped at 1. Returns each epoch's mean loss (nats a token,
-    each batch before its step) and the (texts, length) of every step, for the accounts. Cost: 3F of the generator on prompts and
-    completions, per epoch.
+    Changes the generator's trained weights; no weight decay, no dropout, gradients clipped at 1. Returns each epoch's mean loss (nats a
+    token, each batch before its step) and the (texts, length) of every step, for the accounts. Cost: 3F of the generator on prompts and
+    completions, per epoch; less where adapters are what is trained.
     """
     order_of = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(generator.model.parameters(), lr=lr, weight_decay=0.0)
+    weights = list(trained(generator.model).values())
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
     was_training, losses, shapes = generator.model.training, [], []
     generator.model.eval()
     for _ in range(epochs):
@@ -39,7 +41,7 @@ def finetune(
             count = int((labels != -100).sum())
             optimizer.zero_grad()
             (loss / max(1, count)).backward()
-            clip_grad_norm_(generator.model.parameters(), MAX_GRAD_NORM)
+            clip_grad_norm_(weights, MAX_GRAD_NORM)
             optimizer.step()
             total, tokens = total + loss.item(), tokens + count
             shapes.append(tuple(labels.shape))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpgbench import model_files
+from dpgbench import adapters, model_files
 from dpgbench.api import Options, Prompt
 from dpgbench.errors import UserError
 from dpgbench.model_files import SMOLLM2
@@ -31,6 +31,11 @@ class Generator:
     def copy(self, max_completion_tokens: int | None = None) -> Generator:
         """The same with weights of its own, and perhaps another length: training one leaves the other as it is."""
         return replace(self, model=copy.deepcopy(self.model), max_completion_tokens=max_completion_tokens or self.max_completion_tokens)
+
+    def adapt(self, lora: Options | None, seed: int) -> None:
+        """From here on train low-rank adapters instead of the weights, which are frozen (`adapters.adapt`); None: train all weights."""
+        if lora is not None:
+            self.model = adapters.adapt(self.model, lora, seed)
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Prompt], seed: int) -> tuple[list[str], list[tuple[int, int, int]]]:

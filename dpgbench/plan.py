@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from dpgbench import data, model_files
+from dpgbench import adapters, data, model_files
 from dpgbench.api import Options, RunSpec
 from dpgbench.compute import Shape
 from dpgbench.errors import UserError
@@ -51,13 +51,16 @@ class Estimate:
         return self.flops / SUSTAINED / 3600
 
 
-def shape_of(config: Mapping[str, Any]) -> Shape | None:
-    """A model's sizes from its config.json; None for an architecture whose matrices are not known here."""
+def shape_of(config: Mapping[str, Any], lora: Options | None = None) -> Shape | None:
+    """A model's sizes from its config.json, and of its adapters; None for an architecture or targets whose matrices are not known here."""
     kind = config.get("model_type")
     if kind == "gpt2":
         width, layers, vocabulary = config["n_embd"], config["n_layer"], config["vocab_size"]
         inner = config.get("n_inner") or 4 * width
-        products = layers * (4 * width**2 + 2 * width * inner)
+        matrices = [  # of a layer: stage, name, inputs, outputs; those of a stage read what those of the stage before wrote
+            (0, "attn.c_attn", width, 3 * width), (1, "attn.c_proj", width, width), (2, "mlp.c_fc", width, inner),
+            (3, "mlp.c_proj", inner, width),
+        ]  # fmt: skip
         small = layers * (9 * width + inner) + 2 * width + config.get("n_positions", 1024) * width
         cache = 2 * layers * width
         heads_width, heads, tied = width, config["n_head"], config.get("tie_word_embeddings", True)
@@ -67,15 +70,28 @@ def shape_of(config: Mapping[str, Any]) -> Shape | None:
         )  # fmt: skip
         head = config.get("head_dim") or width // heads
         keys = config.get("num_key_value_heads") or heads
-        products = layers * (2 * width * head * (heads + keys) + 3 * width * config["intermediate_size"])
+        inner = config["intermediate_size"]
+        matrices = [
+            *((0, f"self_attn.{name}_proj", width, count * head) for name, count in (("q", heads), ("k", keys), ("v", keys))),
+            (1, "self_attn.o_proj", heads * head, width),
+            (2, "mlp.gate_proj", width, inner), (2, "mlp.up_proj", width, inner), (3, "mlp.down_proj", inner, width),
+        ]  # fmt: skip
         small = layers * 2 * width + width
         cache = 2 * layers * keys * head
         heads_width, tied = heads * head, config.get("tie_word_embeddings", False)
     else:
         return None
-    table = vocabulary * width
+    table, products = vocabulary * width, layers * sum(inputs * outputs for _, _, inputs, outputs in matrices)
+    adapted = [matrix for matrix in matrices if lora and adapters.matches(matrix[1], lora.targets)]
+    if lora and not adapted:
+        return None
+    added = layers * sum(lora.rank * (inputs + outputs) for _, _, inputs, outputs in adapted)
+    first = min((stage for stage, *_ in adapted), default=-1)  # in the first layer nothing before it needs a gradient
+    untouched = sum(inputs * outputs for stage, _, inputs, outputs in matrices if stage <= first)
+    untouched += sum(lora.rank * inputs for stage, _, inputs, _ in adapted if stage == first)
     return Shape(
-        matmul_weights=products + table, attention_flops_per_pair=4 * layers * heads_width, head=table,
+        matmul_weights=products + table + added, adapters=added, untouched=untouched,
+        attention_flops_per_pair=4 * layers * heads_width, head=table,
         parameters=products + small + table * (1 if tied else 2), untied=products + small + 2 * table,
         vocabulary=vocabulary, cache_per_token=cache, layers=layers, width=width, score_maps=layers * heads,
     )  # fmt: skip
@@ -83,7 +99,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape | None:
 
 def estimate(spec: RunSpec, registry: Registry) -> Estimate | None:
     """A cell's cost; None where a model's configuration is not at hand, or the method cannot tell."""
-    generator, target = _shape(spec.scale, "generator"), _shape(spec.scale, "target")
+    generator, target = _shape(spec.scale, "generator", adapters.settings(spec.method)), _shape(spec.scale, "target")
     passes = _passes(spec, registry)
     if generator is None or target is None or passes is None:
         return None
@@ -103,12 +119,15 @@ def estimate(spec: RunSpec, registry: Registry) -> Estimate | None:
 
 
 def _memory(spec: RunSpec, generator: Shape, target: Shape, length: int, at_once: int, updated: int) -> float:
-    """The two models and their optimizers' states, and the largest of: keys and values while sampling, an update, the target's run.
+    """The two models, gradients and moments of what trains, and the largest of: keys and values in sampling, an update, the target's run.
 
     Tapes of the metagradients are not in it: they take what `training.memory_budget` leaves.
     """
     training, width = spec.training, BYTES[spec.scale.generator_dtype]
-    resident = generator.parameters * width * (4 if updated else 1) + target.untied * BYTES[spec.scale.target_dtype]
+    trained = 16 * generator.adapters or (
+        3 * width * generator.parameters if updated else 0
+    )  # adapters: four times 4 bytes, weights and all
+    resident = generator.parameters * width + trained + target.untied * BYTES[spec.scale.target_dtype]
     sampling = at_once * length * generator.cache_per_token * width
     update = 3 * updated * spec.scale.max_completion_tokens * generator.vocabulary * 4  # logits of the completions, softmax and gradient
     checkpointed = updated and spec.method.policy.get("activation_checkpointing")
@@ -129,10 +148,10 @@ def _passes(spec: RunSpec, registry: Registry) -> float | None:
     return registry.load("method", spec.method.name)(spec.method).target_passes(spec.training.inner_steps)
 
 
-def _shape(scale: Options, role: str) -> Shape | None:
+def _shape(scale: Options, role: str, lora: Options | None = None) -> Shape | None:
     known = KNOWN.get(scale[role]) if scale.get(f"{role}_revision") is None else None
     try:
-        return shape_of(known or model_files.find(scale, role, online=False).config)
+        return shape_of(known or model_files.find(scale, role, online=False).config, lora)
     except (UserError, KeyError):
         return None
 

@@ -24,7 +24,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
-from dpgbench import compute
+from dpgbench import adapters, compute
 from dpgbench.api import Options, Prompt, Snapshot
 from dpgbench.errors import CellError
 from dpgbench.models import Generator
@@ -68,12 +68,13 @@ def train_policy(
     in that copy.
     Ends after `policy.steps`, or before the step that would go over the cell's budget. Learning rate and entropy bonus follow the nearer
     of the two ends, so that a run which a budget ends has had its whole schedule.
-    Cost per step: sampling, whatever `reward` spends, and 3F of the generator on prompts and completions,
-    less the LM head where there is nothing to predict.
+    Cost per step: sampling, whatever `reward` spends, and 3F of the generator on prompts and completions, less the LM head where there is
+    nothing to predict; with low-rank adapters (`policy.lora`) little more than 2F.
     Raises CellError if a reward is not finite or has the wrong count, and whatever `reward` raises: never a batch of zeros.
     """
     policy, saved = bench.options.policy, bench.saved
     generator = generator or bench.generator
+    generator.adapt(adapters.settings(bench.options), bench.seed("lora"))
     average = WeightAverage(generator.model, policy.averaging)
     if saved is not None:
         restore_weights(generator.model, saved.tensors, average.mean)
@@ -134,22 +135,22 @@ class WeightAverage:
         mean_t = d_t mean_{t-1} + (1 - d_t) theta_t,   d_t = min(decay, t / (t + 9))
 
     Rollouts come from theta itself. A policy that circles around its optimum has an average nearer to it. `decay=0` is no averaging and
-    costs nothing; otherwise one copy of the weights. The growing d_t lets the first steps count little in a long run.
+    costs nothing; otherwise one copy of the trained weights. The growing d_t lets the first steps count little in a long run.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):
         self.model, self.decay = model, decay
-        self.mean = {name: weight.detach().clone() for name, weight in model.named_parameters()} if decay else None
+        self.mean = {name: weight.detach().clone() for name, weight in adapters.trained(model).items()} if decay else None
 
     def update(self, step: int) -> None:
         if self.mean is not None:
             keep = min(self.decay, step / (step + 9))
-            for name, weight in self.model.named_parameters():
+            for name, weight in adapters.trained(self.model).items():
                 self.mean[name].lerp_(weight.detach(), 1 - keep)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """What texts are drawn from."""
-        return dict(self.model.named_parameters()) if self.mean is None else self.mean
+        return dict(adapters.trained(self.model)) if self.mean is None else self.mean
 
     def loaded(self) -> AbstractContextManager:
         return nullcontext() if self.mean is None else loaded(self.model, self.mean)
@@ -181,6 +182,7 @@ class _Loop(TrainerCallback):
         self.updates_per_step = policy.completions // (policy.minibatch or policy.completions)
         self.step = bench.saved.step if bench.saved else 0
         self.line: dict = {}
+        self.shape = compute.shape_of(generator.model, trains=True)
         self.__name__ = "advantages"  # TRL names its logs after the reward function
 
     def steps(self) -> Iterator[int]:
@@ -247,10 +249,10 @@ class _Loop(TrainerCallback):
         batch = len(prompts)
         for part in _parts(batch, self.policy.get("rollout_batch")):
             read = self.generator.tokenize(prompts[part])["input_ids"].shape[1]
-            self.bench.charge_generation(len(prompts[part]), read, max(map(len, completion_ids[part])))
+            self.bench.charge_generation(len(prompts[part]), read, max(map(len, completion_ids[part])), generator=self.generator)
         prompt_length = self.generator.tokenize(prompts)["input_ids"].shape[1]
         new_tokens = max(map(len, completion_ids))
-        update = compute.update_flops(self.generator.model, batch, prompt_length, new_tokens)
+        update = self.shape.update_flops(batch, prompt_length, new_tokens)
         self.bench.meter.charge("policy_update", update, trained=sum(map(len, completion_ids)))
 
 

@@ -17,6 +17,8 @@ def check(config: Mapping[str, Any]) -> None:
     _check_budget(_Section("budget", config.get("budget", {})))
     _check_training(_Section("training", config["training"]))
     _check_scale(_Section("scale", config["scale"]), config["training"]["inner_steps"])
+    if (lora := config["method"].get("lora") or (config["method"].get("policy") or {}).get("lora")) is not None:
+        _check_lora(_Section("policy.lora", lora))
     if config["method"].get("policy") is not None:
         _check_policy(_Section("policy", config["method"]["policy"]), config["training"]["inner_steps"], bool(config.get("budget")))
 
@@ -121,3 +123,13 @@ def _check_policy(policy: _Section, inner_steps: int, budget: bool) -> None:
     policy.require("entropy_bonus", policy["entropy_bonus"] >= 0, "a bonus is 0 or more; write entropy_bonus=0 for none")
     policy.require("averaging", 0 <= policy["averaging"] < 1, "a decay is at least 0 and below 1; write averaging=0.9, or 0 for none")
     policy.require_one_of("scale_advantages", "group", "batch", "none")
+
+
+def _check_lora(lora: _Section) -> None:
+    """Low-rank adapters; without a rank there are none and this is not asked."""
+    rank, alpha, targets = lora["rank"], lora["alpha"], lora["targets"]
+    lora.require("rank", type(rank) is int and rank >= 1, "a rank is a whole number from 1 up, or null for no adapters; write rank=8")
+    good = isinstance(alpha, int | float) and not isinstance(alpha, bool) and alpha > 0
+    lora.require("alpha", good, "a positive number, divided by the rank; write policy.lora.alpha=32")
+    good = isinstance(targets, list) and targets and all(isinstance(target, str) and target for target in targets)
+    lora.require("targets", bool(good), "a list of names of matrices; write policy.lora.targets=[q_proj,v_proj], or [all-linear] for all")

@@ -328,7 +328,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     scores = ("alt-profanity-check", "scikit-learn", "lexicalrichness", "py3langid", "rapidfuzz", "zxing-cpp")  # read the texts
-    packages = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "numpy", *scores)
+    packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "numpy", *scores)
     return {
         "dpgbench": __version__,
         "commit": commit(),

@@ -1,7 +1,7 @@
 """The state of a policy's training as plain tensors and numbers: what a checkpoint keeps and a run that goes on puts back.
 
-Weights, their running mean, the optimizer's moments by parameter index and torch's random streams are tensors; learning rates and the
-schedule's counters are numbers. No pickle: a checkpoint from somebody else's disk runs no code.
+What trains of the weights, its running mean, the optimizer's moments by parameter index and torch's random streams are tensors; learning
+rates and the schedule's counters are numbers. No pickle: a checkpoint from somebody else's disk runs no code.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dpgbench.adapters import trained
 
 SCHEDULE = ("last_epoch", "_step_count", "_last_lr")
 
@@ -28,8 +30,8 @@ def tensors_of(model: nn.Module, mean: Mapping[str, Tensor] | None, optimizer: t
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """The weights alone, for training that starts each time with a new optimizer."""
-    return {f"model.{name}": weight for name, weight in model.named_parameters()}
+    """The trained weights alone, for training that starts each time with a new optimizer."""
+    return {f"model.{name}": weight for name, weight in trained(model).items()}
 
 
 def numbers_of(optimizer: torch.optim.Optimizer, schedule: Any) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def numbers_of(optimizer: torch.optim.Optimizer, schedule: Any) -> dict[str, Any
 @torch.no_grad()
 def restore_weights(model: nn.Module, tensors: Mapping[str, Tensor], mean: Mapping[str, Tensor] | None = None) -> None:
     """Put the weights, and their running mean where there is one, back in place."""
-    for name, weight in model.named_parameters():
+    for name, weight in trained(model).items():
         weight.copy_(tensors[f"model.{name}"])
     for name, weight in (mean or {}).items():
         weight.copy_(tensors[f"mean.{name}"])

@@ -130,24 +130,25 @@ class Workbench:
         """One completion per prompt of the generator, or of a copy of it (`Generator.copy`), charged as generation."""
         texts, shapes = (generator or self.generator).sample(prompts, self.seed("sample", *names))
         for batch, prompt_length, new_tokens in shapes:
-            self.charge_generation(batch, prompt_length, new_tokens)
+            self.charge_generation(batch, prompt_length, new_tokens, generator=generator)
         return texts
 
-    def charge_generation(self, batch: int, prompt_length: int, new_tokens: int) -> None:
+    def charge_generation(self, batch: int, prompt_length: int, new_tokens: int, *, generator: Generator | None = None) -> None:
         """For completions sampled by other hands than `sample` (a trainer's rollouts)."""
-        self.meter.charge(
-            "generate", compute.sampling_flops(self.generator.model, batch, prompt_length, new_tokens), generated=batch * new_tokens
-        )
+        flops = compute.sampling_flops((generator or self.generator).model, batch, prompt_length, new_tokens)
+        self.meter.charge("generate", flops, generated=batch * new_tokens)
 
     def finetune(self, prompts: Sequence[Prompt], completions: Sequence[str], *names: object, lr: float, epochs: int, batch: int) -> float:
         """Teach the generator to write these completions: `finetuning.finetune`, charged as a policy update. Returns the last epoch's loss.
 
-        Cost: 3F of the generator on prompts and completions, per epoch. Raises CellError if the loss is not finite.
+        Cost: 3F of the generator on prompts and completions, per epoch; little more than 2F with adapters (`Shape.training_flops`).
+        Raises CellError if the loss is not finite.
         """
         losses, shapes = finetune(
             self.generator, prompts, completions, lr=lr, epochs=epochs, batch=batch, seed=self.seed("finetune", *names)
         )
-        flops = sum(3 * compute.forward_flops(self.generator.model, *shape) for shape in shapes)
+        generator = compute.shape_of(self.generator.model, trains=True)
+        flops = sum(generator.training_flops(*shape) for shape in shapes)
         tokens = sum(len(self.generator.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in completions)
         self.meter.charge("policy_update", flops, trained=epochs * tokens)
         if not math.isfinite(losses[-1]):

@@ -51,6 +51,8 @@ class ActiveInheritance(Method):
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         from dpgbench.training_state import restore_weights, weights_of
 
+        if self.options.rounds > 1:
+            bench.generator.adapt(self.options.get("lora"), bench.seed("lora"))
         n, completed, model = self.options.n, 1, bench.generator.model
         if bench.saved is not None:
             restore_weights(model, bench.saved.tensors)
@@ -66,8 +68,10 @@ class ActiveInheritance(Method):
             yield self._snapshot(bench, completed * n, n)
 
     def _snapshot(self, bench: Workbench, step: int, n: int) -> Snapshot:
+        from dpgbench.adapters import trained
+
         trains = self.options.rounds > 1
-        weights = (lambda: dict(bench.generator.model.named_parameters())) if trains else None
+        weights = (lambda: trained(bench.generator.model)) if trains else None
         return Snapshot(step, lambda prompts: self._best(bench, prompts, n, "deployment")[0], weights=weights)
 
     def _inherit(self, bench: Workbench, number: int) -> None:

@@ -18,9 +18,11 @@ WORDS = [*SMALL[1:-1], "steps=4", "snapshots=3"]
 METHODS = {
     "dpg": ["method=dpg", "averaging=0.9", "lr_schedule=cosine", "entropy_bonus=0.1", "entropy_bonus_final=0.0"],
     "mini-batches": ["method=dpg", "minibatch=8", "policy.micro_batch=4", "inner_steps=2"],
+    "adapters": ["method=dpg", "averaging=0.9", "policy.lora.rank=4"],
     "influence": ["method=influence", "estimator=adam"],
     "naive": ["method=naive"],
     "optimsyn": ["method=optimsyn", "texts=1"],
+    "adapted rounds": ["method=active_inheritance_rounds", "n=2", "rounds=4", "round_prompts=16", "policy.lora.rank=4"],
     "rounds": ["method=active_inheritance_rounds", "n=2", "rounds=4", "round_prompts=16"],
     "search": ["method=prompt_only", "search=5", "search_texts=8"],
 }
@@ -69,7 +71,9 @@ def quiet(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize(("name", "step"), [("dpg", 1), ("dpg", 4), ("mini-batches", 2), ("influence", 3), ("naive", 2), ("optimsyn", 2)])
+@pytest.mark.parametrize(
+    ("name", "step"), [("dpg", 1), ("dpg", 4), ("mini-batches", 2), ("adapters", 2), ("influence", 3), ("naive", 2), ("optimsyn", 2)]
+)
 def test_a_cell_that_goes_on_ends_as_one_that_never_stopped(quiet, tmp_path, name, step):
     """Metrics, rollouts and result to the bit, stopped by a signal at the first step, in between, and after the last."""
     spec = cell(*METHODS[name])
@@ -85,7 +89,7 @@ def test_a_cell_that_goes_on_ends_as_one_that_never_stopped(quiet, tmp_path, nam
 
 @pytest.mark.parametrize(
     ("name", "counter", "stop", "made_again"),
-    [("rounds", "round", 2, [3]), ("search", "candidate", 3, [5]), ("search", "candidate", 5, [])],
+    [("rounds", "round", 2, [3]), ("adapted rounds", "round", 2, [3]), ("search", "candidate", 3, [5]), ("search", "candidate", 5, [])],
 )
 def test_rounds_and_searches_go_on_too(quiet, tmp_path, name, counter, stop, made_again):
     """A search has checkpoints where it has snapshots, of 2, 4 and all candidates; a round has one each."""

@@ -46,6 +46,19 @@ def test_hash_covers_what_changes_the_numbers_and_nothing_else():
     assert config.RunSpec(newer).hash != plain.spec.hash
 
 
+def test_adapters_are_part_of_the_cell_and_their_settings_only_with_them():
+    """A rank is another cell, for each method that trains; without one, what adapters would have been is none's business."""
+    for method in ("dpg", "active_inheritance_rounds"):
+        plain, adapted, other, idle = (
+            cells(f"method={method}", *words)[0].spec
+            for words in ((), ("rank=4",), ("rank=4", "policy.lora.targets=[c_attn]"), ("policy.lora.alpha=8",))
+        )
+        assert len({plain.hash, adapted.hash, other.hash}) == 3 and idle.hash == plain.hash
+    section = {key: value for key, value in plain.config["method"].items() if key != "lora"}
+    assert config.RunSpec({**plain.config, "method": section}).hash == plain.hash, "as stored before there were adapters"
+    assert cells("method=base", "rank=4")[0].spec.hash == cells("method=base")[0].spec.hash
+
+
 def test_a_policy_is_part_of_methods_that_train_one():
     """base has no policy section, so its cells do not change with the policy's settings."""
     (one,), (other,) = cells("method=base"), cells("method=base", "policy.lr=0.5")
@@ -102,6 +115,14 @@ def test_run_takes_one_cell():
         (["instruction=[]"], "scale.instruction=[]: a sentence or null"),
         (["averaging=1"], "policy.averaging=1.0: a decay is at least 0 and below 1"),
         (["scale_advantages=global"], "policy.scale_advantages=global"),
+        (["policy.lora.rank=0"], "policy.lora.rank=0: a rank is a whole number from 1 up, or null for no adapters"),
+        (["policy.lora.rank=2.5"], "policy.lora.rank=2.5: a rank is a whole number"),
+        (["rank=4", "policy.lora.alpha=0"], "policy.lora.alpha=0.0: a positive number"),
+        (
+            ["rank=4", "policy.lora.targets=q_proj"],
+            "policy.lora.targets=q_proj: a list of names of matrices; write policy.lora.targets=[q_proj,v_proj]",
+        ),
+        (["method=active_inheritance_rounds", "rank=many"], "policy.lora.rank=many"),
         (["method=active_inheritance", "n=0"], "method.n=0"),
         (["method=active_inheritance", "criterion=best"], "no such criterion"),
         (["seed=-1"], "seed=-1"),

@@ -8,7 +8,8 @@ import pytest
 from conftest import SMALL
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from dpgbench import compute, config, model_files, plan
+from dpgbench import adapters, compute, config, model_files, plan
+from dpgbench.api import Options
 from dpgbench.registry import Registry
 from dpgbench.runner import run_cell
 from dpgbench.store import RunFolder
@@ -35,6 +36,18 @@ def test_sizes_from_a_configuration_are_those_of_the_model(name):
     assert found.untied == found.parameters + (found.head if model.config.tie_word_embeddings else 0)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("targets", [["all-linear"], ["c_attn", "q_proj", "v_proj"], ["mlp.c_proj", "up_proj"]], ids=" ".join)
+def test_sizes_of_adapters_are_those_of_the_model(name, targets):
+    """All products, A and B, and what no gradient flows back through, as found by letting a token through."""
+    lora = Options({"rank": 3, "alpha": 16.0, "targets": targets})
+    model = MODELS[name]()
+    found, loaded = plan.shape_of(model.config.to_dict(), lora), compute.shape_of(adapters.adapt(model, lora, seed=0), trains=True)
+    assert (found.matmul_weights, found.adapters, found.untouched) == (loaded.matmul_weights, loaded.adapters, loaded.untouched)
+    assert found.adapters > 0 and found.untouched > 0
+    assert plan.shape_of(model.config.to_dict(), Options({"rank": 3, "alpha": 16.0, "targets": ["nowhere"]})) is None
+
+
 def test_known_models_have_their_published_sizes():
     sizes = {name: plan.shape_of(config).parameters for name, config in plan.KNOWN.items()}
     assert sizes == {
@@ -43,7 +56,10 @@ def test_known_models_have_their_published_sizes():
     assert plan.shape_of({"model_type": "mamba"}) is None
 
 
-@pytest.mark.parametrize("words", [["method=dpg"], ["method=dpg", "inner_steps=4"], ["method=naive"], ["method=langid"], ["method=base"]])
+@pytest.mark.parametrize(
+    "words",
+    [["method=dpg"], ["method=dpg", "rank=4"], ["method=dpg", "inner_steps=4"], ["method=naive"], ["method=langid"], ["method=base"]],
+)
 def test_no_cell_costs_more_than_was_said_and_none_half_of_it(words, tmp_path):
     """Completions are shorter than they may be, a metagradient takes up to what is said of it, and this task's Phi next to nothing."""
     task = "language" if "langid" in words[0] else "l2_norm"
@@ -70,6 +86,8 @@ def test_memory_grows_with_what_must_fit():
     assert plain > (16 * 1_235_814_400 + 4 * 163_037_184)  # weights, gradients and moments; the target with a head of its own
     many = ["inner_steps=32", "completions=128", "max_completion_tokens=16", "deployment_texts=1024"]
     assert plain < memory(*many) < memory(*many, "checkpoint=null")
+    full, adapted = memory("completions=128", "max_completion_tokens=16"), memory("completions=128", "max_completion_tokens=16", "rank=8")
+    assert full - 12 * 1_235_814_400 < adapted < full - 11.8 * 1_235_814_400  # no gradient and no moments of 1.2 billion weights
     assert memory("completions=4096", "rollout_batch=null") > memory("completions=2048", "rollout_batch=null") > memory("completions=2048")
 
 

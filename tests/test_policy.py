@@ -166,7 +166,7 @@ def test_rollouts_are_sampled_in_calls_that_fit(bench, monkeypatch):
 
     charged = []
     monkeypatch.setattr(type(work.generator.model), "generate", counting)
-    monkeypatch.setattr(work, "charge_generation", lambda *shape: (charged.append(shape), charge(*shape)))
+    monkeypatch.setattr(work, "charge_generation", lambda *shape, **more: (charged.append(shape), charge(*shape, **more)))
     seen = []
 
     def reward(rollouts):
