@@ -221,6 +221,9 @@ class RunSpec:
             relevant["method"].pop("lora", None)
         if relevant["method"].get("policy"):
             policy = dict(relevant["method"]["policy"])
+            policy.pop("vllm_memory", None)
+            if policy.get("rollout") == "transformers":
+                policy.pop("rollout")
             if policy.get("lora") is None:
                 policy.pop("lora", None)
             policy.pop("activation_checkpointing", None)

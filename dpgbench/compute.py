@@ -149,6 +149,10 @@ class Shape:
         products = 2.0 * (2 * self.matmul_weights - self.untouched + self.adapters) * batch * length
         return products + 3.0 * self.attention_flops_per_pair * batch * length**2
 
+    def scoring_flops(self, batch: int, prompt_length: int, new_tokens: int) -> float:
+        """The probabilities of completions: F, but for the head at the prompt's positions, its last one excepted."""
+        return self.forward_flops(batch, prompt_length + new_tokens) - 2.0 * self.head * batch * (prompt_length - 1)
+
     def update_flops(self, batch: int, prompt_length: int, new_tokens: int) -> float:
         """A policy update: prompts and completions, but for the head at the prompt's positions, its last one excepted."""
         head = 2.0 * self.head * batch * (prompt_length - 1)  # never has an adapter

@@ -69,7 +69,7 @@ def train_policy(
     Ends after `policy.steps`, or before the step that would go over the cell's budget. Learning rate and entropy bonus follow the nearer
     of the two ends, so that a run which a budget ends has had its whole schedule.
     Cost per step: sampling, whatever `reward` spends, and 3F of the generator on prompts and completions, less the LM head where there is
-    nothing to predict; with low-rank adapters (`policy.lora`) little more than 2F.
+    nothing to predict; with low-rank adapters (`policy.lora`) little more than 2F; with vLLM's rollouts (`policy.rollout`) another F.
     Raises CellError if a reward is not finite or has the wrong count, and whatever `reward` raises: never a batch of zeros.
     """
     policy, saved = bench.options.policy, bench.saved
@@ -253,6 +253,8 @@ class _Loop(TrainerCallback):
         prompt_length = self.generator.tokenize(prompts)["input_ids"].shape[1]
         new_tokens = max(map(len, completion_ids))
         update = self.shape.update_flops(batch, prompt_length, new_tokens)
+        if self.policy.get("rollout") == "vllm":  # whose probabilities are not the model's own: TRL computes those, to correct for it
+            update += self.shape.scoring_flops(batch, prompt_length, new_tokens)
         self.bench.meter.charge("policy_update", update, trained=sum(map(len, completion_ids)))
 
 
@@ -263,7 +265,7 @@ class _Trainer(GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **more):
         parts = _parts(len(prompt_ids), self.rollout_batch)
-        if len(parts) == 1:
+        if len(parts) == 1 or self.use_vllm:  # which batches by itself
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **more)
         outcomes = [super(_Trainer, self)._generate_single_turn(prompt_ids[part], images, {}, num_generations, **more) for part in parts]
         return [ids for completion_ids, _ in outcomes for ids in completion_ids], None
@@ -294,6 +296,14 @@ def _trl_settings(bench: Workbench, policy: Options, generator: Generator, scrat
     updated = policy.minibatch or policy.completions
     forward = policy.micro_batch or updated
     on_cpu = not torch.cuda.is_available()
+    if policy.get("rollout") == "vllm":
+        longest = bench.spec.scale.get("max_prompt_tokens")
+        vllm = {
+            "use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": policy.vllm_memory,
+            "vllm_max_model_length": longest and longest + generator.max_completion_tokens,
+        }  # fmt: skip
+    else:
+        vllm = {}
     return GRPOConfig(
         output_dir=scratch, use_cpu=on_cpu, bf16=False,
         gradient_checkpointing=bool(policy.get("activation_checkpointing")), report_to=[], disable_tqdm=True, save_strategy="no",
@@ -304,7 +314,7 @@ def _trl_settings(bench: Workbench, policy: Options, generator: Generator, scrat
         num_generations=policy.group_size, num_iterations=1, beta=0.0, scale_rewards="none", loss_type=policy.loss_type,
         temperature=1.0, top_p=1.0, top_k=0, max_completion_length=generator.max_completion_tokens,
         learning_rate=policy.lr, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=policy.max_grad_norm,
-        entropy_coef=policy.entropy_bonus,
+        entropy_coef=policy.entropy_bonus, **vllm,
     )  # fmt: skip
 
 

@@ -119,6 +119,11 @@ def _check_policy(policy: _Section, inner_steps: int, budget: bool) -> None:
     policy.require_divides("micro_batch", policy["minibatch"] or completions, "an update's completions")
     if policy.values.get("rollout_batch") is not None:  # cells stored before there was a choice have none
         policy.require("rollout_batch", policy["rollout_batch"] >= 1, "a completion or more at once; write rollout_batch=null for all")
+    if policy.values.get("rollout", "transformers") != "transformers":
+        policy.require_one_of("rollout", "transformers", "vllm")
+        share = policy["vllm_memory"]
+        good = isinstance(share, int | float) and not isinstance(share, bool) and 0 < share < 1
+        policy.require("vllm_memory", good, "a share of the GPU's memory between 0 and 1; write policy.vllm_memory=0.3")
     policy.require("lr", policy["lr"] > 0, "a learning rate is positive; write policy.lr=1e-3")
     policy.require("entropy_bonus", policy["entropy_bonus"] >= 0, "a bonus is 0 or more; write entropy_bonus=0 for none")
     policy.require("averaging", 0 <= policy["averaging"] < 1, "a decay is at least 0 and below 1; write averaging=0.9, or 0 for none")

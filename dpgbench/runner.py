@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpgbench import __version__, model_files, pinned
+from dpgbench import __version__, extras, model_files, pinned
 from dpgbench.api import RunSpec, Snapshot, Task, TaskView
 from dpgbench.checkpoint import Checkpoints, Stop
 from dpgbench.errors import Busy, CellError, Interrupted, Lost, UserError
@@ -94,6 +94,7 @@ class _Cell:
     """The work of `run_cell`, with its parts at hand."""
 
     def __init__(self, spec: RunSpec, folder: RunFolder, registry: Registry, watch: Watch, checkpoints: Checkpoints):
+        extras.check(spec)
         import torch
         from transformers.utils import logging as transformers_logging
 

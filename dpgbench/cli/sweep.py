@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpgbench import config, model_files, plan, store
+from dpgbench import config, extras, model_files, plan, store
 from dpgbench.api import Options, RunSpec
 from dpgbench.cli.status import described, watch_rows, with_states
 from dpgbench.cli.words import full_words, place_of, selector, terminal
@@ -26,6 +26,7 @@ def run_cells(request: Request, save: bool) -> int:
 
     launch.check(request.launcher)
     store.check_writable(request.results)
+    extras.check_cells(cell.spec for cell in request.cells if not cell.skip)
     model_files.check_cells(cell.spec for cell in request.cells if not cell.skip)
     if save:
         _save_words(request)
