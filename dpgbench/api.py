@@ -221,12 +221,12 @@ class RunSpec:
             relevant["method"].pop("lora", None)
         if relevant["method"].get("policy"):
             policy = dict(relevant["method"]["policy"])
-            policy.pop("vllm_memory", None)
+            for setting in ("activation_checkpointing", "vllm_memory", "report_to"):  # time, memory and who watches
+                policy.pop(setting, None)
             if policy.get("rollout") == "transformers":
                 policy.pop("rollout")
             if policy.get("lora") is None:
                 policy.pop("lora", None)
-            policy.pop("activation_checkpointing", None)
             if policy.get("rollout_batch") is None:  # as with scales' settings
                 policy.pop("rollout_batch", None)
             relevant["method"]["policy"] = policy

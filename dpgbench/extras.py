@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from dpgbench.api import RunSpec
 from dpgbench.errors import UserError
+from dpgbench.tracking import PACKAGES
 
 
 def installed(name: str) -> bool:
@@ -23,5 +24,12 @@ def check_cells(specs: Iterable[RunSpec]) -> None:
 def check(spec: RunSpec) -> None:
     """Raises UserError for a package that is asked for and missing."""
     policy = spec.method.get("policy")
-    if policy is not None and policy.get("rollout") == "vllm" and not installed("vllm"):
+    if policy is None:
+        return
+    for tracker in policy.get("report_to", []):
+        if not any(map(installed, PACKAGES[tracker])):
+            raise UserError(
+                f"policy.report_to=[{tracker}]: {tracker} is not installed; `pip install {PACKAGES[tracker][0]}`, or leave it out"
+            )
+    if policy.get("rollout") == "vllm" and not installed("vllm"):
         raise UserError("policy.rollout=vllm: vllm is not installed; `pip install 'trl[vllm]'`, or write policy.rollout=transformers")

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import greenlet
 import torch
@@ -24,7 +25,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
-from dpgbench import adapters, compute
+from dpgbench import adapters, compute, tracking
 from dpgbench.api import Options, Prompt, Snapshot
 from dpgbench.errors import CellError
 from dpgbench.models import Generator
@@ -91,7 +92,8 @@ def train_policy(
     yield snapshot(first)
     if first == (policy.steps or MOST_STEPS) or not spending.leaves_a_step(first, bench.spent_share()):
         return
-    with tempfile.TemporaryDirectory() as scratch, _quiet():
+    trackers = list(policy.get("report_to", []))
+    with tempfile.TemporaryDirectory() as scratch, _quiet(), tracking.into(bench.tracking or Path(scratch), trackers):
         loop = _Loop(bench, reward, policy, generator)
         trainer = _Trainer(
             model=generator.model,
@@ -196,7 +198,14 @@ class _Loop(TrainerCallback):
             if not training.dead:
                 training.throw()  # unwinds the trainer when the consumer stops early
 
-    def advantages_of(self, prompts: list[Prompt], completions: list, completion_ids: list[list[int]], **_: object) -> list[float]:
+    def advantages_of(
+        self,
+        prompts: list[Prompt],
+        completions: list,
+        completion_ids: list[list[int]],
+        log_metric: Callable[[str, float], None],
+        **_: object,
+    ) -> list[float]:
         """TRL's reward function: called once per step with all its completions."""
         texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
         self._charge(prompts, completion_ids)
@@ -219,6 +228,10 @@ class _Loop(TrainerCallback):
             "texts": texts[:: max(1, len(texts) // 4)][:4],
             "rollouts": {"texts": texts, "rewards": rewards.tolist(), "advantages": result.tolist()},
         }  # fmt: skip
+        if self.policy.get("report_to"):
+            for name, value in {**self.bench.noted(), **self.line, "flops": self.bench.meter.total_flops}.items():
+                if isinstance(value, int | float):
+                    log_metric(f"dpgbench/{name}", float(value))
         return result.tolist()
 
     def on_train_begin(self, args, state, control, **_: object) -> None:
@@ -306,7 +319,8 @@ def _trl_settings(bench: Workbench, policy: Options, generator: Generator, scrat
         vllm = {}
     return GRPOConfig(
         output_dir=scratch, use_cpu=on_cpu, bf16=False,
-        gradient_checkpointing=bool(policy.get("activation_checkpointing")), report_to=[], disable_tqdm=True, save_strategy="no",
+        gradient_checkpointing=bool(policy.get("activation_checkpointing")), report_to=list(policy.get("report_to", [])),
+        run_name=bench.spec.folder, disable_tqdm=True, save_strategy="no",
         logging_steps=1, logging_nan_inf_filter=False, seed=bench.seed("trainer") % 2**31, shuffle_dataset=False, dataloader_num_workers=0,
         max_steps=(policy.steps or MOST_STEPS) * (policy.completions // updated),
         per_device_train_batch_size=forward, gradient_accumulation_steps=updated // forward,

@@ -8,6 +8,7 @@ from typing import Any
 
 from dpgbench.errors import UserError, did_you_mean
 from dpgbench.texts import is_passages
+from dpgbench.tracking import PACKAGES
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -119,6 +120,11 @@ def _check_policy(policy: _Section, inner_steps: int, budget: bool) -> None:
     policy.require_divides("micro_batch", policy["minibatch"] or completions, "an update's completions")
     if policy.values.get("rollout_batch") is not None:  # cells stored before there was a choice have none
         policy.require("rollout_batch", policy["rollout_batch"] >= 1, "a completion or more at once; write rollout_batch=null for all")
+    trackers = policy.values.get("report_to", [])
+    if not isinstance(trackers, list):
+        policy.require("report_to", False, "a list of trackers; write policy.report_to=[tensorboard], or [] for none")
+    for tracker in trackers:
+        policy.require("report_to", tracker in PACKAGES, f"{tracker} is no tracker known here; {did_you_mean(tracker, PACKAGES)}")
     if policy.values.get("rollout", "transformers") != "transformers":
         policy.require_one_of("rollout", "transformers", "vllm")
         share = policy["vllm_memory"]

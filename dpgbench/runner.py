@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpgbench import __version__, extras, model_files, pinned
+from dpgbench import __version__, extras, model_files, pinned, tracking
 from dpgbench.api import RunSpec, Snapshot, Task, TaskView
 from dpgbench.checkpoint import Checkpoints, Stop
 from dpgbench.errors import Busy, CellError, Interrupted, Lost, UserError
@@ -120,6 +120,7 @@ class _Cell:
         self.task.prepare(self.world)
         self.meter = compute.Meter()
         self.bench = Workbench(spec, TaskView(self.task), self.world, generator, self.meter, self._record, self._checkpoint)
+        self.bench.tracking = folder.path / tracking.FOLDER
         # Held-out prompts: one fixed list per seed, whatever the method.
         self.prompts = self.world.prompts("test", spec.scale.deployment_texts, stream(spec.seed, "deployment prompts"))
 

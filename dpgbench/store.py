@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dpgbench import checkpoint, lock
+from dpgbench import checkpoint, lock, tracking
 from dpgbench.api import RunSpec
 from dpgbench.errors import Busy, UserError
 
@@ -126,6 +127,7 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         if sizes is None:
             checkpoint.remove(self.path)
+            shutil.rmtree(self.path / tracking.FOLDER, ignore_errors=True)
         for name, size in (sizes or {}).items():
             if (self.path / name).exists():
                 os.truncate(self.path / name, size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +65,8 @@ class Workbench:
         self.options = spec.method
         self._record, self._checkpoint = record, checkpoint
         self.makes_checkpoints = False
+        self.tracking: Path | None = None
+        """Where trackers' files go, if the method trains a policy that reports to some."""
         self.saved: Saved | None = None
         """Where the method is to go on from: what it told `checkpoint` in a run that was interrupted."""
         self._notes: dict[str, Any] = {}
@@ -80,6 +83,10 @@ class Workbench:
     def note(self, **values: Any) -> None:
         """Values for the line of the step in progress."""
         self._notes |= values
+
+    def noted(self) -> dict[str, Any]:
+        """What was noted so far."""
+        return dict(self._notes)
 
     def record(self, **line: Any) -> None:
         """One line of `metrics.jsonl`: `step`, whatever else, and what was noted since the last line."""

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+import types
+
 import pytest
 import torch
+from conftest import SMALL
 
-from dpgbench import config, extras, policy
+from dpgbench import config, extras, policy, tracking
 from dpgbench.errors import UserError
+from dpgbench.runner import run_cell
+from dpgbench.store import RunFolder
 
 VLLM = ["policy.rollout=vllm", "policy.vllm_memory=0.4"]
 
@@ -108,3 +116,71 @@ def test_the_loop_runs_on_rollouts_of_other_hands(bench, monkeypatch, lora):
     list(policy.train_policy(plain, lambda rollouts: [float(len(text)) for text in rollouts.completions]))
     ratio = work.meter.flops["policy_update"] / plain.meter.flops["policy_update"]
     assert ratio == pytest.approx(1.45 if lora else 4 / 3, rel=0.1)
+
+
+# ---- trackers
+
+
+def test_every_tracker_here_is_one_of_transformers():
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(tracking.PACKAGES) <= set(INTEGRATION_TO_CALLBACK)
+
+
+def test_tensorboard_gets_every_step_and_changes_no_number(tmp_path):
+    """Events in the run folder's `tracking`: our reward, Phi and FLOPs beside TRL's own numbers, step by step as in metrics.jsonl, which is
+    the same to the byte as without; so is the cell."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
+    words = ["task=l2_norm", "method=dpg", *SMALL]
+    plain, told = (spec_of(*words, *more) for more in ([], ["policy.report_to=[tensorboard]"]))
+    assert plain.hash == told.hash
+    assert run_cell(plain, tmp_path / "plain") == run_cell(told, tmp_path / "told") == "done"
+    quiet, folder = RunFolder.of(tmp_path / "plain", plain), RunFolder.of(tmp_path / "told", told)
+    assert (quiet.path / "metrics.jsonl").read_bytes() == (folder.path / "metrics.jsonl").read_bytes()
+    assert not (quiet.path / tracking.FOLDER).exists() and "TENSORBOARD_LOGGING_DIR" not in os.environ
+    events = event_accumulator.EventAccumulator(str(folder.path / tracking.FOLDER))
+    events.Reload()
+    lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "step" in line]
+    assert [line["step"] for line in steps] == [1, 2]
+    pairs = {
+        "dpgbench/reward_mean": "reward_mean",
+        "dpgbench/phi": "phi",
+        "dpgbench/flops": "flops",
+        "entropy": "entropy",
+        "grad_norm": "gradient_norm",
+    }
+    for tag, name in pairs.items():
+        seen = events.Scalars(f"train/{tag}")
+        assert [event.step for event in seen] == [1, 2]
+        assert [event.value for event in seen] == pytest.approx([line[name] for line in steps], rel=1e-6)
+    folder.begin({})
+    assert not (folder.path / tracking.FOLDER).exists(), "a cell that starts again starts its curves again"
+
+
+def test_other_trackers_find_the_folder_and_end_with_the_cell(monkeypatch, tmp_path):
+    """wandb writes where it is told by environment, which is as it was afterwards; its run ends, so that the next cell begins another."""
+    finished = []
+    stand_in = types.SimpleNamespace(finish=lambda: finished.append(os.environ["WANDB_DIR"]), teardown=lambda: finished.append("reset"))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    with tracking.into(tmp_path / "tracking", ["wandb"]):
+        assert os.environ["WANDB_DIR"] == str(tmp_path / "tracking") and (tmp_path / "tracking").is_dir() and not finished
+        assert os.environ["WANDB_PROJECT"] == "mine"
+    assert finished == [str(tmp_path / "tracking"), "reset"] and "WANDB_DIR" not in os.environ and os.environ["WANDB_PROJECT"] == "mine"
+    with tracking.into(tmp_path / "nothing", []):
+        assert not (tmp_path / "nothing").exists()
+
+
+def test_a_tracker_that_is_unknown_or_missing_is_one_line(monkeypatch):
+    for words, says in (
+        ("tensorboard", r"report_to=tensorboard: a list of trackers; write policy.report_to=\[tensorboard\]"),
+        ("[tensorbord]", "tensorbord is no tracker known here; did you mean 'tensorboard'"),
+    ):
+        with pytest.raises(UserError, match=says):
+            spec_of(f"policy.report_to={words}")
+    spec = spec_of("policy.report_to=[wandb]")
+    monkeypatch.setattr(extras, "installed", lambda name: name != "wandb")
+    with pytest.raises(UserError, match=r"policy.report_to=\[wandb\]: wandb is not installed; `pip install wandb`, or leave it out"):
+        extras.check(spec)
