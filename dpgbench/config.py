@@ -1,9 +1,10 @@
 """From the words on the command line to cells: Hydra composes one configuration, this file owns the grid and the rules.
 
-A command line is `key=value[,value...]` in Hydra's grammar. Three kinds of keys:
+A command line is `key=value[,value...]` in Hydra's grammar. Four kinds of keys:
 - `task`, `method`, `scale`, `launcher` choose YAML files (`task=all`, `method=all`: every one there is), `suite` a stored grid;
 - `seed` and dotted keys (`policy.lr`, `method.n`, `task.lang`) set values, several values make a sweep;
-- a bare key (`steps=2`, `n=4,16`, `lang=es`) is short for the only dotted key that ends in it.
+- a bare key (`steps=2`, `n=4,16`, `lang=es`) is short for the only dotted key that ends in it;
+- `model.generator` and `model.target`, and what begins with them, are the scale's.
 In a sweep a key that a method or task does not have leaves its cells alone; a key that no cell has is an error.
 """
 
@@ -134,9 +135,10 @@ def parse(arguments: Iterable[str]) -> dict[str, list[Any]]:
             raise UserError(
                 f"{argument!r} is not understood: {str(error).splitlines()[0]}; write key=value, and quote values with spaces"
             ) from None
-        if override.key_or_group in words:
-            raise UserError(f"{override.key_or_group} is given twice; give several values as {override.key_or_group}=a,b")
-        words[override.key_or_group] = [getattr(value, "text", value) for value in values]
+        key = re.sub(r"^model\.(?=generator|target)", "scale.", override.key_or_group)
+        if key in words:
+            raise UserError(f"{key} is given twice; give several values as {key}=a,b")
+        words[key] = [getattr(value, "text", value) for value in values]
     return words
 
 

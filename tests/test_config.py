@@ -36,6 +36,16 @@ def test_bare_keys_are_short_for_the_only_option_of_that_name():
     assert short.spec.method.policy.steps == 2 and short.spec.task.label == "language_es"
 
 
+def test_models_have_a_name_of_their_own():
+    """`model.generator` is `scale.generator`, its revision and dtype too; naming it both ways is naming it twice."""
+    (one,), (other,) = (
+        cells("task=l2_norm", f"{name}.generator=some/model", f"{name}.target_dtype=bfloat16") for name in ("model", "scale")
+    )
+    assert one.spec.hash == other.spec.hash and one.spec.scale.generator == "some/model"
+    assert "scale.generator is given twice" in message("model.generator=a/b", "scale.generator=a/b")
+    assert "no chosen task, method or scale has this option" in message("model.lr=1")
+
+
 def test_hash_covers_what_changes_the_numbers_and_nothing_else():
     """Seed, option and version change it; launcher and results folder do not."""
     (plain,), (local,) = cells("seed=0"), cells("seed=0", "launcher=local", "workers=7", "results=elsewhere")
