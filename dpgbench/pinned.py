@@ -21,7 +21,9 @@ from dpgbench.registry import home
 
 PARTS = ("dpgbench", "methods", "tasks", "configs")
 # Reading and showing results: free to change while a cell is half done.
-NOT_IN_NUMBERS = {"display.py", "collect.py", "check.py", "export.py", "lock.py", "pinned.py", "plan.py", "standing.py"}
+NOT_IN_NUMBERS = {
+    "display.py", "collect.py", "check.py", "export.py", "extras.py", "lock.py", "pinned.py", "plan.py", "standing.py", "tracking.py",
+}  # fmt: skip
 NOT_IN_NUMBERS_FOLDERS = {"cli", "report", "statistics", "launch", "configs", "bundled/configs"}
 SKIPPED = {"__pycache__", ".git", ".venv", "results", "runs", ".pytest_cache", ".ruff_cache"}
 
