@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dpgbench.errors import CellError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -137,6 +139,13 @@ class Checkpoints:
             if all(sizes.get(name, 0) >= size for name, size in content["sizes"].items()):
                 return Saved(step, tensors, content["numbers"]), content
         return None
+
+    def of(self, step: int) -> tuple[Saved, dict[str, Any]]:
+        """The checkpoint of a step that another process of the cell has chosen. Raises CellError where this one cannot read it."""
+        loaded = self._load(path_of(self.folder, step))
+        if loaded is None:
+            raise CellError(f"{path_of(self.folder, step)}: not readable from every process; results must lie on a file system they share")
+        return Saved(step, loaded[0], loaded[1]["numbers"]), loaded[1]
 
     def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         from safetensors import SafetensorError, safe_open

@@ -194,10 +194,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     input_ids = torch.full((len(texts), max_length), pad, dtype=torch.long)
     labels = torch.full((len(texts), max_length), -100, dtype=torch.long)
-    for row, text in enumerate(texts):
-        tokens = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id][:max_length]
-        input_ids[row, : len(tokens)] = torch.tensor(tokens)
-        labels[row, : len(tokens)] = torch.tensor(tokens)
+    written = tokenizer(list(texts))["input_ids"] if texts else []  # one call: one for each text takes a tenth of a small step
+    for row, ids in enumerate(written):
+        tokens = torch.tensor([*ids, tokenizer.eos_token_id][:max_length])
+        input_ids[row, : len(tokens)] = labels[row, : len(tokens)] = tokens
     return {"input_ids": input_ids, "labels": labels}
 
 

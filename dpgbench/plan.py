@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from dpgbench import adapters, data, model_files
+from dpgbench import adapters, data, model_files, process_group
 from dpgbench.api import Options, RunSpec
 from dpgbench.compute import Shape
 from dpgbench.errors import UserError
@@ -40,7 +40,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a cell: FLOPs that the method is charged, and bytes on one GPU that holds everything."""
+    """Of a cell: FLOPs that the method is charged, and bytes on one GPU, which holds both models whether or not it shares the work."""
 
     flops: float
     memory: float
@@ -135,7 +135,7 @@ def _memory(spec: RunSpec, generator: Shape, target: Shape, length: int, at_once
     texts = spec.method.policy.completions if updated else spec.scale.deployment_texts
     steps, kept = training.inner_steps, training.plain().get("checkpoint")
     states = min(steps, kept) if isinstance(kept, int) else min(steps, 2 * math.isqrt(steps) + 1) if kept == "sqrt" else steps
-    at_a_time = training.micro_batch or texts // steps
+    at_a_time = training.micro_batch or math.ceil(texts / steps / process_group.size())  # torchrun's processes share a batch
     logits = 3 * at_a_time * training.max_length * target.vocabulary * 4
     run = (states + 1) * 12.0 * target.untied + logits + 4 * target.activations(at_a_time, training.max_length)  # a state: and two moments
     return resident + max(sampling, update, run)

@@ -20,7 +20,9 @@ from pathlib import Path
 
 import greenlet
 import torch
+from accelerate.utils import pad_across_processes
 from datasets import Dataset
+from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
@@ -29,7 +31,8 @@ from dpgbench import adapters, compute, tracking
 from dpgbench.api import Options, Prompt, Snapshot
 from dpgbench.errors import CellError
 from dpgbench.models import Generator
-from dpgbench.seeds import derive
+from dpgbench.process_group import ALONE, Alone
+from dpgbench.seeds import derive, torch_seeded
 from dpgbench.training import loaded
 from dpgbench.training_state import numbers_of, restore_optimizer, restore_weights, tensors_of
 from dpgbench.workbench import Workbench
@@ -105,6 +108,7 @@ def train_policy(
         )
         trainer.remove_callback(PrinterCallback)
         loop.trainer, trainer.rollout_batch = trainer, policy.get("rollout_batch")
+        trainer.group, trainer.rollout_seed = bench.group, bench.seed("rollouts")
         for step in loop.steps():
             average.update(step)
             bench.checkpoint(
@@ -206,10 +210,14 @@ class _Loop(TrainerCallback):
         log_metric: Callable[[str, float], None],
         **_: object,
     ) -> list[float]:
-        """TRL's reward function: called once per step with all its completions."""
-        texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
+        """TRL's reward function: called once per step, with all its completions or this process's share of them; everybody judges all."""
+        group, texts = self.bench.group, [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+        mine = slice(group.rank * len(texts), (group.rank + 1) * len(texts))
+        prompts, texts, completion_ids = zip(*group.gathered(list(zip(prompts, texts, completion_ids, strict=True))), strict=True)
+        prompts, texts = list(prompts), list(texts)
         self._charge(prompts, completion_ids)
         rewards = torch.as_tensor(self.reward(Rollouts(self.step, prompts, texts)), dtype=torch.float64).cpu()
+        rewards = group.broadcast(rewards)  # processes' sums may differ in the last bits
         if rewards.shape != (len(texts),):
             raise CellError(
                 f"the reward function returned shape {tuple(rewards.shape)} for {len(texts)} completions; it must return one reward each"
@@ -232,7 +240,7 @@ class _Loop(TrainerCallback):
             for name, value in {**self.bench.noted(), **self.line, "flops": self.bench.meter.total_flops}.items():
                 if isinstance(value, int | float):
                     log_metric(f"dpgbench/{name}", float(value))
-        return result.tolist()
+        return result[mine].tolist()
 
     def on_train_begin(self, args, state, control, **_: object) -> None:
         """Go on where a checkpoint was made: TRL's own resuming replays prompts from its second epoch on, and pickles."""
@@ -259,12 +267,14 @@ class _Loop(TrainerCallback):
         self._outside.switch(self.step)
 
     def _charge(self, prompts: list[Prompt], completion_ids: list[list[int]]) -> None:
-        batch = len(prompts)
+        batch, group = len(prompts), self.policy.group_size
+        of_each = self.generator.tokenize(prompts[::group])["attention_mask"].sum(1).tolist()  # a group shares its prompt
+        lengths = [length for length in of_each for _ in range(group)]
         for part in _parts(batch, self.policy.get("rollout_batch")):
-            read = self.generator.tokenize(prompts[part])["input_ids"].shape[1]
-            self.bench.charge_generation(len(prompts[part]), read, max(map(len, completion_ids[part])), generator=self.generator)
-        prompt_length = self.generator.tokenize(prompts)["input_ids"].shape[1]
-        new_tokens = max(map(len, completion_ids))
+            self.bench.charge_generation(
+                len(prompts[part]), max(lengths[part]), max(map(len, completion_ids[part])), generator=self.generator
+            )
+        prompt_length, new_tokens = max(lengths), max(map(len, completion_ids))
         update = self.shape.update_flops(batch, prompt_length, new_tokens)
         if self.policy.get("rollout") == "vllm":  # whose probabilities are not the model's own: TRL computes those, to correct for it
             update += self.shape.scoring_flops(batch, prompt_length, new_tokens)
@@ -272,16 +282,65 @@ class _Loop(TrainerCallback):
 
 
 class _Trainer(GRPOTrainer):
-    """TRL samples a step's completions in one call, whose keys and values may outgrow any memory; here in calls of `rollout_batch`."""
+    """TRL's trainer, with a step's work in parts that do not depend on how many processes share them.
+
+    Completions are sampled in calls of `rollout_batch`, each with a seed of its own; in one call, whose keys and values may outgrow any
+    memory, if there is none. The parts of an update are dealt out as they would follow one another in a single process.
+    """
 
     rollout_batch: int | None = None
+    rollout_seed: int = 0
+    group: Alone = ALONE
+    _sampling = False
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **more):
-        parts = _parts(len(prompt_ids), self.rollout_batch)
-        if len(parts) == 1 or self.use_vllm:  # which batches by itself
+        if self.rollout_batch is None or self.use_vllm:  # which batches by itself
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **more)
-        outcomes = [super(_Trainer, self)._generate_single_turn(prompt_ids[part], images, {}, num_generations, **more) for part in parts]
-        return [ids for completion_ids, _ in outcomes for ids in completion_ids], None
+        parts, completion_ids = _parts(len(prompt_ids), self.rollout_batch), []
+        for number, part in enumerate(parts, start=self.group.rank * len(parts)):
+            with torch_seeded(derive(self.rollout_seed, self.state.global_step, "part", number)):
+                written, _ = super()._generate_single_turn(prompt_ids[part], images, {}, num_generations, **more)
+            completion_ids += written
+        return completion_ids, None
+
+    def _prepare_inputs(self, generation_batch):
+        """TRL shuffles a process's own rollouts into mini-batches; here those of all processes, so that each is what one would have."""
+        if self.group.size == 1 or not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        place = self._step % self.args.steps_per_generation
+        if place == 0:
+            self._sampling = True
+            rollouts = self._generate_and_score_completions(generation_batch)
+            self._sampling = False
+            self._buffered_inputs = self._dealt(rollouts)
+        return self._buffered_inputs[place]
+
+    def _get_per_token_logps_and_entropies(self, model, *inputs, **more):
+        """TRL asks for what mini-batches are compared with before they are dealt out, and padded as they will be: too early."""
+        if self._sampling and self.group.size > 1:
+            return None, None, None
+        return super()._get_per_token_logps_and_entropies(model, *inputs, **more)
+
+    def _dealt(self, mine: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """From every process's rollouts, this process's inputs of each forward pass of the step."""
+        size, rank, gather = self.args.per_device_train_batch_size, self.group.rank, self.accelerator.gather
+        pad = {"prompt_ids": self._tokenizer.pad_token_id, "completion_ids": self._tokenizer.pad_token_id}
+        rows = {
+            name: gather(pad_across_processes(value, dim=1, pad_index=pad.get(name, 0), pad_first=name.startswith("prompt_")))
+            for name, value in mine.items()
+            if value.ndim
+        }
+        order = torch.randperm(len(rows["advantages"]))  # as TRL draws it: the default generator has the step's seed in every process
+        parts = order.to(rows["advantages"].device).split(size)[rank :: self.group.size]
+        whole = {name: value for name, value in mine.items() if not value.ndim}
+        dealt = [{**{name: value[part] for name, value in rows.items()}, **whole} for part in parts]
+        if self.args.gradient_accumulation_steps < len(dealt):  # several updates: the later ones weigh by how far they have come
+            for inputs in dealt:
+                ids, mask = (torch.cat([inputs[f"prompt_{what}"], inputs[f"completion_{what}"]], dim=1) for what in ("ids", "mask"))
+                with torch.no_grad():
+                    before, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, mask, inputs["completion_ids"].shape[1])
+                inputs["old_per_token_logps"] = before
+        return dealt
 
 
 def _parts(count: int, size: int | None) -> list[slice]:
@@ -308,6 +367,7 @@ def _trl_settings(bench: Workbench, policy: Options, generator: Generator, scrat
     """The paper's GRPO (no KL term, temperature 1, one pass) in TRL's words."""
     updated = policy.minibatch or policy.completions
     forward = policy.micro_batch or updated
+    together = forward * bench.group.size  # rows in a forward pass of all processes
     on_cpu = not torch.cuda.is_available()
     if policy.get("rollout") == "vllm":
         longest = bench.spec.scale.get("max_prompt_tokens")
@@ -323,8 +383,8 @@ def _trl_settings(bench: Workbench, policy: Options, generator: Generator, scrat
         run_name=bench.spec.folder, disable_tqdm=True, save_strategy="no",
         logging_steps=1, logging_nan_inf_filter=False, seed=bench.seed("trainer") % 2**31, shuffle_dataset=False, dataloader_num_workers=0,
         max_steps=(policy.steps or MOST_STEPS) * (policy.completions // updated),
-        per_device_train_batch_size=forward, gradient_accumulation_steps=updated // forward,
-        steps_per_generation=policy.completions // forward,
+        per_device_train_batch_size=forward, gradient_accumulation_steps=updated // together,
+        steps_per_generation=policy.completions // together, ddp_find_unused_parameters=False, log_level_replica="error",
         num_generations=policy.group_size, num_iterations=1, beta=0.0, scale_rewards="none", loss_type=policy.loss_type,
         temperature=1.0, top_p=1.0, top_k=0, max_completion_length=generator.max_completion_tokens,
         learning_rate=policy.lr, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=policy.max_grad_norm,

@@ -10,6 +10,7 @@ import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,7 @@ from dpgbench.api import RunSpec, Snapshot, Task, TaskView
 from dpgbench.checkpoint import Checkpoints, Stop
 from dpgbench.errors import Busy, CellError, Interrupted, Lost, UserError
 from dpgbench.export import keep
+from dpgbench.process_group import ALONE, Alone
 from dpgbench.registry import Registry, home
 from dpgbench.seeds import stream
 from dpgbench.store import RunFolder
@@ -41,8 +43,9 @@ def run_cell(
     *,
     checkpoint_seconds: float = 60.0,
     let_errors_out: bool = False,
+    group: Alone = ALONE,
 ) -> str:
-    """Run a cell unless it is done, from its last checkpoint if it has one.
+    """Run a cell unless it is done, from its last checkpoint if it has one; in a `group` of several processes all call this.
 
     Returns "done", "failed" (its `error.txt` says why), "busy" (another process has it) or "interrupted" (asked to stop by SIGTERM or
     SIGUSR2). `watch` is told about every step, for a progress display. `let_errors_out` lets the exception of a failing cell through
@@ -50,8 +53,8 @@ def run_cell(
     """
     folder = RunFolder.of(results, spec)
     try:
-        with Stop.on_signals() as stop, folder.owned():
-            return _run_owned(spec, folder, plugins, watch, checkpoint_seconds, stop, let_errors_out)
+        with Stop.on_signals() as stop, group.shared_fate(folder.fail_and_let_go), folder.owned() if group.first else nullcontext():
+            return _run_owned(spec, folder, plugins, watch, checkpoint_seconds, stop, let_errors_out, group)
     except (Busy, Lost):
         return "busy"
     except Interrupted:
@@ -59,13 +62,20 @@ def run_cell(
 
 
 def _run_owned(
-    spec: RunSpec, folder: RunFolder, plugins: Path | None, watch: Watch, seconds: float, stop: Stop, let_errors_out: bool
+    spec: RunSpec,
+    folder: RunFolder,
+    plugins: Path | None,
+    watch: Watch,
+    seconds: float,
+    stop: Stop,
+    let_errors_out: bool,
+    group: Alone,
 ) -> str:
-    if folder.state().name == "done":
+    if group.broadcast(folder.state().name if group.first else None) == "done":
         return "done"
     checkpoints = Checkpoints(folder.path, {"hash": folder.hash, "code": pinned.digest(plugins)}, seconds, stop)
     try:
-        cell = _Cell(spec, folder, Registry(plugins), watch, checkpoints)
+        cell = _Cell(spec, folder, Registry(plugins), watch, checkpoints, group)
         cell.begin()
         cell.run()
     except (Interrupted, Lost):
@@ -74,7 +84,10 @@ def _run_owned(
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
         expected = isinstance(error, UserError | CellError)
-        folder.fail(f"{type(error).__name__}: {error}" if expected else traceback.format_exc())
+        reason = group.why(error) or (f"{type(error).__name__}: {error}" if expected else traceback.format_exc())
+        if group.first:
+            folder.fail(reason)
+        group.fail(reason)
         if let_errors_out:
             raise
         return "failed"
@@ -93,7 +106,7 @@ class _Scored(NamedTuple):
 class _Cell:
     """The work of `run_cell`, with its parts at hand."""
 
-    def __init__(self, spec: RunSpec, folder: RunFolder, registry: Registry, watch: Watch, checkpoints: Checkpoints):
+    def __init__(self, spec: RunSpec, folder: RunFolder, registry: Registry, watch: Watch, checkpoints: Checkpoints, group: Alone = ALONE):
         extras.check(spec)
         import torch
         from transformers.utils import logging as transformers_logging
@@ -105,7 +118,7 @@ class _Cell:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.spec, self.folder, self.watch, self.checkpoints = spec, folder, watch, checkpoints
+        self.spec, self.folder, self.watch, self.checkpoints, self.group = spec, folder, watch, checkpoints, group
         self.started = self._clock = time.perf_counter()
         self.schedule = _schedule(spec)
         self.lines: list[dict[str, Any]] = []  # of the scored snapshots
@@ -119,19 +132,23 @@ class _Cell:
         self.world = data.World(spec.scale, spec.training, data.corpus(spec.scale, generator.tokenizer), target.to(device), tokenizer)
         self.task.prepare(self.world)
         self.meter = compute.Meter()
-        self.bench = Workbench(spec, TaskView(self.task), self.world, generator, self.meter, self._record, self._checkpoint)
+        self.bench = Workbench(spec, TaskView(self.task), self.world, generator, self.meter, self._record, self._checkpoint, group)
         self.bench.tracking = folder.path / tracking.FOLDER
         # Held-out prompts: one fixed list per seed, whatever the method.
         self.prompts = self.world.prompts("test", spec.scale.deployment_texts, stream(spec.seed, "deployment prompts"))
 
     def begin(self) -> None:
         """Prepare the folder: afresh, or as it was at the newest checkpoint that is whole."""
-        found = self.checkpoints.newest(self.folder.sizes())
+        found = self.checkpoints.newest(self.folder.sizes()) if self.group.first else None
+        step = self.group.broadcast(found and found[0].step)
+        if not self.group.first and step is not None:
+            found = self.checkpoints.of(step)
+        if self.group.first:
+            self.folder.begin(self.environment(), found and found[1]["sizes"])
+        self.group.broadcast("the folder is as it should be")
         if found is None:
-            self.folder.begin(self.environment())
             return
         saved, content = found
-        self.folder.begin(self.environment(), content["sizes"])
         self.started = self._clock - content["seconds"]
         self.lines, self.texts, self.schedule.passed = content["lines"], content["texts"], content["passed"]
         self.bench.restore(saved, content["bench"])
@@ -144,20 +161,33 @@ class _Cell:
 
     def _checkpoint(self, step: int, tensors: Callable[[], dict[str, Tensor]], numbers: Callable[[], dict[str, Any]]) -> None:
         """What `Workbench.checkpoint` does: save if it is time to, and stop here if asked to. The time is nobody's cost."""
-        if not self.checkpoints.due():
+        due, asked = self.group.broadcast((self.checkpoints.due(), self.checkpoints.stop.asked))
+        if not due:
             return
         clock = time.perf_counter()
         self.meter.seconds += clock - self._clock  # the method's time since its last snapshot, up to here
+        if self.group.first:
+            self._save(step, tensors, numbers, clock)
+        self._clock = time.perf_counter()
+        self.started += self._clock - clock
+        self._agree_on_the_account()
+        if asked:
+            raise Interrupted(f"{asked} at step {step}")
+
+    def _save(self, step: int, tensors: Callable[[], dict[str, Tensor]], numbers: Callable[[], dict[str, Any]], clock: float) -> None:
         content = {
             "numbers": numbers(), "lines": self.lines, "sizes": self.folder.sizes(), "meter": self.meter.state(),
             "bench": self.bench.state(), "seconds": clock - self.started, "texts": self.texts, "passed": self.schedule.passed,
         }  # fmt: skip
         self.folder.check_owned()
         self.checkpoints.save(step, tensors(), content)
-        self._clock = time.perf_counter()
-        self.started += self._clock - clock
-        if self.checkpoints.stop.asked:
-            raise Interrupted(f"{self.checkpoints.stop.asked} at step {step}")
+
+    def _agree_on_the_account(self) -> None:
+        """What was spent decides what comes next, so it is the first process's account, clock and all, that counts in every process."""
+        meter, reserve = self.group.broadcast((self.meter.state(), self.bench.reserve.state()))
+        if not self.group.first:
+            self.meter.restore(meter)
+            self.bench.reserve.restore(reserve)
 
     def run(self) -> None:
         """Let the method work, score the snapshots that are due, and mark the cell done.
@@ -169,8 +199,15 @@ class _Cell:
             waiting = snapshot
             if self.schedule.is_due(snapshot.step, self.bench.spent_share()):
                 waiting = None
-                if not self._answer(snapshot):
+                accepted = self.group.broadcast(self._answer(snapshot) if self.group.first else None)
+                self._agree_on_the_account()
+                if not accepted:
                     break
+        self.group.broadcast("the method has come to its end in all processes")
+        if self.group.first:
+            self._finish(snapshot, waiting)
+
+    def _finish(self, snapshot: Snapshot | None, waiting: Snapshot | None) -> None:
         if snapshot is None:
             raise CellError(f"method {self.spec.method.name} yielded no snapshot; `run` must yield at least one")
         if waiting is not None:  # it stopped before its schedule did
@@ -203,17 +240,21 @@ class _Cell:
     def _timed(self, snapshots: Iterator[Snapshot]) -> Iterator[Snapshot]:
         """The same snapshots; the time the method takes to come up with each is charged to it."""
         while True:
-            if self.checkpoints.stop.asked and not self.bench.makes_checkpoints:
-                raise Interrupted(self.checkpoints.stop.asked)
+            asked = self.group.broadcast(self.checkpoints.stop.asked)
+            if asked and not self.bench.makes_checkpoints:
+                raise Interrupted(asked)
             self._clock = time.perf_counter()
             snapshot = next(snapshots, None)
             self.meter.seconds += time.perf_counter() - self._clock
+            self._agree_on_the_account()
             if snapshot is None:
                 return
             yield snapshot
 
     def _record(self, line: dict[str, Any]) -> None:
         """A step of the method: into the metrics file and to whoever watches."""
+        if not self.group.first:
+            return
         line = {
             **line,
             "flops": self.meter.total_flops,

@@ -30,6 +30,7 @@ def torch_seeded(seed: int) -> Iterator[None]:
     """
     import torch
 
-    with torch.random.fork_rng():
+    # One GPU a process: forking the generators of a node's other GPUs would take memory on each of them.
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         torch.manual_seed(seed)
         yield

@@ -117,8 +117,12 @@ class RunFolder:
         try:
             yield
         finally:
-            self._lock = None
-            taken.release()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        held, self._lock = self._lock, None
+        if held is not None:
+            held.release()
 
     def begin(self, env: dict[str, Any], sizes: dict[str, int] | None = None) -> None:
         """Start the cell afresh, removing what an interrupted run left; or go on where its growing files had `sizes` bytes."""
@@ -168,6 +172,12 @@ class RunFolder:
         """Mark the cell failed; the last line of `reason` is what lists show."""
         self.check_owned()
         write_atomically(self.path / "error.txt", reason.rstrip() + "\n")
+
+    def fail_and_let_go(self, reason: str) -> None:
+        """`fail` for an owner whose process ends right after, from another thread than the one that waits; nothing unless it is owned."""
+        if self._lock is not None:
+            self.fail(reason)
+            self._let_go()
 
     def fail_unless_owned(self, reason: str) -> str:
         """For a process that saw the owner die: "failed", or how the cell stands by now ("done", "busy")."""

@@ -18,6 +18,7 @@ from dpgbench.errors import CellError, UserError
 from dpgbench.finetuning import finetune
 from dpgbench.metagrad import Metagradients, ascend, metagradients, signal_gradients
 from dpgbench.models import Generator
+from dpgbench.process_group import ALONE, Alone
 from dpgbench.seeds import derive, stream, torch_seeded
 from dpgbench.training import SGD, AdamW, first_step_dots, gradient_dots, loaded, one_step_values, train
 
@@ -49,7 +50,11 @@ def engine_of(training: Options) -> dict[str, Any]:
 
 
 class Workbench:
-    """One cell's tools. `options` are the method's own; `reserve` is what a deployment dataset costs, as far as the harness knows yet."""
+    """One cell's tools. `options` are the method's own; `reserve` is what a deployment dataset costs, as far as the harness knows yet.
+
+    Where several processes work on the cell (`group`), every one of them has a bench and a method that takes the same steps. Metagradients
+    and a policy's rollouts and updates are shared among them; anything else every process computes for itself, and it is charged once.
+    """
 
     def __init__(
         self,
@@ -60,10 +65,11 @@ class Workbench:
         meter: compute.Meter,
         record: Callable[[dict[str, Any]], None],
         checkpoint: Checkpoint = lambda step, tensors, numbers: None,
+        group: Alone = ALONE,
     ):
         self.spec, self.task, self.world, self.generator, self.meter = spec, task, world, generator, meter
         self.options = spec.method
-        self._record, self._checkpoint = record, checkpoint
+        self._record, self._checkpoint, self.group = record, checkpoint, group
         self.makes_checkpoints = False
         self.tracking: Path | None = None
         """Where trackers' files go, if the method trains a policy that reports to some."""
@@ -194,15 +200,17 @@ class Workbench:
 
         def differentiate() -> Metagradients:
             how = {"micro_batch": training.micro_batch, "reduction": training.reduction, **engine_of(training)}
+            how["data_parallel"] = self.group.size > 1
             return metagradients(self.world.target, batches, self.task.signal, optimizer=optimizer_of(training, optimizer, lr), **how)
 
         shapes = tuple(tuple(batch["input_ids"].shape) for batch in batches)
         if shapes in self._metagradient_flops:
             outcome = differentiate()
         else:
-            outcome, self._metagradient_flops[shapes] = compute.counted_flops(differentiate)
+            outcome, flops = compute.counted_flops(differentiate)
+            self._metagradient_flops[shapes] = self._of_all_processes(flops)
         forward = self._forward_flops(batches)
-        trained = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        trained = _labels_in(batches)
         self.meter.charge("training", 3 * forward, trained=trained)
         self.meter.charge("metagradient", self._metagradient_flops[shapes] - 3 * forward)
         rewards = torch.empty_like(outcome.rewards)
@@ -227,7 +235,7 @@ class Workbench:
         params = train(target, batches, self.optimizer, **how)
         with loaded(target, params), torch.no_grad():
             value = float(self.task.signal(target))
-        trained = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        trained = _labels_in(batches)
         self.meter.charge("training", 3 * self._forward_flops(batches), trained=trained)
         self.meter.charge("scoring", self._signal_cost())
         if not math.isfinite(value):
@@ -296,9 +304,22 @@ class Workbench:
     def _forward_flops(self, batches: list[dict[str, Tensor]]) -> float:
         return sum(compute.forward_flops(self.world.target, *batch["input_ids"].shape) for batch in batches)
 
+    def _of_all_processes(self, metagradient_flops: float) -> float:
+        """What one process would have computed: shares add up, and the derivative of Phi, which every process takes, counts once."""
+        if self.group.size == 1:
+            return metagradient_flops
+        target = self.world.target
+        _, repeated = compute.counted_flops(lambda: signal_gradients(target, initial_parameters(target), self.task.signal))
+        return sum(self.group.gathered([metagradient_flops])) - (self.group.size - 1) * repeated
+
     def _signal_cost(self) -> float:
         """FLOPs of one Phi, counted once: only the task knows what it computes."""
         if self._signal_flops is None:
             target = self.world.target
             _, self._signal_flops = compute.counted_flops(lambda: self.task.signal(target))
         return self._signal_flops
+
+
+def _labels_in(batches: list[dict[str, Tensor]]) -> int:
+    """Real labels of all batches: one number to wait for, not one a batch."""
+    return int(sum((batch["labels"] != -100).sum() for batch in batches))

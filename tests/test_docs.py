@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -29,6 +30,20 @@ def test_every_command_in_the_readme_is_understood(command, plugins, tmp_path):
         assert done.returncode == 2 and "not a run folder" in done.stderr
     else:
         assert done.returncode == 0, done.stderr
+
+
+TORCHRUN = re.findall(r"torchrun --standalone --nproc-per-node=(\d+) -m (dpgbench run [^'\n]+)", README + GUIDES)
+
+
+@pytest.mark.parametrize(("processes", "command"), sorted(set(TORCHRUN)))
+def test_every_torchrun_line_can_be_shared(processes, command, tmp_path):
+    """As the first of that many processes sees it, with --dry-run; two of them run for real in test_process_group.py."""
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": processes, "MASTER_ADDR": "localhost"}
+    words = [*command.split()[1:], f"results={tmp_path}", "--dry-run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dpgbench", *words], cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_readme_names_every_plugin():

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 try:
-    from dpgbench import config
+    from dpgbench import config, process_group
     from dpgbench.cli import listing, report, status, sweep
 except ModuleNotFoundError as missing:  # a node whose environment was never installed, or not activated
     print(
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 1 if a cell failed, 2 on bad input (one line on standard error), 130 on an interrupt."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _command(words)
+        return _command(words) if process_group.rank() == 0 else sweep.follow(words)
     except UserError as error:
         print(f"dpgbench: {error}", file=sys.stderr)
     except OSError as error:
@@ -68,6 +68,8 @@ def _command(words: list[str]) -> int:
         print(USAGE, end="")
         return 0
     command, words = words[0], words[1:]
+    if command == "sweep" and process_group.size() > 1:
+        raise UserError("sweep: torchrun's processes work on one cell together; write run, or sweep without torchrun")
     if command not in COMMANDS:
         raise UserError(f"{command!r} is not a command; {did_you_mean(command, COMMANDS)}")
     if "-h" in words or "--help" in words:
@@ -92,4 +94,6 @@ def _command(words: list[str]) -> int:
         request = sweep.replayed(words)
     else:
         request = config.read(words, sweep=command == "sweep")
+    for cell in request.cells:
+        process_group.check(cell.spec, request.launcher.name)
     return sweep.show_plan(request) if dry_run else sweep.run_cells(request, save=command == "sweep")

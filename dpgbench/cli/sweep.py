@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpgbench import config, extras, model_files, plan, store
+from dpgbench import config, extras, model_files, plan, process_group, store
 from dpgbench.api import Options, RunSpec
 from dpgbench.cli.status import described, watch_rows, with_states
 from dpgbench.cli.words import full_words, place_of, selector, terminal
@@ -78,17 +78,44 @@ def _run_here(request: Request, todo: list[RunSpec], console: Console, *, sweep:
     from dpgbench.display import Display
     from dpgbench.launch import launch, processes
 
+    plugins, group = request.registry.plugins, process_group.start()
+    work = (todo[0].config, request.results, plugins, request.launcher.get("checkpoint_seconds", 60.0)) if todo else None
+    if group.size > 1:
+        group.broadcast(work)
     with processes.announced(request.results, request.suite), Display(console, len(todo)) as display:
-        launch(todo, request.launcher, request.results, request.registry.plugins, display)
+        group.last_words = lambda: _tell_failure(request, todo[0], console)
+        launch(todo, request.launcher, request.results, plugins, display, group)
     for spec in display.failed:
-        folder = store.RunFolder.of(request.results, spec)
-        said = store.last_line(folder.path / "error.txt")
-        console.print(f"[red]failed[/] {folder.path}: {escape(said)}", highlight=False, soft_wrap=True)
+        _tell_failure(request, spec, console)
+    if not display.failed and not display.busy:
+        group.close()
     for spec in display.busy:
         console.print(f"[yellow]busy[/] {spec.folder}: another process works on this cell", highlight=False, soft_wrap=True)
     if not sweep and todo and not display.failed and not display.busy:
         console.print(f"results in {store.RunFolder.of(request.results, todo[0]).path}", highlight=False, soft_wrap=True)
     return 1 if display.failed or display.busy else 0
+
+
+def _tell_failure(request: Request, spec: RunSpec, console: Console) -> None:
+    folder = store.RunFolder.of(request.results, spec)
+    said = store.last_line(folder.path / "error.txt")
+    console.print(f"[red]failed[/] {folder.path}: {escape(said)}", highlight=False, soft_wrap=True)
+
+
+def follow(words: list[str]) -> int:
+    """What torchrun's other processes do while the first one does `run`: their share of the cell, in silence; the first tells it all."""
+    if words[:1] != ["run"] or {"--dry-run", "-h", "--help"} & set(words):
+        return 0
+    from dpgbench.runner import run_cell
+
+    group = process_group.start()
+    work = group.broadcast(None)
+    if work is not None:
+        config, results, plugins, seconds = work
+        state = run_cell(RunSpec(config), results, plugins, checkpoint_seconds=seconds, group=group)
+    if work is None or state == "done":
+        group.close()
+    return 0
 
 
 def _submit(request: Request, todo: list[RunSpec], console: Console) -> int:

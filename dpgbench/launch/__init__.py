@@ -11,6 +11,7 @@ from typing import Any
 
 from dpgbench.api import Options, RunSpec
 from dpgbench.errors import UserError
+from dpgbench.process_group import ALONE, Alone
 
 OnEvent = Callable[[RunSpec, dict[str, Any]], None]
 """Told about {"state": "started" | "done" | "failed" | "busy" | "interrupted"} of a cell and, in between, about its metrics' lines."""
@@ -31,7 +32,9 @@ def check(launcher: Options) -> None:
         slurm.check(launcher)
 
 
-def launch(specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: Path | None, on_event: OnEvent) -> None:
+def launch(
+    specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: Path | None, on_event: OnEvent, group: Alone = ALONE
+) -> None:
     """Run every cell of `specs` here and return when they are through; one that fails, or whose process dies, does not stop the others.
 
     An interrupt stops the workers and passes through; finished cells stay finished, and the others go on from their checkpoints.
@@ -39,6 +42,6 @@ def launch(specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: 
     from dpgbench.launch import local
 
     if launcher.get("workers", 1) == 1 or len(specs) <= 1:
-        local.inline(specs, launcher, results, plugins, on_event)
+        local.inline(specs, launcher, results, plugins, on_event, group)
     else:
         local.pool(specs, launcher, results, plugins, on_event)

@@ -17,6 +17,7 @@ from typing import Any
 from dpgbench.api import Options, RunSpec
 from dpgbench.checkpoint import SIGNALS, Stop
 from dpgbench.launch import OnEvent
+from dpgbench.process_group import ALONE, Alone
 from dpgbench.store import RunFolder, read_lines
 
 POLL_SECONDS = 0.5
@@ -25,11 +26,13 @@ POLL_SECONDS = 0.5
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
 
 
-def inline(specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: Path | None, on_event: OnEvent) -> None:
+def inline(
+    specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: Path | None, on_event: OnEvent, group: Alone = ALONE
+) -> None:
     """One after the other in this process. With `launcher=debug` the exception of the first cell that fails passes through."""
     from dpgbench.runner import run_cell
 
-    how = {"checkpoint_seconds": launcher.get("checkpoint_seconds", 60.0), "let_errors_out": launcher.name == "debug"}
+    how = {"checkpoint_seconds": launcher.get("checkpoint_seconds", 60.0), "let_errors_out": launcher.name == "debug", "group": group}
     for spec in specs:
         on_event(spec, {"state": "started"})
         state = run_cell(spec, results, plugins, watch=lambda line, spec=spec: on_event(spec, line), **how)

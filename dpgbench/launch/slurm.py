@@ -44,6 +44,12 @@ class Submitted:
 
 def check(launcher: Options) -> None:
     """Raises UserError if there is no SLURM here, or for a setting that cannot be."""
+    gpus = max(setting["gpus"] for setting in _all_resources(launcher))
+    if gpus > 1:
+        raise UserError(
+            f"launcher.gpus={gpus}: a job runs its cell in one process, which uses one GPU; write launcher.gpus=1, "
+            "or start torchrun in a job of your own (docs/cluster.md)"
+        )
     for program in ("sbatch", "squeue", "scancel", "srun"):
         if shutil.which(program) is None:
             raise UserError(f"launcher=slurm: there is no {program} on this machine; run it on a login node, or use launcher=local")
