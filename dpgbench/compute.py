@@ -11,7 +11,7 @@ tests hold these formulas against.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -157,6 +157,16 @@ class Shape:
         """A policy update: prompts and completions, but for the head at the prompt's positions, its last one excepted."""
         head = 2.0 * self.head * batch * (prompt_length - 1)  # never has an adapter
         return self.training_flops(batch, prompt_length + new_tokens) - (2 if self.adapters else 3) * head
+
+    def step_update_flops(self, policy: Mapping[str, Any], batch: int, prompt_length: int, new_tokens: int) -> float:
+        """All updates of a policy step: one pass over the completions, and what TRL reads beside it.
+
+        It scores them once more where they are not, or not all, the updated model's own: vLLM's probabilities differ from the model's, and
+        from a step's second mini-batch on the model has moved.
+        """
+        update = self.update_flops(batch, prompt_length, new_tokens)
+        scored = policy.get("rollout") == "vllm" or (policy.get("minibatch") or batch) < batch
+        return update + self.scoring_flops(batch, prompt_length, new_tokens) if scored else update
 
     def sampling_flops(self, batch: int, prompt_length: int, new_tokens: int) -> float:
         """Sampling with a key-value cache: the prompt once (logits of its last position only), then a token at a time."""

@@ -112,7 +112,7 @@ def estimate(spec: RunSpec, registry: Registry) -> Estimate | None:
         if policy.steps is None:
             return None  # a budget says what it costs
         texts = policy.completions
-        step = generator.sampling_flops(texts, prompt, written) + generator.update_flops(texts, prompt, written)
+        step = generator.sampling_flops(texts, prompt, written) + generator.step_update_flops(policy, texts, prompt, written)
         flops += policy.steps * (step + passes * target.forward_flops(texts, training.max_length))
         at_once, updated = max(at_once, policy.get("rollout_batch") or texts), policy.micro_batch or policy.minibatch or texts
     return Estimate(flops, _memory(spec, generator, target, prompt + written, at_once, updated))

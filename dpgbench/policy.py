@@ -73,7 +73,8 @@ def train_policy(
     Ends after `policy.steps`, or before the step that would go over the cell's budget. Learning rate and entropy bonus follow the nearer
     of the two ends, so that a run which a budget ends has had its whole schedule.
     Cost per step: sampling, whatever `reward` spends, and 3F of the generator on prompts and completions, less the LM head where there is
-    nothing to predict; with low-rank adapters (`policy.lora`) little more than 2F; with vLLM's rollouts (`policy.rollout`) another F.
+    nothing to predict; with low-rank adapters (`policy.lora`) little more than 2F; with vLLM's rollouts (`policy.rollout`), and with
+    mini-batches, another F.
     Raises CellError if a reward is not finite or has the wrong count, and whatever `reward` raises: never a batch of zeros.
     """
     policy, saved = bench.options.policy, bench.saved
@@ -275,9 +276,7 @@ class _Loop(TrainerCallback):
                 len(prompts[part]), max(lengths[part]), max(map(len, completion_ids[part])), generator=self.generator
             )
         prompt_length, new_tokens = max(lengths), max(map(len, completion_ids))
-        update = self.shape.update_flops(batch, prompt_length, new_tokens)
-        if self.policy.get("rollout") == "vllm":  # whose probabilities are not the model's own: TRL computes those, to correct for it
-            update += self.shape.scoring_flops(batch, prompt_length, new_tokens)
+        update = self.shape.step_update_flops(self.policy, batch, prompt_length, new_tokens)
         self.bench.meter.charge("policy_update", update, trained=sum(map(len, completion_ids)))
 
 

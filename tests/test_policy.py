@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+from trl import GRPOTrainer
 
+from dpgbench.compute import shape_of
 from dpgbench.errors import CellError
 from dpgbench.policy import WeightAverage, advantages, train_policy
 
@@ -62,6 +64,34 @@ def test_minibatches_make_several_updates_a_step(bench):
     work, calls = bench("minibatch=8"), []
     steps = [snapshot.step for snapshot in train_policy(work, lambda rollouts: calls.append(1) or [0.0] * 16)]
     assert steps == [0, 1, 2] and len(calls) == 2
+
+
+@pytest.mark.parametrize(("minibatch", "scored"), [("null", 0), ("8", 16)])
+def test_what_trl_scores_beside_an_update_is_charged(bench, monkeypatch, minibatch, scored):
+    """With mini-batches TRL scores all 16 completions before the first of them moves the model: a forward pass more, and so charged."""
+    work, without_gradient, lengths, prompt_lengths = bench("steps=1", f"minibatch={minibatch}"), [], [], []
+    score = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def watched(trainer, model, ids, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            without_gradient.append(len(ids))
+        lengths.append(ids.shape[1])
+        return score(trainer, model, ids, *args, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", watched)
+
+    def reward(rollouts):
+        prompt_lengths.append(work.generator.tokenize(rollouts.prompts)["input_ids"].shape[1])
+        return [float(len(text)) for text in rollouts.completions]
+
+    for _ in train_policy(work, reward):
+        pass
+    assert sum(without_gradient) == scored
+    (prompt_length,), longest = prompt_lengths, max(lengths)
+    shape = shape_of(work.generator.model)
+    expected = shape.update_flops(16, prompt_length, longest - prompt_length)
+    expected += shape.scoring_flops(16, prompt_length, longest - prompt_length) if scored else 0
+    assert work.meter.flops["policy_update"] == pytest.approx(expected)
 
 
 def test_micro_batches_change_nothing_but_rounding(bench):
