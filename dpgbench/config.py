@@ -11,6 +11,7 @@ In a sweep a key that a method or task does not have leaves its cells alone; a k
 from __future__ import annotations
 
 import difflib
+import functools
 import io
 import itertools
 import logging
@@ -166,6 +167,7 @@ class _Composer:
     def __init__(self, registry: Registry):
         self.registry = registry
         self._parts: dict[tuple[str, str], DictConfig] = {}
+        self._plain_parts: dict[str, dict[str, Any]] = {}
         self._root = OmegaConf.load(home() / "configs" / "config.yaml")
         self._order = self._root.pop("defaults")
         self.unused: list[set[str]] = []  # of each line
@@ -226,18 +228,23 @@ class _Composer:
         parts = []
         for entry in self._order:
             if entry == "_self_":
-                parts.append(self._root)
+                parts.append(self._plain_of("", self._root))
                 continue
             ((group, name),) = OmegaConf.to_container(DictConfig({**chosen, "entry": entry}), resolve=True)["entry"].items()
             optional, group = group.startswith("optional "), group.removeprefix("optional ")
             part = self._part(group, chosen.get(group, name), optional)
             if part is not None:
-                parts.append(part)
+                parts.append(self._plain_of(f"{group}/{chosen.get(group, name)}", part))
         try:
-            return OmegaConf.merge(*parts)
+            return OmegaConf.create(functools.reduce(_overlaid, parts))  # OmegaConf.merge takes twice as long, for the same
         except OmegaConfBaseException as error:
             words = " ".join(f"{group}={name}" for group, name in chosen.items() if group != "launcher")
             raise UserError(f"{words}: the configuration does not compose: {str(error).splitlines()[0]}") from None
+
+    def _plain_of(self, name: str, part: DictConfig) -> dict[str, Any]:
+        if name not in self._plain_parts:
+            self._plain_parts[name] = OmegaConf.to_container(part, resolve=False)
+        return self._plain_parts[name]
 
     def _part(self, group: str, name: str, optional: bool) -> DictConfig | None:
         """One file as Hydra composes it: under its group's name or its `@package`, with whatever its own defaults list brings."""
@@ -267,6 +274,12 @@ class _Composer:
         OmegaConf.set_struct(part, False)
         self._parts[group, name] = part
         return part
+
+
+def _overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two nested settings merged, the upper one's values where both have one."""
+    both = {key for key in above if isinstance(above[key], dict) and isinstance(below.get(key), dict)}
+    return {**below, **above, **{key: _overlaid(below[key], above[key]) for key in both}}
 
 
 def _resolve(key: str, leaves: Mapping[str, Any]) -> str | None:
