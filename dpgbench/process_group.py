@@ -147,6 +147,7 @@ class Together(Alone):
             raise
         finally:
             self._over.set()
+            watcher.join(2 * GRACE_SECONDS)  # a thread that is asking the store when Python ends would abort the process
 
     def fail(self, reason: str) -> None:
         """The first process goes on to its own end; any other waits until the first has heard, so that its silence is not the news."""
