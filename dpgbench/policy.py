@@ -4,6 +4,9 @@ A method differs from the next in one function: rollouts in, one reward per comp
 (arXiv 2604.08423, section 3) is (reward - group mean) / group std. TRL adds 1e-4 to that divisor, which is far larger than a
 metagradient, so advantages are computed here and handed to TRL as rewards with `scale_rewards="none"`; TRL's own subtraction of the
 group mean then changes nothing, because every scaling here leaves groups with mean zero.
+
+TRL pads prompts on the left and gives the model no positions, and a model with learned positions (GPT-2) then counts them from the first
+pad: in an update it would see other positions than in sampling, and other probabilities. `_positions_from_the_mask` mends that.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +100,12 @@ def train_policy(
     if first == (policy.steps or MOST_STEPS) or not spending.leaves_a_step(first, bench.spent_share()):
         return
     trackers = list(policy.get("report_to", []))
-    with tempfile.TemporaryDirectory() as scratch, _quiet(), tracking.into(bench.tracking or Path(scratch), trackers):
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        _quiet(),
+        _positions_from_the_mask(generator.model),
+        tracking.into(bench.tracking or Path(scratch), trackers),
+    ):
         loop = _Loop(bench, reward, policy, generator)
         trainer = _Trainer(
             model=generator.model,
@@ -389,6 +397,24 @@ def _trl_settings(bench: Workbench, policy: Options, generator: Generator, scrat
         learning_rate=policy.lr, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=policy.max_grad_norm,
         entropy_coef=policy.entropy_bonus, **vllm,
     )  # fmt: skip
+
+
+@contextmanager
+def _positions_from_the_mask(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, a forward pass with a mask and without positions counts those from each row's first token, as `generate` does."""
+
+    def count(module: torch.nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
+        mask = named.get("attention_mask")
+        if named.get("position_ids") is None and mask is not None and mask.dim() == 2:
+            named["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+        return inputs, named
+
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # without adapters around it
+    hook = plain.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class _quiet:

@@ -28,7 +28,7 @@ OPTIMIZERS = ("adamw", "sgd")
 
 
 class DPG(Method):
-    version = 3
+    version = 4
 
     def __init__(self, options: Options):
         super().__init__(options)

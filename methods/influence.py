@@ -33,7 +33,7 @@ ESTIMATORS = ("dot", "adam")
 
 
 class Influence(Method):
-    version = 2
+    version = 3
 
     def __init__(self, options: Options):
         super().__init__(options)

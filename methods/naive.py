@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Naive(Method):
-    version = 2
+    version = 3
 
     def __init__(self, options: Options):
         super().__init__(options)

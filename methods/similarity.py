@@ -33,7 +33,7 @@ REWARDS = ("score", "levenshtein", "embedding", "langid")
 
 
 class Similarity(Method):
-    version = 3
+    version = 4
 
     def __init__(self, options: Options):
         super().__init__(options)

@@ -66,6 +66,34 @@ def test_minibatches_make_several_updates_a_step(bench):
     assert steps == [0, 1, 2] and len(calls) == 2
 
 
+@pytest.mark.parametrize("words", [(), ("policy.lora.rank=2",)], ids=["all weights", "adapters"])
+def test_an_update_sees_the_probabilities_that_were_sampled_from(bench, monkeypatch, words):
+    """GPT-2 has learned positions, and TRL gives it none: a text's probability in the update is that of `Generator.sample`'s model on the
+    unpadded text, however far its prompt is padded."""
+    work, pairs, widths = bench("steps=1", *words), [], set()
+    score = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def watched(trainer, model, ids, mask, logits_to_keep, *args, **kwargs):
+        result = score(trainer, model, ids, mask, logits_to_keep, *args, **kwargs)
+        for row, kept, logps in zip(ids, mask.bool(), result[0], strict=True):
+            tokens = row[kept]
+            with torch.no_grad():
+                alone = work.generator.model(input_ids=tokens[None]).logits[0, :-1].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+            in_update = logps[kept[-logits_to_keep:]].detach()
+            pairs.append((alone[-len(in_update) :], in_update))
+        return result
+
+    def reward(rollouts):
+        widths.update(work.generator.tokenize(rollouts.prompts)["attention_mask"].sum(1).tolist())
+        return [float(len(text)) for text in rollouts.completions]
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", watched)
+    for _ in train_policy(work, reward):
+        pass
+    assert len(widths) > 1, "prompts of one length need no padding, and the test says nothing"
+    assert len(pairs) == 16 and all(torch.allclose(alone, in_update, atol=1e-4) for alone, in_update in pairs)
+
+
 @pytest.mark.parametrize(("minibatch", "scored"), [("null", 0), ("8", 16)])
 def test_what_trl_scores_beside_an_update_is_charged(bench, monkeypatch, minibatch, scored):
     """With mini-batches TRL scores all 16 completions before the first of them moves the model: a forward pass more, and so charged."""
