@@ -124,7 +124,7 @@ class Lock:
                 os.link(mine, self.path)
             except FileExistsError:
                 raise Busy(f"{self.folder.name}: another process was first; wait for it, or stop it first") from None
-            if _highest(self.folder)[0] > self.n:  # `found` was old: others have come and gone since
+            if _highest(self.folder) != (self.n, False):  # `found` was old: others have had this number or a higher one, and let go of it
                 self.path.unlink(missing_ok=True)
                 raise Busy(f"{self.folder.name}: another process was first; wait for it, or stop it first")
         finally:
