@@ -68,7 +68,7 @@ def _check_engine(training: _Section) -> None:
     """Settings of the metagradient engine; cells stored before there were any have none."""
     values = {"precision": "full", "memory_budget": 0.5, "checkpoint": None, "offload": None, **training.values}
     engine = _Section("training", values)
-    engine.require_one_of("precision", "full", "bf16")
+    engine.require_one_of("precision", "full", "tf32", "bf16")
     budget = values["memory_budget"]
     good = isinstance(budget, int | float) and (0 <= budget <= 1 or (budget > 1 and float(budget).is_integer()))
     engine.require("memory_budget", good, "a share of the device's memory up to 1, or bytes; write memory_budget=0.5 or memory_budget=4e9")

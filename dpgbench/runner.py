@@ -112,9 +112,10 @@ class _Cell:
         from transformers.utils import logging as transformers_logging
 
         from dpgbench import compute, data, models
-        from dpgbench.workbench import Workbench
+        from dpgbench.workbench import Workbench, matmul_precision
 
         torch.set_num_threads(spec.scale.threads)
+        torch.set_float32_matmul_precision(matmul_precision(spec.training))
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -39,14 +39,23 @@ def optimizer_of(training: Options, name: str | None = None, lr: float | None = 
 
 
 def engine_of(training: Options) -> dict[str, Any]:
-    """The metagradient engine's settings as configured; cells stored before there were any get the defaults."""
+    """The metagradient engine's settings as configured; cells stored before there were any get the defaults.
+
+    To the engine tf32 is full precision: how a GPU multiplies float32 numbers is the process's setting, not a step's (`matmul_precision`).
+    """
     given = training.plain()
+    precision = given.get("precision", "full")
     return {
-        "precision": given.get("precision", "full"),
+        "precision": "full" if precision == "tf32" else precision,
         "memory_budget": given.get("memory_budget"),
         "checkpoint": given.get("checkpoint") or "all",
         "offload": given.get("offload"),
     }
+
+
+def matmul_precision(training: Options) -> str:
+    """torch's word for how float32 matrices are multiplied in a cell, the generator's too: "highest", or with tf32 "high"."""
+    return "high" if training.plain().get("precision") == "tf32" else "highest"
 
 
 class Workbench:

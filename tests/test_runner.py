@@ -90,3 +90,15 @@ def test_a_signal_that_is_not_finite_stops_the_cell(tmp_path):
     state, folder = run(tmp_path, "task=language", "method=dpg", *SMALL, "training.optimizer=sgd", "training.lr=1e30")
     assert state == "failed"
     assert "phi is nan at step 0; lower training.lr" in (folder.path / "error.txt").read_text()
+
+
+def test_tf32_is_said_to_torch_for_one_cell_and_not_for_the_next(tmp_path, monkeypatch):
+    import torch
+
+    said = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    small = ["task=l2_norm", "method=base", "deployment_texts=8"]
+    for precision in ("tf32", "full"):
+        state, _ = run(tmp_path, *small, f"training.precision={precision}")
+        assert state == "done"
+    assert said == ["high", "highest"]
