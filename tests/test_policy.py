@@ -198,7 +198,7 @@ def test_averaged_weights_write_the_deployment_texts_and_not_the_rollouts(bench)
     """With averaging the steps are the same to the last bit, and the texts at the end are others."""
     lines, texts = [], []
     for words in (("averaging=0.0",), ("averaging=0.9",)):
-        work = bench("steps=3", "policy.lr=1e-1", *words)
+        work = bench("steps=3", "policy.lr=1e-2", *words)
         for snapshot in train_policy(work, lambda rollouts: [float(len(text)) for text in rollouts.completions]):
             last = snapshot.sample(work.prompts(8, "test"))
         lines.append([line["rollouts"] for line in work.lines])
