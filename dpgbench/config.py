@@ -169,7 +169,7 @@ class _Composer:
         self._parts: dict[tuple[str, str], DictConfig] = {}
         self._plain_parts: dict[str, dict[str, Any]] = {}
         self._root = OmegaConf.load(home() / "configs" / "config.yaml")
-        self._order = self._root.pop("defaults")
+        self._order = OmegaConf.to_container(self._root.pop("defaults"), resolve=False)
         self.unused: list[set[str]] = []  # of each line
         self.known: set[str] = set()
 
@@ -226,11 +226,11 @@ class _Composer:
         """The files chosen, merged in the order of the defaults list of configs/config.yaml."""
         chosen = dict(zip(GROUPS, names, strict=True))
         parts = []
-        for entry in self._order:
+        for entry in OmegaConf.to_container(OmegaConf.create({**chosen, "order": self._order}), resolve=True)["order"]:
             if entry == "_self_":
                 parts.append(self._plain_of("", self._root))
                 continue
-            ((group, name),) = OmegaConf.to_container(DictConfig({**chosen, "entry": entry}), resolve=True)["entry"].items()
+            ((group, name),) = entry.items()
             optional, group = group.startswith("optional "), group.removeprefix("optional ")
             part = self._part(group, chosen.get(group, name), optional)
             if part is not None:

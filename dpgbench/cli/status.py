@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpgbench import config, store
-from dpgbench.cli.words import full_words, place_of, terminal
+from dpgbench.cli.words import full_words, place_of, show_rows, terminal
 from dpgbench.config import Cell, Request
 from dpgbench.standing import OPEN, standings
 from dpgbench.store import State
@@ -36,15 +36,11 @@ def show_status(words: list[str], watch: bool) -> int:
     if watch:
         watch_rows(rows, console)
     found = rows()
-    console.print(_state_table(found) if found else f"no runs in {results / 'runs'}")
+    if found:
+        show_rows(console, ("cell", "state", ""), [(name, *state) for name, state in found])
+    else:
+        console.print(f"no runs in {results / 'runs'}")
     return 0
-
-
-def _state_table(rows: list[tuple[str, tuple[str, str]]]) -> Table:
-    table = Table("cell", "state", "", box=None, pad_edge=False)
-    for name, (state, detail) in rows:
-        table.add_row(name, state, escape(detail))
-    return table
 
 
 def watch_rows(rows: Callable[[], list[tuple[str, tuple[str, str]]]], console: Console) -> None:
@@ -58,8 +54,9 @@ def watch_rows(rows: Callable[[], list[tuple[str, tuple[str, str]]]], console: C
             names = [state for _, (state, _) in found]
             counts = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
             if console.is_terminal:
-                table = _state_table([row for row in found if row[1][0] in OPEN][: max(5, console.height - 5)])
-                table.caption = counts
+                table = Table("cell", "state", "", box=None, pad_edge=False, caption=counts)
+                for name, (state, detail) in [row for row in found if row[1][0] in OPEN][: max(5, console.height - 5)]:
+                    table.add_row(name, state, escape(detail))
                 live.update(table, refresh=True)
             elif counts != told:
                 print(counts, flush=True)

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from dpgbench import config, extras, model_files, plan, process_group, store
 from dpgbench.api import Options, RunSpec
 from dpgbench.cli.status import described, watch_rows, with_states
-from dpgbench.cli.words import full_words, place_of, selector, terminal
+from dpgbench.cli.words import full_words, place_of, selector, show_rows, terminal
 from dpgbench.config import Request
 from dpgbench.errors import UserError
 from dpgbench.registry import Registry
@@ -158,10 +157,9 @@ def cancel_sweep(words: list[str]) -> int:
 def show_plan(request: Request) -> int:
     """The grid, without importing torch."""
     console = terminal()
-    table = Table("cell", "state", "cost", box=None, pad_edge=False)
     states = [described(cell, state) for cell, state in with_states(request)]
     seconds = _measured_seconds(request, states)
-    to_run, planned = 0.0, []
+    to_run, planned, rows = 0.0, [], []
     for cell, (name, detail) in zip(request.cells, states, strict=True):
         known = seconds.get((cell.spec.task.label, cell.spec.method.label))
         waiting = name not in ("done", "skipped")
@@ -170,8 +168,8 @@ def show_plan(request: Request) -> int:
         if waiting and (found := plan.estimate(cell.spec, request.registry)):
             planned.append(found)
             cost += f", about {found.flops:.1e} FLOPs and {found.memory / 1e9:.2g} GB"
-        table.add_row(cell.spec.folder, f"{name}{': ' + detail if detail else ''}", cost)
-    console.print(table)
+        rows.append((cell.spec.folder, f"{name}{': ' + detail if detail else ''}", cost))
+    show_rows(console, ("cell", "state", "cost"), rows)
     counts = {name: sum(state == name for state, _ in states) for name in dict.fromkeys(state for state, _ in states)}
     console.print(f"{len(states)} cells: {', '.join(f'{count} {name}' for name, count in counts.items())}", highlight=False)
     if to_run:

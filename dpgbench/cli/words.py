@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from dpgbench import config
 from dpgbench.errors import UserError, did_you_mean
 from dpgbench.registry import Registry
+
+FEW = 200
 
 
 def place_of(words: list[str]) -> tuple[Path, str, bool]:
@@ -48,6 +53,19 @@ def take_format(words: list[str]) -> tuple[list[str], bool]:
 def terminal() -> Console:
     """Colours and the terminal's width on a terminal; plain unwrapped lines into a file or a pipe."""
     return Console() if sys.stdout.isatty() else Console(width=240)
+
+
+def show_rows(console: Console, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table that fits the console; beyond FEW rows plain columns, because laying out thousands takes rich a second."""
+    if len(rows) <= FEW:
+        table = Table(*headings, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in (headings, *rows))
+    console.out("\n".join(lines), highlight=False)
 
 
 def first_comment(path: Path) -> str:
