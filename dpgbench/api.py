@@ -25,10 +25,21 @@ Prompt = str | list[dict[str, str]]
 """What a generator is asked: rendered text, or chat messages for a model with a chat template."""
 
 
-# Settings that scales have had since their first cells were stored; null is what those cells had.
-ADDED_TO_SCALES = (
-    "generator_revision", "target_revision", "max_prompt_tokens", "corpus_subset", "corpus_column", "corpus_revision",
-)  # fmt: skip
+# What a cell's hash leaves out. Settings that cost time and memory, or say who watches, change no number.
+NOT_IN_NUMBERS = {
+    "training": ("memory_budget", "checkpoint", "offload"),
+    "scale": ("keep_generator",),
+    "policy": ("activation_checkpointing", "vllm_memory", "report_to"),
+}
+# A setting that came after the first stored cells, at the value that stands for what those did: they keep their hash.
+CAME_LATER = {
+    "training": {"precision": "full"},
+    "scale": dict.fromkeys(
+        ("generator_revision", "target_revision", "max_prompt_tokens", "corpus_subset", "corpus_column", "corpus_revision")
+    ),
+    "method": {"lora": None},
+    "policy": {"rollout": "transformers", "lora": None, "rollout_batch": None},
+}
 
 
 class Options(Mapping):
@@ -207,33 +218,20 @@ class RunSpec:
     @property
     def hash(self) -> str:
         """Ten hex digits over everything that changes the numbers, and over nothing else."""
-        relevant = {section: dict(values) if isinstance(values, dict) else values for section, values in self.config.items()}
+        relevant = json.loads(json.dumps(self.config))
         for section in ("task", "method"):
             relevant[section].pop("label", None)
             relevant[section].pop("file", None)  # `file_sha256` stands for it
-        for setting in ("memory_budget", "checkpoint", "offload"):  # time and memory, not numbers
-            relevant["training"].pop(setting, None)
-        relevant["scale"].pop("keep_generator", None)
-        for setting in ADDED_TO_SCALES:
-            if relevant["scale"].get(setting) is None:
-                relevant["scale"].pop(setting, None)
-        if relevant["method"].get("lora") is None:
-            relevant["method"].pop("lora", None)
-        if relevant["method"].get("policy"):
-            policy = dict(relevant["method"]["policy"])
-            for setting in ("activation_checkpointing", "vllm_memory", "report_to"):  # time, memory and who watches
-                policy.pop(setting, None)
-            if policy.get("rollout") == "transformers":
-                policy.pop("rollout")
-            if policy.get("lora") is None:
-                policy.pop("lora", None)
-            if policy.get("rollout_batch") is None:  # as with scales' settings
-                policy.pop("rollout_batch", None)
-            relevant["method"]["policy"] = policy
         if "corpus_sha256" in relevant["scale"]:  # which stands for the file's path
             relevant["scale"].pop("corpus")
-        if relevant["training"].get("precision") == "full":
-            del relevant["training"]["precision"]  # what cells had before there was a choice
+        sections = {**relevant, "policy": relevant["method"].get("policy") or {}}
+        for section, settings in NOT_IN_NUMBERS.items():
+            for setting in settings:
+                sections[section].pop(setting, None)
+        for section, settings in CAME_LATER.items():
+            for setting, before in settings.items():
+                if sections[section].get(setting) == before:
+                    sections[section].pop(setting, None)
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:10]
 
     @property

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,6 +69,30 @@ class Generator:
             list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True,
             return_tensors="pt", padding=True, padding_side="left",
         )  # fmt: skip
+
+
+@contextmanager
+def positions_from_the_mask(model: nn.Module) -> Iterator[None]:
+    """Inside, a forward pass with a mask and without positions counts those from each row's first token, as `generate` does.
+
+    A model that takes no positions (BLOOM's distances, say) is left as it is.
+    """
+
+    def count(module: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
+        mask = named.get("attention_mask")
+        if named.get("position_ids") is None and mask is not None and mask.dim() == 2:
+            named["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+        return inputs, named
+
+    layers = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model  # without adapters around it, or a head
+    if "position_ids" not in inspect.signature(layers.forward).parameters:
+        yield
+        return
+    hook = layers.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def load_generator(scale: Options) -> Generator:

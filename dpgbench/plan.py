@@ -124,9 +124,9 @@ def _memory(spec: RunSpec, generator: Shape, target: Shape, length: int, at_once
     Tapes of the metagradients are not in it: they take what `training.memory_budget` leaves.
     """
     training, width = spec.training, BYTES[spec.scale.generator_dtype]
-    trained = 16 * generator.adapters or (
-        3 * width * generator.parameters if updated else 0
-    )  # adapters: four times 4 bytes, weights and all
+    trained = 3 * width * generator.parameters if updated else 0
+    if generator.adapters:  # in float32, their own weights among the four
+        trained = 4 * 4 * generator.adapters
     resident = generator.parameters * width + trained + target.untied * BYTES[spec.scale.target_dtype]
     sampling = at_once * length * generator.cache_per_token * width
     update = 3 * updated * spec.scale.max_completion_tokens * generator.vocabulary * 4  # logits of the completions, softmax and gradient

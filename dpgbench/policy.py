@@ -6,7 +6,7 @@ metagradient, so advantages are computed here and handed to TRL as rewards with 
 group mean then changes nothing, because every scaling here leaves groups with mean zero.
 
 TRL pads prompts on the left and gives the model no positions, and a model with learned positions (GPT-2) then counts them from the first
-pad: in an update it would see other positions than in sampling, and other probabilities. `_positions_from_the_mask` mends that.
+pad: in an update it would see other positions than in sampling, and other probabilities. `models.positions_from_the_mask` mends that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +32,11 @@ from trl import GRPOConfig, GRPOTrainer
 from dpgbench import adapters, compute, tracking
 from dpgbench.api import Options, Prompt, Snapshot
 from dpgbench.errors import CellError
-from dpgbench.models import Generator
+from dpgbench.models import Generator, positions_from_the_mask
 from dpgbench.process_group import ALONE, Alone
 from dpgbench.seeds import derive, torch_seeded
-from dpgbench.training import loaded
 from dpgbench.training_state import numbers_of, restore_optimizer, restore_weights, tensors_of
+from dpgbench.weight_average import WeightAverage
 from dpgbench.workbench import Workbench
 
 
@@ -103,7 +102,7 @@ def train_policy(
     with (
         tempfile.TemporaryDirectory() as scratch,
         _quiet(),
-        _positions_from_the_mask(generator.model),
+        positions_from_the_mask(generator.model),
         tracking.into(bench.tracking or Path(scratch), trackers),
     ):
         loop = _Loop(bench, reward, policy, generator)
@@ -142,33 +141,6 @@ class _Spending:
         self.dearest = max(self.dearest, share - self.spent) if step > 1 else share - self.spent
         self.spent = share
         return step == 0 or self.spent + self.dearest <= 1
-
-
-class WeightAverage:
-    """A running mean of the generator's weights, from which its deployment texts are drawn (Polyak and Juditsky, 1992).
-
-        mean_t = d_t mean_{t-1} + (1 - d_t) theta_t,   d_t = min(decay, t / (t + 9))
-
-    Rollouts come from theta itself. A policy that circles around its optimum has an average nearer to it. `decay=0` is no averaging and
-    costs nothing; otherwise one copy of the trained weights. The growing d_t lets the first steps count little in a long run.
-    """
-
-    def __init__(self, model: torch.nn.Module, decay: float):
-        self.model, self.decay = model, decay
-        self.mean = {name: weight.detach().clone() for name, weight in adapters.trained(model).items()} if decay else None
-
-    def update(self, step: int) -> None:
-        if self.mean is not None:
-            keep = min(self.decay, step / (step + 9))
-            for name, weight in adapters.trained(self.model).items():
-                self.mean[name].lerp_(weight.detach(), 1 - keep)
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """What texts are drawn from."""
-        return dict(adapters.trained(self.model)) if self.mean is None else self.mean
-
-    def loaded(self) -> AbstractContextManager:
-        return nullcontext() if self.mean is None else loaded(self.model, self.mean)
 
 
 def advantages(rewards: torch.Tensor, group_size: int, scaling: str) -> torch.Tensor:
@@ -397,24 +369,6 @@ def _trl_settings(bench: Workbench, policy: Options, generator: Generator, scrat
         learning_rate=policy.lr, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=policy.max_grad_norm,
         entropy_coef=policy.entropy_bonus, **vllm,
     )  # fmt: skip
-
-
-@contextmanager
-def _positions_from_the_mask(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, a forward pass with a mask and without positions counts those from each row's first token, as `generate` does."""
-
-    def count(module: torch.nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
-        mask = named.get("attention_mask")
-        if named.get("position_ids") is None and mask is not None and mask.dim() == 2:
-            named["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
-        return inputs, named
-
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # without adapters around it
-    hook = plain.base_model.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 class _quiet:

@@ -15,9 +15,10 @@ from dpgbench.adapters import adapt, trained
 from dpgbench.api import Options
 from dpgbench.errors import UserError
 from dpgbench.export import WEIGHTS, export
-from dpgbench.policy import WeightAverage, train_policy
+from dpgbench.policy import train_policy
 from dpgbench.runner import run_cell
 from dpgbench.store import RunFolder
+from dpgbench.weight_average import WeightAverage
 
 LORA = ["policy.lora.rank=4"]
 

@@ -6,11 +6,14 @@ import json
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM
 from trl import GRPOTrainer
 
 from dpgbench.compute import shape_of
 from dpgbench.errors import CellError
-from dpgbench.policy import WeightAverage, advantages, train_policy
+from dpgbench.models import positions_from_the_mask
+from dpgbench.policy import advantages, train_policy
+from dpgbench.weight_average import WeightAverage
 
 
 def test_advantages_by_hand():
@@ -92,6 +95,15 @@ def test_an_update_sees_the_probabilities_that_were_sampled_from(bench, monkeypa
         pass
     assert len(widths) > 1, "prompts of one length need no padding, and the test says nothing"
     assert len(pairs) == 16 and all(torch.allclose(alone, in_update, atol=1e-4) for alone, in_update in pairs)
+
+
+def test_a_model_that_takes_no_positions_is_given_none():
+    """BLOOM has distances instead, and refuses what it does not know."""
+    model = BloomForCausalLM(BloomConfig(vocab_size=11, hidden_size=8, n_layer=1, n_head=2)).eval()
+    ids, mask = torch.tensor([[3, 1, 2]]), torch.tensor([[0, 1, 1]])
+    plain = model(input_ids=ids, attention_mask=mask).logits
+    with positions_from_the_mask(model):
+        assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, plain)
 
 
 @pytest.mark.parametrize(("minibatch", "scored"), [("null", 0), ("8", 16)])

@@ -30,6 +30,8 @@ def test_seeds_that_a_task_lacks_are_left_out_and_named():
     found = difference_over_tasks({"qr": series(0.1, np.nan, 0.2, 0.3), "uuid": series(0.3, 0.1, first=1)})
     assert found.left_out == (0, 1, 3) and found.difference.n == 1 and found.difference.mean == pytest.approx(0.15)
     assert difference_over_tasks({}).difference.n == 0
+    endless = difference_over_tasks({"qr": series(np.inf, 1.0), "uuid": series(0.0, 1.0)}).difference
+    assert endless.n == 2 and endless.mean == np.inf and np.isnan(endless.p), "a diverged seed is a value, not a hole"
     assert difference_over_tasks({"qr": series(0.1), "uuid": series(0.1, first=1)}).difference.n == 0
     with pytest.raises(ValueError, match="task qr has more than one value for a seed"):
         difference_over_tasks({"qr": pd.Series([1.0, 2.0], index=[0, 0])})

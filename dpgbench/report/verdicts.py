@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 
@@ -10,34 +12,46 @@ from dpgbench.report.across import Across
 from dpgbench.report.frame import ORACLE, SuiteResults, TaskResults, natural
 from dpgbench.report.table import Cell, Column, Row, Table, text_cell
 from dpgbench.report.writing import DASH, amount, and_more, interval, number, plural, probability
-from dpgbench.statistics.over_seeds import mean_interval, paired_difference
-from dpgbench.statistics.verdicts import OverTasksDifference, better_than_all, difference_over_tasks, holm
+from dpgbench.statistics.over_seeds import PairedDifference, mean_interval, paired_difference
+from dpgbench.statistics.verdicts import BetterThanAll, OverTasksDifference, better_than_all, difference_over_tasks, holm
 
 SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The method with the best mean of final answers on a task, the next best, and the first one's lead over it."""
+
+    label: str
+    next_label: str
+    lead: PairedDifference
+    verdict: BetterThanAll
+    flops: float
+    next_flops: float
 
 
 def winners_table(results: SuiteResults, across: Across) -> Table:
     """For every task the method whose answer is best on average, and whether it is better than every other's, base's among them."""
     found = {task.label: winner for task in results.tasks if (winner := _winner(task))}
-    adjusted = dict(zip(found, holm([verdict.p for _, _, verdict, _ in found.values()]).p, strict=True))
+    adjusted = dict(zip(found, holm([winner.verdict.p for winner in found.values()]).p, strict=True))
     body = []
     for task in results.tasks:
         head = text_cell(task.label, small=f"{task.headline} {task.arrow}")
         if task.label not in found:
             body.append(Row((head, *[Cell(DASH)] * 7)))
             continue
-        (first, second), differences, verdict, flops = found[task.label]
-        decimals, p = tables.table_decimals(across.rows[task.label]), adjusted[task.label]
-        score, lead = mean_interval(task.final_values(first)), differences[second]
+        winner, p, decimals = found[task.label], adjusted[task.label], tables.table_decimals(across.rows[task.label])
+        score, lead, verdict = mean_interval(task.final_values(winner.label)), winner.lead, winner.verdict
         hardest = "" if np.isnan(verdict.p) else f"hardest: {verdict.hardest}"
         body.append(Row((
-            head, text_cell(first, method=first),
+            head, text_cell(winner.label, method=winner.label),
             Cell(number(score.mean, decimals), interval(score.low, score.high, decimals).replace(DASH, ""), score.mean,
                  {"mean": score.mean, "low": score.low, "high": score.high, "n": score.n}),
-            text_cell(second, method=second),
+            text_cell(winner.next_label, method=winner.next_label),
             Cell(number(lead.mean, decimals, sign=True), interval(lead.low, lead.high, decimals, sign=True).replace(DASH, ""), lead.mean,
                  {"mean": lead.mean, "low": lead.low, "high": lead.high, "n": lead.n}),
-            Cell(amount(flops[0]), f"next: {amount(flops[1])}", flops[0], {"best": flops[0], "next": flops[1]}),
+            Cell(amount(winner.flops), f"next: {amount(winner.next_flops)}", winner.flops,
+                 {"best": winner.flops, "next": winner.next_flops}),
             Cell(str(verdict.n), "", verdict.n, {"n": verdict.n}),
             Cell(probability(p), f"one task: {probability(verdict.p)}; {hardest}".rstrip("; "), p,
                  {"holm_p": p, "p": verdict.p, "hardest": verdict.hardest}, bold=bool(p < SIGNIFICANT)),
@@ -55,39 +69,38 @@ def winners_table(results: SuiteResults, across: Across) -> Table:
         "better than every other, base included (the largest of its sign-flip p's, seeds paired), Holm-adjusted over "
         f"{plural(tests, 'task')}; below 0.05 in bold. An answer is what a method ended with inside its budget; FLOPs are its median cost."
     )
-    notes = tables.reachable_note((verdict.n for _, _, verdict, _ in found.values()), tests)
+    notes = tables.reachable_note((winner.verdict.n for winner in found.values()), tests)
     return Table("winners", f"{results.name}: the best on each task", caption, columns, tuple(body), notes, tuple(_said(found, adjusted)))
 
 
-def _winner(task: TaskResults) -> tuple | None:
-    """((best, next best), its differences to all others, the verdict, median FLOPs of the two); None with fewer than two to compare."""
+def _winner(task: TaskResults) -> Winner | None:
+    """None with fewer than two methods to compare."""
     labels = sorted(task.finals.loc[task.finals["method"] != ORACLE, "method_label"].unique(), key=natural)
-    values = {label: task.final_values(label) for label in labels}
-    means = {label: task.sign * series.mean() for label, series in values.items() if np.isfinite(series.mean())}
+    values = {label: task.sign * task.final_values(label) for label in labels}
+    means = {label: series.mean() for label, series in values.items() if np.isfinite(series.mean())}
     if len(means) < 2:
         return None
     first, second = sorted(means, key=lambda label: -means[label])[:2]
     differences = {
-        label: paired_difference(
-            task.sign * values[first], task.sign * values[label], generator=tables.generator_for("winner", task.label, first, label)
-        )
+        label: paired_difference(values[first], values[label], generator=tables.generator_for("winner", task.label, first, label))
         for label in means
         if label != first
     }
-    flops = [float(task.finals.loc[task.finals["method_label"] == label, "flops"].median()) for label in (first, second)]
-    return (first, second), differences, better_than_all(differences), flops
+    flops = task.finals.groupby("method_label")["flops"].median()
+    return Winner(first, second, differences[second], better_than_all(differences), float(flops[first]), float(flops[second]))
 
 
-def _said(found: dict, adjusted: dict[str, float]) -> list[str]:
+def _said(found: dict[str, Winner], adjusted: dict[str, float]) -> list[str]:
     """The wins that a test supports, by method, and the tasks where none does."""
     won: dict[str, list[str]] = {}
-    for task, ((first, _), *_) in found.items():
+    undecided = []
+    for task, winner in found.items():
         if adjusted[task] < SIGNIFICANT:
-            won.setdefault(first, []).append(task)
+            won.setdefault(winner.label, []).append(task)
+        else:
+            undecided.append(f"{task} ({winner.label} leads, p {probability(adjusted[task])})")
     said = [f"Better than every other (adjusted p < 0.05): {label} on {and_more(tasks, 20)}." for label, tasks in sorted(won.items())]
-    open_ = [f"{task} ({first} leads, p {probability(adjusted[task])})" for task, ((first, _), *_) in found.items()
-             if not adjusted[task] < SIGNIFICANT]  # fmt: skip
-    return said + ([f"No method is shown to be better than every other on {and_more(open_, 20)}."] if open_ else [])
+    return said + ([f"No method is shown to be better than every other on {and_more(undecided, 20)}."] if undecided else [])
 
 
 def over_tasks_table(label: str, results: SuiteResults, across: Across) -> Table | None:

@@ -73,7 +73,7 @@ def difference_over_tasks(
     grid = pd.DataFrame({task: series.astype(float) for task, series in advantages.items()}, dtype=float).sort_index()
     whole = grid.dropna()
     means = whole.mean(axis=1)
-    difference = paired_difference(means, means * 0.0, level=level, generator=generator)
+    difference = paired_difference(means, pd.Series(0.0, index=means.index), level=level, generator=generator)
     return OverTasksDifference(difference, tuple(grid.columns), tuple(int(seed) for seed in grid.index.difference(whole.index)))
 
 
