@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import ROOT
+from conftest import README, ROOT
 
 from dpgbench.collect import read_parquet
 from dpgbench.report import read_contents, table_files
@@ -24,3 +24,18 @@ def test_the_parquet_alone_rebuilds_every_committed_table(parquet):
 
 def test_there_is_something_committed():
     assert COMMITTED
+
+
+def test_the_readme_quotes_what_was_computed():
+    """Its table of first results has a row per method and a column per task, as the report names them, rounded as the README chose to."""
+    frame, about = read_parquet(ROOT / "results" / "tiny.parquet")
+    tasks = {task.label: task for task in read_contents(frame, about["suite"]).results.tasks}
+    lines = README.split("## A first result")[1].split("\n## ")[0].splitlines()
+    head, _, *rows = [[cell.strip().strip("*`") for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert sorted(head[1:]) == sorted(tasks)
+    assert {row[0] for row in rows} == {label for task in tasks.values() for label in task.finals["method_label"].unique()}
+    for label, *quoted in rows:
+        for task, text in zip(head[1:], quoted, strict=True):
+            values = tasks[task].final_values(label)
+            computed = f"{values.mean():.{len(text.partition('.')[2])}f}" if len(values) else ""
+            assert text == computed, f"{label} on {task}"
