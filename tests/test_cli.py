@@ -100,14 +100,19 @@ def test_a_run_alone_equals_the_cell_in_a_sweep_with_workers(dpgbench, tmp_path)
 
 
 def test_collecting_anew_never_loses_a_finished_cell(dpgbench, tmp_path):
-    """A clone with a suite's parquet and only some of its run folders reports from the parquet, and rebuilds its tables byte for byte."""
+    """With only some of its run folders, or after a sweep of other seeds, the parquet stays and it is said why; its tables come out alike."""
     words = ["task=l2_norm", "method=base", "seed=0,1", "deployment_texts=8", f"results={tmp_path}"]
     assert dpgbench("sweep", *words).code == 0 and dpgbench("report", *words).code == 0
     parquet, table = tmp_path / "sweep.parquet", tmp_path / "sweep" / "tables" / "l2_norm.md"
     before, told = parquet.read_bytes(), table.read_bytes()
+    added = ["seed=2" if word == "seed=0,1" else word for word in words]
+    assert dpgbench("sweep", *added).code == 0
+    done = dpgbench("report", f"results={tmp_path}", "name=sweep")
+    assert done.code == 0 and "has 2 finished cells that the last sweep did not name" in done.out and "seed=0,1,2" in done.out
+    assert parquet.read_bytes() == before
     shutil.rmtree(next((tmp_path / "runs").glob("*.s1.*")))
     done = dpgbench("report", *words)
-    assert done.code == 0 and "1 finished cells are in" in done.out
+    assert done.code == 0 and "has 1 finished cell without a run folder" in done.out
     assert parquet.read_bytes() == before and table.read_bytes() == told
     shutil.rmtree(tmp_path / "runs")
     assert dpgbench("report", *words).code == 0 and table.read_bytes() == told

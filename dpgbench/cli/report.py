@@ -40,8 +40,7 @@ def write_report(words: list[str]) -> int:
         frame = collect.frame_of(request.cells, results, descriptions)
         lost = collect.finished_in(parquet) - set(frame.cell[frame.status == "done"])
         if lost:
-            left = f"{len(lost)} finished cells are in {parquet} but have no run folder"
-            print(f"{left}: reporting from it; delete it to leave them out", file=sys.stderr if as_json else sys.stdout)
+            print(_not_collected(lost, parquet, results), file=sys.stderr if as_json else sys.stdout)
         else:
             collect.write_parquet(frame, parquet, suite=name, title=request.title, command=f"python -m dpgbench sweep {said}")
     frame, about = collect.read_parquet(parquet)
@@ -52,6 +51,17 @@ def write_report(words: list[str]) -> int:
     else:
         print(f"report: {build(frame, results / name, **what)}")
     return 0
+
+
+def _not_collected(cells: set[str], parquet: Path, results: Path) -> str:
+    """Why the parquet stays as it is: collecting anew would lose these finished cells."""
+    from dpgbench.report.writing import plural
+
+    elsewhere = sum((results / "runs" / cell).exists() for cell in cells)
+    if elsewhere:
+        fix = f"name all of them in one line, as in seed=0,1,2, or delete {parquet} to leave these out"
+        return f"{parquet} has {plural(elsewhere, 'finished cell')} that the last sweep did not name: reporting from it as it is; {fix}"
+    return f"{parquet} has {plural(len(cells), 'finished cell')} without a run folder: reporting from it; delete it to leave these out"
 
 
 def export_cell(words: list[str]) -> int:
