@@ -100,7 +100,7 @@ def test_a_run_alone_equals_the_cell_in_a_sweep_with_workers(dpgbench, tmp_path)
 
 
 def test_collecting_anew_never_loses_a_finished_cell(dpgbench, tmp_path):
-    """After a sweep of other seeds, or with some of its run folders gone, the parquet stays, it is said why, and its tables come out alike."""
+    """After a sweep of other seeds, or with run folders gone, the parquet stays, it is said why, and its tables come out alike."""
     words = ["task=l2_norm", "method=base", "seed=0,1", "deployment_texts=8", f"results={tmp_path}"]
     assert dpgbench("sweep", *words).code == 0 and dpgbench("report", *words).code == 0
     parquet, table = tmp_path / "sweep.parquet", tmp_path / "sweep" / "tables" / "l2_norm.md"
