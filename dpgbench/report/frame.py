@@ -20,10 +20,10 @@ NUMBERS = ("step", "flops", "tokens_generated", "tokens_trained", "seconds", "ph
 OPTIONAL = ("reason", "headline", "higher_is_better", "flops_by_phase", "texts", "picture", "spec", "env", "task_description")
 BASE, ORACLE = "base", "oracle"  # plug-in names with a role on the page: the control, and the ceiling that does not compete
 
-# seaborn's colorblind palette without its grey (kept for the reference methods) and with its pale yellow last.
-PALETTE_ORDER = (0, 1, 2, 3, 4, 9, 5, 6, 8)
+# seaborn's colorblind palette without its grey (kept for the reference methods) and with its pale yellow last; then all of it, darker.
+PALETTE_ORDER, DARK = (0, 1, 2, 3, 4, 9, 5, 6, 8), 0.22
 SHAPES = {"o": "circle", "s": "square", "D": "diamond", "^": "up", "v": "down", "P": "plus", "X": "cross"}
-MARKERS = tuple(SHAPES)  # 9 colours and 7 markers: 63 methods before a pair repeats
+MARKERS = tuple(SHAPES)  # 18 colours and 7 markers: 126 methods before a pair repeats
 
 
 @dataclass(frozen=True)
@@ -186,8 +186,10 @@ def _headline(finished: pd.DataFrame, notes: list[str]) -> tuple[str, bool]:
 def _styles(frame: pd.DataFrame) -> dict[str, Style]:
     """Colour and marker per method label: one mapping for the whole suite, in natural order, references last."""
     import seaborn
+    from matplotlib.colors import to_hex
 
     palette = [seaborn.color_palette("colorblind").as_hex()[position] for position in PALETTE_ORDER]
+    palette += [to_hex(seaborn.set_hls_values(color, l=DARK)) for color in palette]
     methods = zip(frame["method_label"], frame["method"], strict=True)
     roles = {label: (method if method in (BASE, ORACLE) else "method") for label, method in methods}
     order = {"method": 0, BASE: 1, ORACLE: 2}
