@@ -124,6 +124,18 @@ def test_the_winner_and_the_difference_over_tasks_by_hand(small):
     assert "| dpg | 1 | 3 | -0.333 [-1.050, +0.384] | 0.25 | 0.25 |" in squeezed((small / "versus_best_n4.md").read_text(encoding="utf-8"))
 
 
+def test_phi_has_a_table_of_its_own_unless_it_is_every_headline(small):
+    """Phi is acc - 1 here: dpg's -0.4, -0.2, 0.0 have mean -0.2 and half-width 0.497, as in RESULTS; naive has failed."""
+    summary = squeezed((small / "summary.md").read_text(encoding="utf-8")).split("by Φ")[1]
+    for line in ("| method | toy: Φ ↑ |", "| dpg | **-0.200 [-0.697, 0.297]** |", "| best_n4 | -0.700 [-0.948, -0.452] |", "| naive | – |"):
+        assert line in summary, line
+    assert "Best mean Φ, of 1 task: dpg on 1." in summary
+    shared = small_frame().assign(phi=1.0)
+    assert read_contents(shared, "demo").phi.findings == ()
+    assert read_contents(small_frame().assign(headline="phi"), "demo").phi is None
+    assert read_contents(small_frame().assign(phi=np.nan), "demo").phi is None
+
+
 def test_enough_seeds_and_a_clear_lead_are_a_win(tmp_path):
     """Eight seeds: p = 2/256 against every other, one task, so 0.0078 stays 0.0078 and the page says who is better."""
     values = {"base": 0.1, "dpg": 0.8, "naive": 0.4}

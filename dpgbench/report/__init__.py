@@ -9,7 +9,7 @@ import pandas as pd
 
 from dpgbench.report.across import Across, compute_across
 from dpgbench.report.frame import SuiteResults, read_frame
-from dpgbench.report.summary import means_table, overview_table, summary_markdown, versus_tables
+from dpgbench.report.summary import means_table, overview_table, phi_table, summary_markdown, versus_tables
 from dpgbench.report.table import Table, latex, markdown, records
 from dpgbench.report.tables import gaps, notes_on, task_markdown, task_tables
 from dpgbench.report.verdicts import over_tasks_table, winners_table
@@ -23,7 +23,8 @@ __all__ = ["build", "machine_readable"]
 class Contents:
     """What a report says, before it is drawn: the tables over all tasks, of every method against the others, and of every task.
 
-    `over_tasks` has a method against the others on all tasks at once; not every method of `versus` need have one.
+    `over_tasks` has a method against the others on all tasks at once; not every method of `versus` need have one. `phi` is None where every
+    headline is Phi.
     """
 
     results: SuiteResults
@@ -31,6 +32,7 @@ class Contents:
     overview: Table
     winners: Table
     means: Table
+    phi: Table | None
     versus: dict[str, Table]
     over_tasks: dict[str, Table]
     by_task: dict[str, list[Table]]
@@ -46,7 +48,7 @@ def read_contents(frame: pd.DataFrame, suite: str) -> Contents:
     }
     versus = versus_tables(results, across)
     over_tasks = {label: table for label in versus if (table := over_tasks_table(label, results, across))}
-    overall = overview_table(results, across), winners_table(results, across), means_table(results, across)
+    overall = overview_table(results, across), winners_table(results, across), means_table(results, across), phi_table(results)
     return Contents(results, across, *overall, versus, over_tasks, by_task)
 
 
@@ -81,7 +83,7 @@ def build(frame: pd.DataFrame, folder: str | Path, *, suite: str, command: str, 
 def table_files(contents: Contents) -> dict[str, str]:
     """{file name: content}: the summary, a file per task, a file per method against the others; Markdown and LaTeX each."""
     results = contents.results
-    over_all = [contents.overview, contents.winners, contents.means] if results.tasks else []
+    over_all = [contents.overview, contents.winners, contents.means, *filter(None, [contents.phi])] if results.tasks else []
     stems = file_names([*(task.file_name for task in results.tasks), *(f"versus_{label}" for label in contents.versus)])
     task_files = [stems[task.file_name] for task in results.tasks]
     files = {"summary.md": summary_markdown(results, over_all, [*stems.values()]), "summary.tex": _latex(over_all)}
@@ -106,7 +108,8 @@ def machine_readable(frame: pd.DataFrame, *, suite: str, command: str, title: st
     found = {
         "suite": suite, "title": title or "", "command": command, "cells": results.cells_by_status, "overview": records(contents.overview),
         "winners": records(contents.winners),
-        "means": records(contents.means), "versus": {label: records(table) for label, table in contents.versus.items()},
+        "means": records(contents.means), "phi": records(contents.phi) if contents.phi else None,
+        "versus": {label: records(table) for label, table in contents.versus.items()},
         "over_tasks": {label: records(table) for label, table in contents.over_tasks.items()},
         "ranking": {
             "critical_difference": ranks.critical_difference, "friedman_p": ranks.friedman_p, "groups": [list(g) for g in ranks.groups],

@@ -74,6 +74,11 @@ class TaskResults:
         rows = self.finals[self.finals["method_label"] == method_label]
         return pd.Series(rows["value"].to_numpy(), index=rows["seed"].to_numpy()).sort_index()
 
+    def final_phi(self, method_label: str) -> pd.Series:
+        """Phi at the final snapshot, indexed by seed."""
+        rows = self.finals[self.finals["method_label"] == method_label]
+        return pd.Series(rows["phi"].to_numpy(), index=rows["seed"].to_numpy()).sort_index()
+
     def curves(self, method_label: str) -> pd.DataFrame:
         """seed, flops, value of the snapshots that can stand on a log axis; of several at the same FLOPs the last."""
         rows = self.snapshots[self.snapshots["method_label"] == method_label]

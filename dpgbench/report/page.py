@@ -52,6 +52,7 @@ def render_page(contents: Contents, overall: list[DrawnFigure], figures: dict[st
         overview=contents.overview,
         winners=contents.winners,
         means=contents.means,
+        phi=contents.phi,
         versus=_versus(contents),
         overall=[_inline(figure, f"s{position}-") for position, figure in enumerate(overall)],
         tasks=[

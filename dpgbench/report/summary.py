@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from dpgbench.report import tables
 from dpgbench.report.across import Across, ahead_of_all
 from dpgbench.report.frame import BASE, ORACLE, SuiteResults, TaskResults
 from dpgbench.report.table import Cell, Column, Row, Table, escape, markdown, text_cell
-from dpgbench.report.writing import DASH, amount, and_more, interval, number, plural, probability
+from dpgbench.report.writing import DASH, amount, and_more, decimals_for, interval, number, plural, probability
 from dpgbench.statistics.aggregates import OverTasks
+from dpgbench.statistics.over_seeds import mean_interval
 from dpgbench.statistics.verdicts import holm
 
 
@@ -91,6 +94,39 @@ def means_table(results: SuiteResults, across: Across) -> Table:
         "(a ranking, not a test)."
     )
     return Table("means", f"{results.name}: every task", caption, tuple(columns), tuple(body))
+
+
+def phi_table(results: SuiteResults) -> Table | None:
+    """Methods x tasks, the mean of Phi, which is what a method was asked to raise; None where every headline is Phi, or none is known."""
+    asked = [task for task in results.tasks if task.headline != "phi" and np.isfinite(task.finals["phi"]).any()]
+    if not asked:
+        return None
+    found = {task.label: {method: mean_interval(task.final_phi(method)) for method in results.styles} for task in asked}
+    best = {label: _best_phi({method: means[method].mean for method in results.labels("method")}) for label, means in found.items()}
+    body = []
+    for method, style in results.styles.items():
+        cells = [text_cell(method, method=method)]
+        for label, means in found.items():
+            decimals = decimals_for(mean.mean for mean in means.values())
+            cells.append(tables.score_cell(means[method], decimals, bold=best[label] == method) if means[method].n else Cell(DASH))
+        body.append(Row(tuple(cells), (method,), style.role))
+    columns = (Column("method", numeric=False, best="ascending"), *(Column(task.label, "Φ ↑") for task in asked))
+    caption = (
+        "Mean of Φ, the differentiable metric that a task defines, at the final snapshot and its 95% t interval; the best of each task, "
+        "references aside, in bold (a ranking, not a test). The headline is what people read, and it can move where Φ does not."
+    )
+    leads = Counter(method for method in best.values() if method is not None)
+    said = and_more((f"{method} on {count}" for method, count in leads.most_common()), 20)
+    told = (f"Best mean Φ, of {plural(len(asked), 'task')}: {said}.",) if leads else ()
+    return Table("phi", f"{results.name}: every task, by Φ", caption, columns, tuple(body), findings=told)
+
+
+def _best_phi(means: dict[str, float]) -> str | None:
+    """The method with the highest; None where there is none or it is shared."""
+    finite = sorted((mean, method) for method, mean in means.items() if np.isfinite(mean))
+    if not finite or (len(finite) > 1 and finite[-1][0] == finite[-2][0]):
+        return None
+    return finite[-1][1]
 
 
 def _mean_cell(task: TaskResults, rows: list[tables.MethodRow], method: str, best: bool) -> Cell:
