@@ -127,9 +127,17 @@ def test_the_winner_and_the_difference_over_tasks_by_hand(small):
 def test_phi_has_a_table_of_its_own_unless_it_is_every_headline(small):
     """Phi is acc - 1 here: dpg's -0.4, -0.2, 0.0 have mean -0.2 and half-width 0.497, as in RESULTS; naive has failed."""
     summary = squeezed((small / "summary.md").read_text(encoding="utf-8")).split("by Φ")[1]
-    for line in ("| method | toy: Φ ↑ |", "| dpg | **-0.200 [-0.697, 0.297]** |", "| best_n4 | -0.700 [-0.948, -0.452] |", "| naive | – |"):
+    for line in (
+        "| method | toy: Φ ↑ |",
+        "| dpg | **-0.200 [-0.697, 0.297]** |",
+        "| best_n4 | -0.700 [-0.948, -0.452] |",
+        "| naive | failed, missing |",
+    ):
         assert line in summary, line
     assert "Best mean Φ, of 1 task: dpg on 1." in summary
+    ragged = small_frame()
+    ragged.loc[(ragged["method"] == "dpg") & (ragged["seed"] == 2), "phi"] = np.nan
+    assert "n=2" in str(read_contents(ragged, "demo").phi.rows) and "n=2" not in str(read_contents(small_frame(), "demo").phi.rows)
     shared = small_frame().assign(phi=1.0)
     assert read_contents(shared, "demo").phi.findings == ()
     assert read_contents(small_frame().assign(headline="phi"), "demo").phi is None

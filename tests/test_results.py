@@ -27,11 +27,12 @@ def test_there_is_something_committed():
 
 
 def test_the_readme_quotes_what_was_computed():
-    """Its table of first results has a row per method and a column per task, as the report names them, rounded as the README chose to."""
+    """The report's findings word for word, and a table: a row per method, a column per task, rounded as the README chose to."""
     frame, about = read_parquet(ROOT / "results" / "tiny.parquet")
     contents = read_contents(frame, about["suite"])
     tasks = {task.label: task for task in contents.results.tasks}
-    assert contents.phi.findings[0] in " ".join(README.split())
+    said = " ".join(README.replace("\n>", "\n").split())
+    assert all(finding in said for finding in (*contents.winners.findings, *contents.phi.findings))
     lines = README.split("## A first result")[1].split("\n## ")[0].splitlines()
     head, _, *rows = [[cell.strip().strip("*`") for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert sorted(head[1:]) == sorted(tasks)

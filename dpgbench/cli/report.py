@@ -40,7 +40,7 @@ def write_report(words: list[str]) -> int:
         frame = collect.frame_of(request.cells, results, descriptions)
         lost = collect.finished_in(parquet) - set(frame.cell[frame.status == "done"])
         if lost:
-            print(_not_collected(lost, parquet, results), file=sys.stderr if as_json else sys.stdout)
+            print(_not_collected(lost, set(frame.cell), parquet, results), file=sys.stderr if as_json else sys.stdout)
         else:
             collect.write_parquet(frame, parquet, suite=name, title=request.title, command=f"python -m dpgbench sweep {said}")
     frame, about = collect.read_parquet(parquet)
@@ -53,15 +53,19 @@ def write_report(words: list[str]) -> int:
     return 0
 
 
-def _not_collected(cells: set[str], parquet: Path, results: Path) -> str:
-    """Why the parquet stays as it is: collecting anew would lose these finished cells."""
+def _not_collected(lost: set[str], named: set[str], parquet: Path, results: Path) -> str:
+    """Why the parquet stays as it is: collecting the `named` cells anew would lose these finished ones."""
     from dpgbench.report.writing import plural
 
-    elsewhere = sum((results / "runs" / cell).exists() for cell in cells)
-    if elsewhere:
+    left_out = sum((results / "runs" / cell).exists() for cell in lost - named)
+    if left_out:
         fix = f"name all of them in one line, as in seed=0,1,2, or delete {parquet} to leave these out"
-        return f"{parquet} has {plural(elsewhere, 'finished cell')} that the last sweep did not name: reporting from it as it is; {fix}"
-    return f"{parquet} has {plural(len(cells), 'finished cell')} without a run folder: reporting from it; delete it to leave these out"
+        return (
+            f"{parquet} has {plural(left_out, 'finished cell')} that this line, or the last sweep, does not name: reporting from it; {fix}"
+        )
+    return (
+        f"{parquet} has {plural(len(lost), 'finished cell')} without a finished run folder: reporting from it; delete it to leave these out"
+    )
 
 
 def export_cell(words: list[str]) -> int:

@@ -48,7 +48,7 @@ def read_contents(frame: pd.DataFrame, suite: str) -> Contents:
     }
     versus = versus_tables(results, across)
     over_tasks = {label: table for label in versus if (table := over_tasks_table(label, results, across))}
-    overall = overview_table(results, across), winners_table(results, across), means_table(results, across), phi_table(results)
+    overall = overview_table(results, across), winners_table(results, across), means_table(results, across), phi_table(results, across)
     return Contents(results, across, *overall, versus, over_tasks, by_task)
 
 

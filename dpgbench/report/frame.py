@@ -21,7 +21,8 @@ OPTIONAL = ("reason", "headline", "higher_is_better", "flops_by_phase", "texts",
 BASE, ORACLE = "base", "oracle"  # plug-in names with a role on the page: the control, and the ceiling that does not compete
 
 # seaborn's colorblind palette without its grey (kept for the reference methods) and with its pale yellow last; then all of it, darker.
-PALETTE_ORDER, DARK = (0, 1, 2, 3, 4, 9, 5, 6, 8), 0.22
+PALETTE_ORDER = (0, 1, 2, 3, 4, 9, 5, 6, 8)
+DARK = 0.22
 SHAPES = {"o": "circle", "s": "square", "D": "diamond", "^": "up", "v": "down", "P": "plus", "X": "cross"}
 MARKERS = tuple(SHAPES)  # 18 colours and 7 markers: 126 methods before a pair repeats
 
@@ -69,15 +70,10 @@ class TaskResults:
         """What turns a difference of the headline into an advantage."""
         return 1 if self.higher_is_better else -1
 
-    def final_values(self, method_label: str) -> pd.Series:
-        """The headline at the final snapshot, indexed by seed."""
+    def final_values(self, method_label: str, column: str = "value") -> pd.Series:
+        """The headline (or another column) at the final snapshot, indexed by seed."""
         rows = self.finals[self.finals["method_label"] == method_label]
-        return pd.Series(rows["value"].to_numpy(), index=rows["seed"].to_numpy()).sort_index()
-
-    def final_phi(self, method_label: str) -> pd.Series:
-        """Phi at the final snapshot, indexed by seed."""
-        rows = self.finals[self.finals["method_label"] == method_label]
-        return pd.Series(rows["phi"].to_numpy(), index=rows["seed"].to_numpy()).sort_index()
+        return pd.Series(rows[column].to_numpy(), index=rows["seed"].to_numpy()).sort_index()
 
     def curves(self, method_label: str) -> pd.DataFrame:
         """seed, flops, value of the snapshots that can stand on a log axis; of several at the same FLOPs the last."""

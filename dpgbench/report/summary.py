@@ -12,7 +12,7 @@ from dpgbench.report.frame import BASE, ORACLE, SuiteResults, TaskResults
 from dpgbench.report.table import Cell, Column, Row, Table, escape, markdown, text_cell
 from dpgbench.report.writing import DASH, amount, and_more, decimals_for, interval, number, plural, probability
 from dpgbench.statistics.aggregates import OverTasks
-from dpgbench.statistics.over_seeds import mean_interval
+from dpgbench.statistics.over_seeds import Interval, mean_interval
 from dpgbench.statistics.verdicts import holm
 
 
@@ -84,7 +84,11 @@ def means_table(results: SuiteResults, across: Across) -> Table:
     body = []
     for method, style in results.styles.items():
         cells = [text_cell(method, method=method)]
-        cells += [_mean_cell(task, rows[task.label], method, best[task.label] == method) for task in results.tasks]
+        for task in results.tasks:
+            row = _row_of(method, rows[task.label])
+            bar = _bar(row, rows[task.label], task) if row else None
+            decimals = tables.table_decimals(rows[task.label])
+            cells.append(_mean_cell(task, method, row, row and row.score, decimals, bold=best[task.label] == method, bar=bar))
         body.append(Row(tuple(cells), (method,), style.role))
     columns = [Column("method", numeric=False, best="ascending")]
     for task in results.tasks:
@@ -96,45 +100,53 @@ def means_table(results: SuiteResults, across: Across) -> Table:
     return Table("means", f"{results.name}: every task", caption, tuple(columns), tuple(body))
 
 
-def phi_table(results: SuiteResults) -> Table | None:
-    """Methods x tasks, the mean of Phi, which is what a method was asked to raise; None where every headline is Phi, or none is known."""
-    asked = [task for task in results.tasks if task.headline != "phi" and np.isfinite(task.finals["phi"]).any()]
-    if not asked:
+def phi_table(results: SuiteResults, across: Across) -> Table | None:
+    """Methods x tasks, the mean of Phi, the metric that a metagradient is taken of; None where every headline is Phi, or none is known."""
+    tasks = [task for task in results.tasks if task.headline != "phi" and np.isfinite(task.finals["phi"]).any()]
+    if not tasks:
         return None
-    found = {task.label: {method: mean_interval(task.final_phi(method)) for method in results.styles} for task in asked}
-    best = {label: _best_phi({method: means[method].mean for method in results.labels("method")}) for label, means in found.items()}
+    found = {task.label: {method: mean_interval(task.final_values(method, "phi")) for method in results.styles} for task in tasks}
+    best = {label: _highest({method: means[method].mean for method in results.labels("method")}) for label, means in found.items()}
     body = []
     for method, style in results.styles.items():
         cells = [text_cell(method, method=method)]
-        for label, means in found.items():
+        for task in tasks:
+            means = found[task.label]
             decimals = decimals_for(mean.mean for mean in means.values())
-            cells.append(tables.score_cell(means[method], decimals, bold=best[label] == method) if means[method].n else Cell(DASH))
+            row = _row_of(method, across.rows[task.label])
+            cells.append(_mean_cell(task, method, row, means[method], decimals, bold=best[task.label] == method))
         body.append(Row(tuple(cells), (method,), style.role))
-    columns = (Column("method", numeric=False, best="ascending"), *(Column(task.label, "Φ ↑") for task in asked))
+    columns = (Column("method", numeric=False, best="ascending"), *(Column(task.label, "Φ ↑") for task in tasks))
     caption = (
         "Mean of Φ, the differentiable metric that a task defines, at the final snapshot and its 95% t interval; the best of each task, "
         "references aside, in bold (a ranking, not a test). The headline is what people read, and it can move where Φ does not."
     )
     leads = Counter(method for method in best.values() if method is not None)
     said = and_more((f"{method} on {count}" for method, count in leads.most_common()), 20)
-    told = (f"Best mean Φ, of {plural(len(asked), 'task')}: {said}.",) if leads else ()
+    told = (f"Best mean Φ, of {plural(len(tasks), 'task')}: {said}.",) if leads else ()
     return Table("phi", f"{results.name}: every task, by Φ", caption, columns, tuple(body), findings=told)
 
 
-def _best_phi(means: dict[str, float]) -> str | None:
-    """The method with the highest; None where there is none or it is shared."""
-    finite = sorted((mean, method) for method, mean in means.items() if np.isfinite(mean))
-    if not finite or (len(finite) > 1 and finite[-1][0] == finite[-2][0]):
-        return None
-    return finite[-1][1]
+def _highest(means: dict[str, float]) -> str | None:
+    """None where there is none or it is shared."""
+    top = max((mean for mean in means.values() if np.isfinite(mean)), default=None)
+    first = [method for method, mean in means.items() if mean == top]
+    return first[0] if len(first) == 1 else None
 
 
-def _mean_cell(task: TaskResults, rows: list[tables.MethodRow], method: str, best: bool) -> Cell:
-    row = next((row for row in rows if row.label == method), None)
-    if row is not None and row.score.n:
-        cell = tables.score_cell(row.score, tables.table_decimals(rows), bold=best)
-        n = "" if row.score.n == row.cells else f"n={row.n}"
-        return Cell(cell.text, " ".join(filter(None, [cell.small, n])), cell.value, cell.numbers, best, bar=_bar(row, rows, task))
+def _row_of(method: str, rows: list[tables.MethodRow]) -> tables.MethodRow | None:
+    return next((row for row in rows if row.label == method), None)
+
+
+def _mean_cell(
+    task: TaskResults, method: str, row: tables.MethodRow | None, score: Interval | None, decimals: int | None, *, bold: bool,
+    bar: float | None = None,
+) -> Cell:  # fmt: skip
+    """A mean, with n where a cell lacks its number; what became of the cells where none has one."""
+    if row is not None and score.n:
+        cell = tables.score_cell(score, decimals, bold=bold)
+        n = "" if score.n == row.cells else f"n={score.n}"
+        return Cell(cell.text, " ".join(filter(None, [cell.small, n])), cell.value, cell.numbers, bold, bar=bar)
     statuses = sorted({gap.status for gap in tables.gaps(task) if gap.method_label == method})
     return Cell(", ".join(statuses) if statuses else "NaN" if row is not None else "not planned")
 
