@@ -234,16 +234,13 @@ def measure_cell(spec: RunSpec, plugins: Path | None = None, **counts: int) -> F
     """`measure` on a cell's target, task and training settings, with the untouched generator's completions of its first training prompts.
 
     As many texts as the method's policy asks for per step. Raises UserError on settings that do not go together."""
-    from transformers.utils import logging as transformers_logging
-
     from dpgbench import compute, data, models
     from dpgbench.api import TaskView
     from dpgbench.registry import Registry
     from dpgbench.workbench import Workbench, engine_of
 
     torch.set_num_threads(spec.scale.threads)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    models.quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     task = Registry(plugins).load("task", spec.task.name)(spec.task)
     generator = models.load_generator(spec.scale)

@@ -96,12 +96,10 @@ def _write_generator(spec: RunSpec, weights: Path, to: Path) -> None:
     """The scale's generator with these weights, as `from_pretrained` reads it."""
     import torch
     from safetensors.torch import load_file
-    from transformers.utils import logging
 
-    from dpgbench.models import load_generator
+    from dpgbench.models import load_generator, quiet
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    quiet()
     generator, kept, lora = load_generator(spec.scale), load_file(weights), adapters.settings(spec.method)
     generator.adapt(lora, seed=0)
     parameters = adapters.trained(generator.model)
@@ -150,7 +148,8 @@ generator = AutoModelForCausalLM.from_pretrained("generator")
 tokenizer = AutoTokenizer.from_pretrained("generator")
 ```
 
-It was sampled at temperature 1 from the full distribution (`do_sample=True, temperature=1.0, top_p=1.0, top_k=0`)."""
+It was sampled at temperature 1 from the full distribution, which is what its `generation_config.json` says now, and trained without
+dropout, which is 0 in its `config.json`."""
 
 ADAPTER = """
 

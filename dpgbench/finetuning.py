@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from dpgbench.adapters import trained
 from dpgbench.api import Prompt
-from dpgbench.models import Generator
+from dpgbench.generator import Generator
 
 MAX_GRAD_NORM = 1.0  # as in the policy's update
 
@@ -35,7 +35,8 @@ def finetune(
         total, tokens = 0.0, 0
         for rows in torch.randperm(len(prompts), generator=order_of).split(batch):
             inputs, labels = pairs(generator, [prompts[row] for row in rows], [completions[row] for row in rows])
-            logits = generator.model(**inputs).logits[:, :-1]
+            with generator.products():
+                logits = generator.model(**inputs).logits[:, :-1]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a bfloat16 generator's loss needs more digits
             loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
             count = int((labels != -100).sum())
@@ -54,12 +55,13 @@ def finetune(
 def pairs(generator: Generator, prompts: Sequence[Prompt], completions: Sequence[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Prompts, padded on the left as for sampling, and completions after them, padded on the right: (model inputs, labels), each (B, L).
 
-    Labels are the completions' tokens, -100 elsewhere. A completion ends in EOS unless it fills `max_completion_tokens`: it was cut there.
+    Labels are the completions' tokens, -100 elsewhere. A completion ends as the generator's own do unless it fills
+    `max_completion_tokens`: it was cut there.
     """
-    tokenizer, room = generator.tokenizer, generator.max_completion_tokens
+    tokenizer, room, end = generator.tokenizer, generator.max_completion_tokens, generator.own_end
     asked = generator.tokenize(prompts)
     written = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in completions]
-    written = [torch.tensor([*tokens, tokenizer.eos_token_id][:room]) for tokens in written]
+    written = [torch.tensor([*tokens, end][:room]) for tokens in written]
     labels = torch.nn.utils.rnn.pad_sequence(written, batch_first=True, padding_value=-100)
     ids = torch.cat([asked["input_ids"], labels.masked_fill(labels == -100, tokenizer.pad_token_id)], dim=1)
     mask = torch.cat([asked["attention_mask"], (labels != -100).long()], dim=1)

@@ -1,74 +1,39 @@
-"""A scale's two models: the generator that writes, the target that is trained on what it writes."""
+"""A scale's two models: the generator that writes, the target that is trained on what it writes.
+
+What a checkpoint says of training and sampling is its authors' and not this benchmark's: both models are loaded without dropout, with
+every token that ends a text, with no sampling habits, and with tokenizers that pad and end texts alike (`_load`).
+"""
 
 from __future__ import annotations
 
-import copy
 import inspect
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)  # fmt: skip
+from transformers.utils import logging as transformers_logging
 
-from dpgbench import adapters, model_files
-from dpgbench.api import Options, Prompt
+from dpgbench import model_files
+from dpgbench.api import Options
 from dpgbench.errors import UserError
+from dpgbench.generator import Generator
 from dpgbench.model_files import SMOLLM2
-from dpgbench.seeds import derive, torch_seeded
 
-
-@dataclass
-class Generator:
-    """pi_theta: a causal LM, its tokenizer, and sampling at temperature 1 from the full distribution."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    max_completion_tokens: int
-    batch: int
-
-    def copy(self, max_completion_tokens: int | None = None) -> Generator:
-        """The same with weights of its own, and perhaps another length: training one leaves the other as it is."""
-        return replace(self, model=copy.deepcopy(self.model), max_completion_tokens=max_completion_tokens or self.max_completion_tokens)
-
-    def adapt(self, lora: Options | None, seed: int) -> None:
-        """From here on train low-rank adapters instead of the weights, which are frozen (`adapters.adapt`); None: train all weights."""
-        if lora is not None:
-            self.model = adapters.adapt(self.model, lora, seed)
-
-    @torch.no_grad()
-    def sample(self, prompts: Sequence[Prompt], seed: int) -> tuple[list[str], list[tuple[int, int, int]]]:
-        """One completion per prompt, and the (batch, prompt length, new tokens) of each call, for the accounts.
-
-        Each call of `batch` prompts has a seed of its own, so neither the count of prompts nor the calls before change a text.
-        """
-        texts, shapes = [], []
-        was_training = self.model.training
-        self.model.eval()
-        for start in range(0, len(prompts), self.batch):
-            inputs = self.tokenize(prompts[start : start + self.batch]).to(self.model.device)
-            with torch_seeded(derive(seed, start)):
-                tokens = self.model.generate(
-                    **inputs, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=self.max_completion_tokens,
-                    pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.tokenizer.eos_token_id,
-                )  # fmt: skip
-            batch, prompt_length = inputs["input_ids"].shape
-            shapes.append((batch, prompt_length, tokens.shape[1] - prompt_length))
-            texts += self.tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
-        self.model.train(was_training)
-        return texts, shapes
-
-    def tokenize(self, prompts: Sequence[Prompt]):
-        """Left-padded prompts, through the chat template where they are messages."""
-        if isinstance(prompts[0], str):
-            return self.tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
-        return self.tokenizer.apply_chat_template(
-            list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True,
-            return_tensors="pt", padding=True, padding_side="left",
-        )  # fmt: skip
+NOISE = ("drop", "jitter")  # in the names of settings that make a forward pass random in training: dropout, layerdrop, a router's jitter
 
 
 @contextmanager
@@ -131,7 +96,8 @@ def _load(scale: Options, role: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
     try:
         # Eager attention: the fused kernels have neither forward mode nor a second derivative.
         dtype = getattr(torch, scale[f"{role}_dtype"])
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, attn_implementation="eager")
+        settings = without_noise(AutoConfig.from_pretrained(**where))
+        model = AutoModelForCausalLM.from_pretrained(**where, config=settings, dtype=dtype, attn_implementation="eager")
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -142,7 +108,62 @@ def _load(scale: Options, role: str) -> tuple[PreTrainedModel, PreTrainedTokeniz
         raise model_files.no_end(role, name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    _leave_texts_open(tokenizer, f"scale.{role}={name}")
+    if role == "generator":
+        tokenizer.padding_side = "left"
+    _sample_plainly(model, tokenizer)
     return model, tokenizer
+
+
+def without_noise(settings: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration, and those inside it, with every dropout at 0: what is sampled, updated and differentiated is one function."""
+    for key, value in vars(settings).items():
+        if isinstance(value, PreTrainedConfig):
+            without_noise(value)
+        elif any(part in key for part in NOISE) and isinstance(value, float):
+            setattr(settings, key, 0.0)
+    return settings
+
+
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a text: the tokenizer's, and those of the model's two configurations (a chat model's end of a turn)."""
+    ends = {tokenizer.eos_token_id}
+    for named in (model.config.get_text_config().eos_token_id, model.generation_config and model.generation_config.eos_token_id):
+        ends |= set(named if isinstance(named, list) else [named])
+    return sorted(ends - {None})
+
+
+def _sample_plainly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Replace a checkpoint's sampling habits (penalties, truncation, banned words, ...): temperature 1 from the full distribution."""
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, bos_token_id=tokenizer.bos_token_id, eos_token_id=ends_of(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
+def _leave_texts_open(tokenizer: PreTrainedTokenizerBase, said: str) -> None:
+    """Keep a tokenizer from putting its end after every text: prompts are to be continued, and examples get their end from `data.encode`.
+
+    Raises UserError for one that cannot be kept from it.
+    """
+
+    def around() -> tuple[list[int], list[int]]:
+        """What it puts before and after a text."""
+        bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+        before = next((start for start in range(len(whole)) if whole[start : start + len(bare)] == bare), 0)
+        return whole[:before], whole[before + len(bare) :]
+
+    before, after = around()
+    if tokenizer.eos_token_id not in after:
+        return
+    tokenizer.add_eos_token = False  # the way of those that have a switch
+    if tokenizer.eos_token_id in around()[1] and tokenizer.is_fast:
+        tokens = tokenizer.convert_ids_to_tokens(before)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=[*tokens, "$A"], pair=[*tokens, "$A", "$B"], special_tokens=list(zip(tokens, before, strict=True))
+        )
+    if around() != (before, []):
+        raise UserError(f"{said}: its tokenizer ends every text, prompts too, and cannot be kept from it; choose another model")
 
 
 def _convert_smollm2() -> None:
@@ -176,3 +197,10 @@ def _convert_smollm2() -> None:
         import shutil
 
         shutil.rmtree(partial)
+
+
+def quiet() -> None:
+    """Silence what transformers tells while it loads and trains, a cell has a display of its own; warnings about generation pass."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("transformers.generation").setLevel(logging.WARNING)

@@ -5,6 +5,8 @@ A method differs from the next in one function: rollouts in, one reward per comp
 metagradient, so advantages are computed here and handed to TRL as rewards with `scale_rewards="none"`; TRL's own subtraction of the
 group mean then changes nothing, because every scaling here leaves groups with mean zero.
 
+What is sampled, deployed and updated must be one distribution. So prompts become tokens, completions are drawn and texts are read by
+`Generator`, here as for a deployment dataset, and not by TRL, which has ways of its own for each (which tokens end a completion, say).
 TRL pads prompts on the left and gives the model no positions, and a model with learned positions (GPT-2) then counts them from the first
 pad: in an update it would see other positions than in sampling, and other probabilities. `models.positions_from_the_mask` mends that.
 """
@@ -32,7 +34,8 @@ from trl import GRPOConfig, GRPOTrainer
 from dpgbench import adapters, compute, tracking
 from dpgbench.api import Options, Prompt, Snapshot
 from dpgbench.errors import CellError
-from dpgbench.models import Generator, positions_from_the_mask
+from dpgbench.generator import Generator
+from dpgbench.models import positions_from_the_mask, quiet
 from dpgbench.process_group import ALONE, Alone
 from dpgbench.seeds import derive, torch_seeded
 from dpgbench.training_state import numbers_of, restore_optimizer, restore_weights, tensors_of
@@ -115,7 +118,7 @@ def train_policy(
             callbacks=[loop],
         )
         trainer.remove_callback(PrinterCallback)
-        loop.trainer, trainer.rollout_batch = trainer, policy.get("rollout_batch")
+        loop.trainer, trainer.rollout_batch, trainer.generator = trainer, policy.get("rollout_batch"), generator
         trainer.group, trainer.rollout_seed = bench.group, bench.seed("rollouts")
         for step in loop.steps():
             average.update(step)
@@ -186,13 +189,12 @@ class _Loop(TrainerCallback):
     def advantages_of(
         self,
         prompts: list[Prompt],
-        completions: list,
         completion_ids: list[list[int]],
         log_metric: Callable[[str, float], None],
         **_: object,
     ) -> list[float]:
         """TRL's reward function: called once per step, with all its completions or this process's share of them; everybody judges all."""
-        group, texts = self.bench.group, [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+        group, texts = self.bench.group, self.generator.texts_of(completion_ids)
         mine = slice(group.rank * len(texts), (group.rank + 1) * len(texts))
         prompts, texts, completion_ids = zip(*group.gathered(list(zip(prompts, texts, completion_ids, strict=True))), strict=True)
         prompts, texts = list(prompts), list(texts)
@@ -267,19 +269,24 @@ class _Trainer(GRPOTrainer):
     memory, if there is none. The parts of an update are dealt out as they would follow one another in a single process.
     """
 
+    generator: Generator
     rollout_batch: int | None = None
     rollout_seed: int = 0
     group: Alone = ALONE
     _sampling = False
 
+    def _tokenize_prompts(self, prompts):
+        return self.generator.token_ids(prompts), None, {}
+
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **more):
-        if self.rollout_batch is None or self.use_vllm:  # which batches by itself
+        if self.use_vllm:  # which batches by itself
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **more)
+        if self.rollout_batch is None:  # the step's own seed, see `on_step_begin`
+            return self.generator.write(prompt_ids), None
         parts, completion_ids = _parts(len(prompt_ids), self.rollout_batch), []
         for number, part in enumerate(parts, start=self.group.rank * len(parts)):
             with torch_seeded(derive(self.rollout_seed, self.state.global_step, "part", number)):
-                written, _ = super()._generate_single_turn(prompt_ids[part], images, {}, num_generations, **more)
-            completion_ids += written
+                completion_ids += self.generator.write(prompt_ids[part])
         return completion_ids, None
 
     def _prepare_inputs(self, generation_batch):
@@ -298,7 +305,8 @@ class _Trainer(GRPOTrainer):
         """TRL asks for what mini-batches are compared with before they are dealt out, and padded as they will be: too early."""
         if self._sampling and self.group.size > 1:
             return None, None, None
-        return super()._get_per_token_logps_and_entropies(model, *inputs, **more)
+        with self.generator.products():
+            return super()._get_per_token_logps_and_entropies(model, *inputs, **more)
 
     def _dealt(self, mine: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """From every process's rollouts, this process's inputs of each forward pass of the step."""
@@ -353,6 +361,7 @@ def _trl_settings(bench: Workbench, policy: Options, generator: Generator, scrat
         vllm = {
             "use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": policy.vllm_memory,
             "vllm_max_model_length": longest and longest + generator.max_completion_tokens,
+            "generation_kwargs": {"stop_token_ids": generator.ends},
         }  # fmt: skip
     else:
         vllm = {}
@@ -378,13 +387,14 @@ class _quiet:
 
     def __enter__(self) -> None:
         self._verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()
+        quiet()
         self._levels = [logging.getLogger(name).level for name in self.LOGGERS]
         for name in self.LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
         self._warnings = warnings.catch_warnings()
         self._warnings.__enter__()
         warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module=r"transformers\.generation")
 
     def __exit__(self, *error: object) -> None:
         self._warnings.__exit__(*error)

@@ -109,15 +109,13 @@ class _Cell:
     def __init__(self, spec: RunSpec, folder: RunFolder, registry: Registry, watch: Watch, checkpoints: Checkpoints, group: Alone = ALONE):
         extras.check(spec)
         import torch
-        from transformers.utils import logging as transformers_logging
 
         from dpgbench import compute, data, models
         from dpgbench.workbench import Workbench, matmul_precision
 
         torch.set_num_threads(spec.scale.threads)
         torch.set_float32_matmul_precision(matmul_precision(spec.training))
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
+        models.quiet()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.spec, self.folder, self.watch, self.checkpoints, self.group = spec, folder, watch, checkpoints, group
         self.started = self._clock = time.perf_counter()

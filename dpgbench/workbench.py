@@ -16,8 +16,8 @@ from dpgbench.data import World
 from dpgbench.engine.loss import initial_parameters
 from dpgbench.errors import CellError, UserError
 from dpgbench.finetuning import finetune
+from dpgbench.generator import Generator
 from dpgbench.metagrad import Metagradients, ascend, metagradients, signal_gradients
-from dpgbench.models import Generator
 from dpgbench.process_group import ALONE, Alone
 from dpgbench.seeds import derive, stream, torch_seeded
 from dpgbench.training import SGD, AdamW, first_step_dots, gradient_dots, loaded, one_step_values, train
