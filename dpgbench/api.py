@@ -40,6 +40,9 @@ CAME_LATER = {
     "method": {"lora": None},
     "policy": {"rollout": "transformers", "lora": None, "rollout_batch": None},
 }
+# How a generator's texts are drawn and updated: raised where that changed what stored cells had. 2: no dropout, every end token, the full
+# distribution, prompts padded on the left, float32 weights in training. The embedded generator's texts were those all along.
+SAMPLER = 2
 
 
 class Options(Mapping):
@@ -224,6 +227,8 @@ class RunSpec:
             relevant[section].pop("file", None)  # `file_sha256` stands for it
         if "corpus_sha256" in relevant["scale"]:  # which stands for the file's path
             relevant["scale"].pop("corpus")
+        if (relevant["scale"]["generator"], relevant["scale"]["generator_dtype"]) != ("phrasebook", "float32"):
+            relevant["scale"]["sampler"] = SAMPLER
         sections = {**relevant, "policy": relevant["method"].get("policy") or {}}
         for section, settings in NOT_IN_NUMBERS.items():
             for setting in settings:

@@ -186,6 +186,7 @@ def corpus(scale: Options, tokenizer: PreTrainedTokenizerBase | None = None) -> 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:
     """Texts as training examples of the target (DESIGN: the text alone, EOS appended, cut and padded to `max_length`).
 
+    The tokenizer is one that adds no end by itself, as `models.load_target` gives it.
     Returns {"input_ids": (N, L) long, "labels": (N, L) long}. Pad positions carry label -100; the EOS is a real label, also where a
     model pads with its EOS token. A text that is cut loses its EOS: it did not end there.
     """

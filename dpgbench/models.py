@@ -156,12 +156,13 @@ def _leave_texts_open(tokenizer: PreTrainedTokenizerBase, said: str) -> None:
     before, after = around()
     if tokenizer.eos_token_id not in after:
         return
-    tokenizer.add_eos_token = False  # the way of those that have a switch
-    if tokenizer.eos_token_id in around()[1] and tokenizer.is_fast:
+    if tokenizer.is_fast:
         tokens = tokenizer.convert_ids_to_tokens(before)
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single=[*tokens, "$A"], pair=[*tokens, "$A", "$B"], special_tokens=list(zip(tokens, before, strict=True))
         )
+    else:
+        tokenizer.add_eos_token = False
     if around() != (before, []):
         raise UserError(f"{said}: its tokenizer ends every text, prompts too, and cannot be kept from it; choose another model")
 

@@ -70,7 +70,7 @@ class Samples(NamedTuple):
     """N texts that a model wrote from nothing."""
 
     input_ids: Tensor
-    """(N, L) long: the start token, the text, its end token if it came to an end, and more end tokens as padding."""
+    """(N, L) long: the start token, the text, its end token if it came to an end, and end tokens as padding."""
     labels: Tensor
     """The same with -100 on the start token and on the padding: the tokens that the model chose."""
     texts: list[str]
@@ -135,23 +135,26 @@ def sample(model: nn.Module, tokenizer: PreTrainedTokenizerBase, count: int, max
     """
     import torch
 
-    end = tokenizer.eos_token_id
+    from dpgbench.models import ends_of
+
+    end, ends = tokenizer.eos_token_id, torch.tensor(ends_of(model, tokenizer), device=model.device)
     ids = torch.full((count, 1 + max_tokens), end, dtype=torch.long, device=model.device)
     ids[:, 0] = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     for first in range(0, count, SAMPLED_AT_ONCE):
         noise = torch.Generator(model.device).manual_seed(derive(seed, first))
-        _write(model, ids[first : first + SAMPLED_AT_ONCE], end, noise)
-    ends = ids[:, 1:] == end
-    chosen = ends.cumsum(1) - ends.long() == 0  # no end token before this one
+        _write(model, ids[first : first + SAMPLED_AT_ONCE], ends, noise)
+    ended = torch.isin(ids[:, 1:], ends)
+    chosen = ended.cumsum(1) - ended.long() == 0  # no end token before this one
     labels = ids.clone()
     labels[:, 0] = IGNORE
     labels[:, 1:][~chosen] = IGNORE
     width = 1 + int(chosen.sum(1).max())
-    texts = tokenizer.batch_decode([row[1:][kept] for row, kept in zip(ids, chosen, strict=True)], skip_special_tokens=True)
+    written = [row[1:][kept] for row, kept in zip(ids, chosen & ~ended, strict=True)]
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
     return Samples(ids[:, :width], labels[:, :width], texts)
 
 
-def _write(model: nn.Module, ids_BL: Tensor, end: int, noise: Generator) -> None:
+def _write(model: nn.Module, ids_BL: Tensor, ends: Tensor, noise: Generator) -> None:
     """Fill the columns after the first in place, until every row has its end token.
 
     A token is drawn as the winner of an exponential race, argmax p_v / e_v with e_v ~ Exp(1): an exact draw from p, and one that changes
@@ -166,7 +169,7 @@ def _write(model: nn.Module, ids_BL: Tensor, end: int, noise: Generator) -> None
             cache, logits_BV = out.past_key_values, out.logits[:, -1].float()
             race_BV = torch.empty_like(logits_BV).exponential_(generator=noise)
             ids_BL[going_B, column] = (logits_BV - race_BV.log()).argmax(-1)[going_B]
-            going_B &= ids_BL[:, column] != end
+            going_B &= ~torch.isin(ids_BL[:, column], ends)
             if not going_B.any():
                 return
 
