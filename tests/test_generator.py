@@ -41,8 +41,8 @@ HABITS = {
     "temperature": 0.3, "top_k": 3, "top_p": 0.5, "min_p": 0.3, "typical_p": 0.3, "epsilon_cutoff": 0.2, "eta_cutoff": 0.2,
     "repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "bad_words_ids": [[STOP]], "suppress_tokens": [STOP],
     "begin_suppress_tokens": [VOCABULARY["the"]], "min_new_tokens": 15, "exponential_decay_length_penalty": [3, 1.5],
-    "forced_bos_token_id": VOCABULARY["a"], "forced_eos_token_id": VOCABULARY["a"], "num_beams": 2, "guidance_scale": 3.0, "do_sample": False,
-    "max_length": 5,
+    "forced_bos_token_id": VOCABULARY["a"], "forced_eos_token_id": VOCABULARY["a"], "num_beams": 2, "guidance_scale": 3.0,
+    "do_sample": False, "max_length": 5,
 }  # fmt: skip
 
 CHAT = "{% for m in messages %}<s> {{ m['content'] }} <sep> {% endfor %}"
