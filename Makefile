@@ -27,6 +27,8 @@ test-slurm: install  ## on a SLURM that tests/slurm/start.sh installs and starts
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m codespell_lib
+	$(RUN) -m pyrefly check
 
 wheel: install
 	$(RUN) -m build --wheel --no-isolation
