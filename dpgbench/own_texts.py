@@ -54,6 +54,8 @@ class HubTexts(Topics):
             raise UserError(
                 f"scale.corpus_column={self._column}: {scale.corpus} has {', '.join(self._rows.column_names)}; write one of them"
             )
+        if not texts.holds_strings(self._rows.data.schema.field(self._column).type):
+            raise self._no_string(0)
         files = " ".join(self._rows.info.download_checksums or {})
         commit = re.search(r"@([0-9a-f]{40})/", files)
         self.revision: str | None = commit[1] if commit else scale.get("corpus_revision")
@@ -82,7 +84,14 @@ class HubTexts(Topics):
         return list(found)
 
     def _text(self, row: int) -> str:
-        return str(self._rows[row][self._column] or "").strip()
+        text = self._rows[row][self._column]
+        if not isinstance(text, str | None):
+            raise self._no_string(row)
+        return (text or "").strip()
+
+    def _no_string(self, row: int) -> UserError:
+        columns = (field.name for field in self._rows.data.schema if texts.holds_strings(field.type))
+        return texts.no_string(self._said, row, self._column, columns)
 
     def _buckets(self, split: str) -> range:
         if split not in SPLITS:

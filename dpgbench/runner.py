@@ -387,11 +387,12 @@ def commit() -> str:
     """The checkout's commit, with "+changes" if the tree is not clean; "" outside a checkout of dpgbench. Of pinned code, what it was."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(home()), *words], capture_output=True, text=True, timeout=20).stdout.strip()
+        command = ["git", "-C", str(home()), *words]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=20).stdout.strip()
 
     try:
         if (home() / "COMMIT").exists():
-            return (home() / "COMMIT").read_text()
+            return (home() / "COMMIT").read_text(encoding="utf-8")
         if not (home() / ".git").exists():
             return ""
         changed = git("status", "--porcelain", "--", "dpgbench", "methods", "tasks", "configs")
