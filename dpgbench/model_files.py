@@ -144,6 +144,7 @@ def check(scale: Options, training: Options) -> None:
             read, written = scale.get("max_prompt_tokens") or 0, scale.max_completion_tokens
             said = f"scale.max_prompt_tokens={read} and scale.max_completion_tokens={written}" if read else f"a completion has {written}"
             _check_room(files, read + written, said)
+            _check_prompts(files, scale)
 
 
 def check_cells(specs: Iterable[RunSpec]) -> None:
@@ -175,6 +176,32 @@ def _check_room(files: ModelFiles, needed: int, said: str) -> None:
         raise UserError(
             f"scale.{files.role}={files.name}: it reads {files.context} tokens and {said}; write {fix}, or choose another model"
         )
+
+
+def _check_prompts(files: ModelFiles, scale: Options) -> None:
+    """`data.check_room`, and a user's own file is read; torch is loaded, by the tokenizer, only if some prompt may be too long."""
+    from dpgbench import data
+    from dpgbench.own_texts import no_limit
+    from dpgbench.wording import Room
+
+    most = None if files.context is None or scale.get("max_prompt_tokens") is not None else files.context - scale.max_completion_tokens
+    if not texts.is_passages(scale.corpus) and scale.corpus not in ("phrasebook", "topics"):
+        if most is not None:
+            raise no_limit(f"scale.corpus={scale.corpus}", most)
+        return
+    corpus = data.corpus(scale)
+    if most is None or scale.generator == "phrasebook" == scale.corpus:
+        return
+    said = len((scale.get("instruction") or "").encode())
+    if next(corpus.longest((most - said) // 2 - 512), None) is not None:  # so few bytes are surely no more tokens, template and all
+        from transformers import AutoTokenizer
+
+        try:
+            where = {"revision": files.commit} if files.folder is None else {}
+            tokenizer = AutoTokenizer.from_pretrained(files.folder or files.name, trust_remote_code=False, **where)
+        except (OSError, ValueError, ImportError):
+            return  # loading the model says why
+        data.check_room(scale, data.corpus(scale, tokenizer), Room(scale, tokenizer, files.context))
 
 
 def _folder(role: str, name: str) -> Path | None:

@@ -40,6 +40,10 @@ class FileTexts(Topics):
         self.wording = wording
 
 
+def no_limit(said: str, tokens: int) -> UserError:
+    return UserError(f"{said}: a data set of the hub is not looked through for prompts that are too long; write max_prompt_tokens={tokens}")
+
+
 class HubTexts(Topics):
     """A data set of the model hub, downloaded once and read from disk row by row: it may be larger than memory.
 
@@ -63,6 +67,10 @@ class HubTexts(Topics):
 
     def prompts(self, split: str, count: int, rng: random.Random) -> list[Prompt]:
         return [self.wording.prompt(self._draw(split, rng)) for _ in range(count)]
+
+    def longest(self, tokens: int) -> Iterator[Prompt]:
+        """Raises UserError: a limit must say how long they may be."""
+        raise no_limit(self._said, tokens)
 
     def _draw(self, split: str, rng: random.Random) -> str:
         for _ in range(MOST_TRIES):
