@@ -197,15 +197,17 @@ def check_room(scale: Options, corpus: Corpus, room: Room, instructions: Sequenc
 
     Raises UserError, one line, for one that does not. Cost: prompts that may be too long are tokenised, none where there is a limit.
     """
-    sizes = [lengths(room.tokenizer, [text])[0] for text in instructions]
-    more = max(sizes, default=0)
+    more, longest = 0, None
+    if instructions:
+        (prompt,) = corpus.prompts("train", 1, random.Random(0))
+        alone, *sizes = lengths(room.tokenizer, [prompt, *(corpus.instruct(prompt, text) for text in instructions)])
+        more, longest = max(sizes) - alone, instructions[sizes.index(max(sizes))]
     limit = scale.get("max_prompt_tokens")
     if limit is not None and scale.corpus != "phrasebook":
         if limit + more > room.most:
             raise room.too_long(limit + more, more)
         return
-    given = [scale.get("instruction"), *([instructions[sizes.index(more)]] if instructions else [])]
-    said = [text for text in given if text is not None]
+    said = [text for text in (scale.get("instruction"), longest) if text is not None]
     prompts = corpus.longest(room.most - 2 * sum(lengths(room.tokenizer, said)))
     while part := list(islice(prompts, 256)):
         before = part

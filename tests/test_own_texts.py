@@ -220,20 +220,13 @@ def test_a_cell_started_without_the_command_line_says_it_too(long, tmp_path):
 
 def test_what_a_method_says_after_a_prompt_counts(long, tmp_path):
     """A hint that does not fit beside a prompt at its limit is told of before anything is spent, with a bound that leaves it room."""
-    words = [
-        "task=length",
-        "method=prompt_only",
-        "samples=32",
-        "fresh=32",
-        "max_completion_tokens=20",
-        *long[2:-1],
-        "max_prompt_tokens=108",
-    ]
+    words = ["task=length", "method=prompt_only", "samples=32", "fresh=32", *long[2:-1]]
+    words += ["max_completion_tokens=8", "max_prompt_tokens=120"]
     spec = config.read(words, sweep=False).cells[0].spec
     assert run_cell(spec, tmp_path) == "failed"
     said = (RunFolder.of(tmp_path, spec).path / "error.txt").read_text()
     found = re.search(r"takes (\d+), (\d+) of them what the method says after it; write max_prompt_tokens=(\d+)", said)
-    assert found and int(found[1]) == 108 + int(found[2]) and int(found[3]) == 108 - int(found[2])
+    assert found and int(found[1]) == 120 + int(found[2]) and int(found[3]) == 120 - int(found[2])
     words[-1] = f"max_prompt_tokens={found[3]}"
     spec = config.read(words, sweep=False).cells[0].spec
     assert run_cell(spec, tmp_path) == "done"
@@ -253,7 +246,7 @@ def test_every_prompt_is_measured_that_may_be_too_long(kind, tokenizers, tmp_pat
     with pytest.raises(UserError, match="of them what the method says after it"):
         data.check_room(one, data.corpus(one, tokenizer), room, ["Hm.", "Write in German, and at length."])
     path.write_text("\n".join([*texts, "ein viel längerer Satz " + "ä" * 20]))
-    with pytest.raises(UserError, match="x.txt takes"):
+    with pytest.raises(UserError, match=r"x\.txt takes"):
         data.check_room(one, data.corpus(one, tokenizer), room)
 
 
