@@ -132,7 +132,7 @@ def parse(arguments: Iterable[str]) -> dict[str, list[Any]]:
         try:
             override = OverridesParser.create().parse_override(argument)
             values = [value for value in override.sweep_iterator()] if override.is_sweep_override() else [override.value()]
-        except HydraException as error:
+        except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
             raise UserError(
                 f"{argument!r} is not understood: {str(error).splitlines()[0]}; write key=value, and quote values with spaces"
             ) from None
