@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import stat
+import unicodedata
 import zlib
 from collections.abc import Iterable
 from functools import cache
@@ -20,9 +21,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from dpgbench.errors import UserError
 
 if TYPE_CHECKING:
+    import regex
     from pyarrow import DataType
 
 PASSAGES = (".txt", ".jsonl", ".parquet")
+# Letters of scripts that put no space between words. Where a word ends only a dictionary tells, so each letter, with its marks, counts as
+# one.
+UNSPACED = r"[\w&&[\p{scx=Han}\p{scx=Hira}\p{scx=Kana}\p{scx=Bopo}\p{scx=Thai}\p{scx=Laoo}\p{scx=Khmr}\p{scx=Mymr}]--\p{M}]"
 
 
 class Line(NamedTuple):
@@ -115,6 +120,33 @@ def flaw_of(text: str) -> str | None:
     except UnicodeEncodeError:
         return "half a surrogate pair, or a byte that is not UTF-8,"
     return None
+
+
+def words_of(text: str) -> list[str]:
+    """A text's words in order, without punctuation; an apostrophe inside belongs to one. Composed (NFC), as written otherwise."""
+    return _patterns()[0].findall(unicodedata.normalize("NFC", text))
+
+
+def count_words(text: str) -> int:
+    """What stands between spaces, punctuation standing alone included, as people count; of scripts without spaces `words_of`."""
+    _, unspaced = _patterns()
+    if text.isascii() or not unspaced.search(text):
+        return len(text.split())
+    return sum(len(words_of(part)) if unspaced.search(part) else 1 for part in text.split())
+
+
+@cache
+def _patterns() -> tuple[regex.Pattern[str], regex.Pattern[str]]:
+    """A word, and a letter of a script without spaces."""
+    import regex
+
+    letters = rf"[[\w\p{{M}}\p{{N}}\u200c\u200d]--{UNSPACED}]+"  # the last two join letters inside a word
+    return tuple(regex.compile(f"(?V1){pattern}") for pattern in (rf"{UNSPACED}\p{{M}}*|{letters}(?:['’]{letters})*", UNSPACED))
+
+
+def squeezed(text: str) -> str:
+    """Composed (NFC) and without any whitespace: what two strings are compared by, however each was typed or tokenised."""
+    return "".join(unicodedata.normalize("NFC", text).split())
 
 
 def split(texts: Iterable[str]) -> tuple[list[str], list[str]]:

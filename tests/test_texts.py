@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import re
+import unicodedata
 
 import pytest
 from conftest import SMALL
@@ -159,3 +160,43 @@ def test_uuid_takes_the_string_of_a_file(tmp_path):
 def test_uuid_refuses_what_it_cannot_teach(content, message, tmp_path):
     with pytest.raises(UserError, match=re.escape(message)):
         prepared("task=uuid", f"file='{file(tmp_path, 'mine.txt', content)}'")
+
+
+# ---- words
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("der König sieht drei Häuser.", ["der", "König", "sieht", "drei", "Häuser"]),
+        ("l’enfant aujourd'hui", ["l’enfant", "aujourd'hui"]),
+        ("नमस्ते दुनिया", ["नमस्ते", "दुनिया"]),
+        ("مُحَمَّدٌ كَتَبَ", ["مُحَمَّدٌ", "كَتَبَ"]),
+        (unicodedata.normalize("NFD", "tiếng Việt"), ["tiếng", "Việt"]),
+        ("می‌خواهم", ["می‌خواهم"]),
+        ("我喜欢Python。", ["我", "喜", "欢", "Python"]),
+        ("คน ที่นี่", ["ค", "น", "ที่", "นี่"]),
+    ],
+)
+def test_words_are_unicodes(text, words):
+    """A mark is part of its letter, however it was typed; of scripts without spaces each letter is a word."""
+    assert texts.words_of(text) == words and texts.count_words(text) == len(words)
+
+
+def test_words_of_spaced_scripts_are_what_they_were():
+    """Counted by spaces, and told apart as `re` does: on every language of the phrasebook, and on a page of English prose."""
+    from pydoc_data.topics import topics
+
+    from dpgbench.phrasebook import Phrasebook
+
+    sentences = [text for language in Phrasebook.languages for text in Phrasebook().held_out(language, "dev", 100)]
+    for text in [*sentences, "- 3 f . a", *topics.values()]:
+        assert texts.count_words(text) == len(text.split())
+        assert texts.words_of(text) == re.findall(r"\w+(?:['’]\w+)*", text)
+        assert texts.squeezed(text) == "".join(text.split())
+
+
+def test_how_an_accent_was_typed_does_not_count(tmp_path):
+    """Composed or with a mark of its own: the same string to teach, and to be like."""
+    composed, apart = (unicodedata.normalize(form, "café là") for form in ("NFC", "NFD"))
+    assert composed != apart and texts.squeezed(composed) == texts.squeezed(apart) == "cafélà"
