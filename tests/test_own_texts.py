@@ -63,6 +63,12 @@ def test_every_kind_of_file_has_the_same_three_splits(written):
         ({"text": ["a"] * 50}, "text", "1 different texts, and three splits need 20"),
         ({"body": PASSAGES}, "text", "scale.corpus_column=text: .* has body; write one of them"),
         ({"text": list(range(30))}, "text", "row 1: no string under 'text'"),
+        (
+            {"text": [["a"]] * 30, "body": PASSAGES[:30]},
+            "text",
+            "row 1: no string under 'text'; give a column of texts with .*one of: body",
+        ),
+        ({"text": [*PASSAGES, "a\0b"]}, "text", "row 61: a NUL character is in the text"),
     ],
 )
 def test_files_that_will_not_do_are_one_line(content, column, says, tmp_path):
