@@ -50,7 +50,7 @@ class ModelFiles:
     @property
     def context(self) -> int | None:
         """The longest context in tokens, where the configuration says."""
-        return next((self.config[key] for key in CONTEXT if self.config.get(key)), None)
+        return next((self.config[key] for key in CONTEXT if type(self.config.get(key)) is int and self.config[key] > 0), None)
 
     def about(self) -> dict[str, Any]:
         """What a result says of its models: the hub's commit, or the digest of a local folder."""
@@ -72,8 +72,8 @@ def find(scale: Options, role: str, *, online: bool = True) -> ModelFiles:
     if path is None:
         raise UserError(f"scale.{role}={name}: no config.json there, so not a model of transformers; give one that `save_pretrained` wrote")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = _object(path)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"scale.{role}={name}: its config.json cannot be read ({type(error).__name__}); get the model anew") from None
     commit = path.parent.name if folder is None and re.fullmatch(r"[0-9a-f]{40}", path.parent.name) else revision
     return ModelFiles(role, name, config, folder, commit)
@@ -161,7 +161,7 @@ def check_cells(specs: Iterable[RunSpec]) -> None:
 def check_kind(files: ModelFiles) -> None:
     """Raises UserError for a model that does not predict the next token."""
     classes = files.config.get("architectures") or []
-    if classes and not any(name.endswith(CAUSAL) for name in classes):
+    if classes and not any(str(name).endswith(CAUSAL) for name in classes):
         said = f"scale.{files.role}={files.name}"
         raise UserError(f"{said}: {classes[0]} is not a causal language model; choose one whose config.json says ...ForCausalLM")
 
@@ -199,8 +199,8 @@ def _check_prompts(files: ModelFiles, scale: Options) -> None:
         try:
             where = {"revision": files.commit} if files.folder is None else {}
             tokenizer = AutoTokenizer.from_pretrained(files.folder or files.name, trust_remote_code=False, **where)
-        except (OSError, ValueError, ImportError):
-            return  # loading the model says why
+        except Exception:  # whatever a damaged file makes of it: loading the model says why
+            return
         data.check_room(scale, data.corpus(scale, tokenizer), Room(scale, tokenizer, files.context))
 
 
@@ -266,9 +266,14 @@ class _Where:
 
 
 def _json(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        return {} if path is None else _object(path)
+    except (OSError, ValueError, RecursionError):
         return {}
+
+
+def _object(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name}: not an object")
+    return found

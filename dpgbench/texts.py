@@ -66,7 +66,9 @@ def read_passages(path: str | Path, column: str = "text", sha256: str | None = N
         file = ParquetFile(io.BytesIO(content))
         names = file.schema_arrow.names
         found = file.read([column]).column(0).to_pylist() if column in names else None
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: a text under {column!r} is not UTF-8 ({error.reason}); write it anew as UTF-8") from None
+    except (ArrowException, OSError) as error:
         raise UserError(f"{path}: not a parquet file ({str(error).splitlines()[0]}); write it anew") from None
     if found is None:
         raise UserError(f"scale.corpus_column={column}: {path} has {', '.join(names)}; write one of them")
@@ -220,7 +222,7 @@ def _field(line: str, where: str, column: str) -> str:
     except json.JSONDecodeError as error:
         raise UserError(f'{where}: not JSON ({error.msg} at column {error.colno}); write {{"{column}": "..."}}') from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
-        told = "nested too deeply" if isinstance(error, RecursionError) else "a number with too many digits"
+        told = "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
         raise UserError(f'{where}: cannot be read as JSON ({told}); write {{"{column}": "..."}}') from None
     if not isinstance(value, dict) or not isinstance(value.get(column), str):
         raise UserError(f'{where}: no string under "{column}"; write {{"{column}": "..."}}')

@@ -96,3 +96,19 @@ def test_a_folder_is_read_once_for_thousands_of_cells(folder, monkeypatch):
     change(folder)
     config.read(words, sweep=True)
     assert len(read) == 10
+
+
+@pytest.mark.parametrize("content", ["[1]", "[" * 100_000, '{"n_positions": ' + "9" * 5000 + "}", "{", "\ufeff{}"])
+def test_a_config_that_is_none_is_one_line(content, folder):
+    (folder / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"its config.json cannot be read \(\w+\); get the model anew"):
+        model_files.find(spec(f"scale.generator={folder}").scale, "generator")
+
+
+def test_settings_of_another_kind_in_a_models_files_are_passed_over(folder):
+    """What the check before the run cannot read is the loader's to judge."""
+    config_json = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    strange = {"architectures": "GPT2LMHeadModel", "n_positions": "96", "max_position_embeddings": None, "n_ctx": -1}
+    (folder / "config.json").write_text(json.dumps({**config_json, **strange}), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text("[]", encoding="utf-8")
+    assert model_files.find(spec(f"scale.generator={folder}").scale, "generator").context is None

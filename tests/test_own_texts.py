@@ -66,7 +66,7 @@ def test_every_kind_of_file_has_the_same_three_splits(written):
         (
             {"text": [["a"]] * 30, "body": PASSAGES[:30]},
             "text",
-            "row 1: no string under 'text'; give a column of texts with .*one of: body",
+            "row 1: no string under 'text'; give a column .*one of: body",
         ),
         ({"text": [*PASSAGES, "a\0b"]}, "text", "row 61: a NUL character is in the text"),
     ],
