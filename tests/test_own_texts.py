@@ -9,7 +9,7 @@ import re
 import datasets
 import pytest
 from conftest import SMALL
-from test_models import save_gpt2
+from test_models import save_gpt2, save_llama
 from transformers import AutoTokenizer
 
 from dpgbench import config, data
@@ -278,3 +278,12 @@ def test_a_hubs_column_that_holds_no_texts_is_refused(rows, says, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda **named: table)
     with pytest.raises(UserError, match=re.escape(says)):
         data.corpus(scale("some/chats", corpus_column="x"))
+
+
+def test_rotary_positions_have_an_end_too(tmp_path, capsys):
+    """Such a model would go on without a word, and write badly."""
+    save_llama(tmp_path / "llama")
+    words = ["task=l2_norm", "method=base", "deployment_texts=8", f"scale.generator={tmp_path / 'llama'}", f"results={tmp_path / 'r'}"]
+    assert main(["run", *words]) == 2
+    said = capsys.readouterr().err
+    assert "it reads 64 tokens" in said and said.endswith("choose a generator that reads more, or fewer max_completion_tokens\n")
