@@ -44,12 +44,12 @@ def written(results: Path) -> int:
 def workers_of(pid: int) -> list[int]:
     """The worker processes of a sweep."""
     try:
-        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
         children += [
             int(child)
             for task in Path(f"/proc/{pid}/task").iterdir()
             if task.name != str(pid)
-            for child in (task / "children").read_text().split()
+            for child in (task / "children").read_text(encoding="ascii").split()
         ]
     except OSError:
         return []
@@ -93,7 +93,7 @@ def numbers(results: Path) -> dict[str, tuple]:
     """What every cell measured, without its seconds."""
     found = {}
     for folder in sorted((results / "runs").glob("*.s[0-9]*")):
-        result = json.loads((folder / "result.json").read_text())
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         lines = [{key: value for key, value in line.items() if key != "seconds"} for line in result["snapshots"]]
         rollouts = folder / "rollouts.jsonl"
         found[folder.name] = (

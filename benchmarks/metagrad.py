@@ -137,12 +137,13 @@ def peak(name: str, steps: int, signal: str) -> float:
     arguments = setting(steps, signal)
 
     def read(key: str) -> int:
-        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what the sizing run above has freed, glibc still holds: it would hide what this call takes
     before = read("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
     function(*arguments)
     return (read("VmHWM") - before) / 1024
 
@@ -193,7 +194,7 @@ def table(stored: dict) -> str:
 
 
 def save(stored: dict) -> None:
-    RESULTS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
+    RESULTS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -209,7 +210,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--peak", nargs=3, metavar=("NAME", "T", "SIGNAL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cells": {}}
+    stored = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"cells": {}}
     if options.table:
         print(table(stored))
         return
@@ -245,7 +246,7 @@ def main() -> None:
                 if options.no_memory or name not in contestants(0, 0):
                     continue
                 words = [sys.executable, __file__, "--threads", str(options.threads), "--peak", name, str(steps), signal]
-                said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+                said = subprocess.run(words, capture_output=True, encoding="utf-8", check=True).stdout
                 cell.setdefault(name, {})["peak_mb"] = float(said.split()[-1])
             save(stored)
     print(table(stored))

@@ -225,9 +225,10 @@ class RunSpec:
         for section in ("task", "method"):
             relevant[section].pop("label", None)
             relevant[section].pop("file", None)  # `file_sha256` stands for it
-        if "corpus_sha256" in relevant["scale"]:  # which stands for the file's path
-            relevant["scale"].pop("corpus")
-        if (relevant["scale"]["generator"], relevant["scale"]["generator_dtype"]) != ("phrasebook", "float32"):
+        for own in ("corpus", "generator", "target"):
+            if f"{own}_sha256" in relevant["scale"]:  # which stands for the path of a file or a folder
+                relevant["scale"].pop(own)
+        if (self.config["scale"]["generator"], relevant["scale"]["generator_dtype"]) != ("phrasebook", "float32"):
             relevant["scale"]["sampler"] = SAMPLER
         sections = {**relevant, "policy": relevant["method"].get("policy") or {}}
         for section, settings in NOT_IN_NUMBERS.items():

@@ -14,6 +14,7 @@ import re
 import signal
 import threading
 import time
+import uuid
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -114,7 +115,7 @@ class Checkpoints:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         about = json.dumps({**content, "identity": self.identity, "step": step, "checksum": _checksum(tensors)})
         path = path_of(self.folder, step)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         try:
             save_file(tensors, partial, metadata={"dpgbench": about})
             with open(partial, "rb+") as file:

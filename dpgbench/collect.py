@@ -75,8 +75,8 @@ def _snapshot_rows(row: dict[str, Any], folder: RunFolder) -> list[dict[str, Any
     rows[-1] |= {
         "texts": json.dumps(result["texts"], ensure_ascii=False),
         "picture": picture.read_bytes() if picture.exists() else None,
-        "spec": (folder.path / "spec.yaml").read_text(),
-        "env": (folder.path / "env.json").read_text(),
+        "spec": (folder.path / "spec.yaml").read_text(encoding="utf-8"),
+        "env": (folder.path / "env.json").read_text(encoding="utf-8"),
     }
     return rows
 
@@ -130,7 +130,7 @@ def _labels(cells: Sequence[Cell]) -> dict[str, tuple[str, str]]:
     labels = {}
     for (task_label, method_label), settings in by_label.items():
         keys = sorted({key for values in settings.values() for key in values})
-        varying = [key for key in keys if len({repr(values.get(key)) for values in settings.values()}) > 1]
+        varying = [key for key in keys if len({repr(values.get(key)) for values in settings.values()}) > 1 and not key.endswith("_sha256")]
         for folder, values in settings.items():
 
             def suffix(belongs: bool, values: dict[str, Any] = values, varying: list[str] = varying) -> str:

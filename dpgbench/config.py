@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dpgbench import matching, rules, texts
+from dpgbench import matching, model_files, rules, texts
 from dpgbench.api import Options, RunSpec, TaskInfo, leaves_of
 from dpgbench.errors import UserError, did_you_mean
 from dpgbench.registry import Registry, home
@@ -132,7 +132,7 @@ def parse(arguments: Iterable[str]) -> dict[str, list[Any]]:
         try:
             override = OverridesParser.create().parse_override(argument)
             values = [value for value in override.sweep_iterator()] if override.is_sweep_override() else [override.value()]
-        except HydraException as error:
+        except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
             raise UserError(
                 f"{argument!r} is not understood: {str(error).splitlines()[0]}; write key=value, and quote values with spaces"
             ) from None
@@ -351,8 +351,10 @@ def _cell(config: dict[str, Any], registry: Registry, reasons: dict[str, str | N
             config[kind]["label"] += "_" + re.sub(r"[^\w+=-]+", "-", Path(config[kind]["file"]).stem)
         if not re.fullmatch(r"[\w+=-]+", config[kind]["label"]):
             raise UserError(f"{kind}.label={config[kind]['label']}: a label names folders; use letters, digits, _ + = -")
-    if texts.is_passages(str(config["scale"]["corpus"])) and "corpus_sha256" not in config["scale"]:
-        config["scale"] = {**config["scale"], "corpus_sha256": texts.digest(config["scale"]["corpus"])}
+    found = model_files.digests(config["scale"])
+    if texts.is_passages(str(config["scale"]["corpus"])):
+        found["corpus_sha256"] = texts.digest(config["scale"]["corpus"])
+    config["scale"] = {**found, **config["scale"]}  # a replay has them, and must find the same content
     rules.check(config)
     spec = RunSpec(config)
     reasons = {} if reasons is None else reasons

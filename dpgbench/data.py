@@ -6,14 +6,15 @@ import random
 import re
 import textwrap
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 from dpgbench import texts
 from dpgbench.api import Options, Prompt
 from dpgbench.errors import UserError, did_you_mean
-from dpgbench.wording import Wording
+from dpgbench.wording import Room, Wording, lengths
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,6 +28,9 @@ class Corpus(Protocol):
 
     def prompts(self, split: str, count: int, rng: random.Random) -> list[Prompt]:
         """Drawn with replacement; the same `rng` state gives the same prompts."""
+
+    def longest(self, tokens: int) -> Iterator[Prompt]:
+        """Those of its prompts that may have more than so many tokens; of a corpus too large to look through, some."""
 
     def instruct(self, prompt: Prompt, instruction: str) -> Prompt:
         """`prompt` with `instruction` said after it."""
@@ -81,6 +85,11 @@ class Topics:
 
     def prompts(self, split: str, count: int, rng: random.Random) -> list[Prompt]:
         return [self.wording.prompt(rng.choice(self._of(split))) for _ in range(count)]
+
+    def longest(self, tokens: int) -> Iterator[Prompt]:
+        passages = (passage for split in self._passages.values() for passage in split)
+        room = tokens - self.wording.taken
+        return (self.wording.prompt(passage) for passage in passages if len(passage.encode()) > room)  # a token is a byte or more
 
     def instruct(self, prompt: Prompt, instruction: str) -> Prompt:
         return self.wording.instruct(prompt, instruction)
@@ -183,6 +192,30 @@ def corpus(scale: Options, tokenizer: PreTrainedTokenizerBase | None = None) -> 
     return FileTexts(scale, wording) if texts.is_passages(scale.corpus) else HubTexts(scale, wording)
 
 
+def check_room(scale: Options, corpus: Corpus, room: Room, instructions: Sequence[str] = ()) -> None:
+    """Every prompt of the corpus, with the scale's instruction and any of `instructions` after it, leaves its generator room to write.
+
+    Raises UserError, one line, for one that does not. Cost: prompts that may be too long are tokenised, none where there is a limit.
+    """
+    more, longest = 0, None
+    if instructions:
+        (prompt,) = corpus.prompts("train", 1, random.Random(0))
+        alone, *sizes = lengths(room.tokenizer, [prompt, *(corpus.instruct(prompt, text) for text in instructions)])
+        more, longest = max(sizes) - alone, instructions[sizes.index(max(sizes))]
+    limit = scale.get("max_prompt_tokens")
+    if limit is not None and scale.corpus != "phrasebook":
+        if limit + more > room.most:
+            raise room.too_long(limit + more, more)
+        return
+    said = [text for text in (scale.get("instruction"), longest) if text is not None]
+    prompts = corpus.longest(room.most - 2 * sum(lengths(room.tokenizer, said)))
+    while part := list(islice(prompts, 256)):
+        before = part
+        for text in said:
+            before, part = part, [corpus.instruct(prompt, text) for prompt in part]
+        room.check(part, before if instructions else None)
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:
     """Texts as training examples of the target (DESIGN: the text alone, EOS appended, cut and padded to `max_length`).
 
@@ -210,6 +243,8 @@ class World:
         self.target = target
         """phi_0. Read it, never write it."""
         self.target_tokenizer = target_tokenizer
+        self.room: Room | None = None
+        """What the generator can read, where that is known."""
 
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """As training examples of the target, on its device; see `encode`."""
@@ -219,11 +254,23 @@ class World:
     def prompts(self, split: str, count: int, rng: random.Random) -> list[Prompt]:
         """The corpus's, with the scale's `instruction` after each if it has one: the same for every method."""
         prompts, instruction = self.corpus.prompts(split, count, rng), self.scale.get("instruction")
-        return prompts if instruction is None else self.instruct(prompts, instruction)
+        if instruction is not None:
+            prompts = [self.corpus.instruct(prompt, instruction) for prompt in prompts]
+        if self.room is not None:
+            self.room.check(prompts)
+        return prompts
 
     def instruct(self, prompts: Sequence[Prompt], instruction: str) -> list[Prompt]:
-        """Each prompt with `instruction` said after it."""
-        return [self.corpus.instruct(prompt, instruction) for prompt in prompts]
+        """Each prompt with `instruction` said after it. Raises UserError if that is more than the generator can read."""
+        instructed = [self.corpus.instruct(prompt, instruction) for prompt in prompts]
+        if self.room is not None:
+            self.room.check(instructed, prompts)
+        return instructed
+
+    def check_room(self, instructions: Sequence[str] = ()) -> None:
+        """`check_room` of the whole corpus, for a method to ask before it spends anything on these instructions."""
+        if self.room is not None:
+            check_room(self.scale, self.corpus, self.room, instructions)
 
     def instructions(self) -> list[str]:
         """What the corpus has to choose from, in a fixed order."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ def keep(folder: RunFolder, snapshot: Snapshot, prompts: Sequence[Prompt], texts
 def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, partial)
         os.replace(partial, path)
@@ -75,7 +76,7 @@ def export(run: Path, to: Path | None = None) -> Path:
     if to.exists():
         raise UserError(f"{to}: there is something already; delete it, or give another folder with to=DIR")
     spec = RunSpec(OmegaConf.to_container(OmegaConf.load(run / "spec.yaml")))
-    partial = to.with_name(f".{to.name}.{os.getpid()}.partial")
+    partial = to.with_name(f".{to.name}.{uuid.uuid4().hex}.partial")
     try:
         (partial / "dataset").mkdir(parents=True)
         if (run / WEIGHTS).exists():
@@ -84,7 +85,7 @@ def export(run: Path, to: Path | None = None) -> Path:
         rows = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
         (partial / "dataset" / "train.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
         shutil.copy(run / "spec.yaml", partial / "spec.yaml")
-        env = json.loads((run / "env.json").read_text())
+        env = json.loads((run / "env.json").read_text(encoding="utf-8"))
         (partial / "README.md").write_text(_readme(spec, folder.result(), env, (run / WEIGHTS).exists()), encoding="utf-8")
         partial.rename(to)
     finally:

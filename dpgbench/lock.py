@@ -80,7 +80,7 @@ def _look(folder: Path, now: float) -> Held:
         path = folder / f"lock.{n}"
         try:
             age = max(0.0, now - path.stat().st_mtime)
-            owner = Owner(**json.loads(path.read_text()))
+            owner = Owner(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:  # let go of, or overtaken, between the two looks
             continue
         except (ValueError, TypeError):  # damaged, or of another version: its heartbeat alone decides
@@ -114,7 +114,7 @@ class Lock:
         """Own the folder, or raise Busy naming who does. Returns what was found: an owner in it is a dead one, now taken over."""
         mine = self.folder / f".lock.{self.owner.token}"
         try:
-            mine.write_text(json.dumps(asdict(self.owner)))
+            mine.write_text(json.dumps(asdict(self.owner)), encoding="utf-8")
             now = mine.stat().st_mtime  # heartbeats are judged by the file system's clock, not by each host's own
             found = _look(self.folder, now)
             if found.alive and not self._is_an_earlier_start_of_my_job(found.owner):
@@ -165,7 +165,7 @@ class Lock:
 
 def _machine() -> str:
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 
@@ -173,7 +173,7 @@ def _machine() -> str:
 def _start_time(pid: int) -> str | None:
     """When a process started, None if it is gone or only waits to be reaped."""
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
     return None if state in "ZX" else fields[18]

@@ -10,18 +10,22 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dpgbench import phrasebook
+from dpgbench import phrasebook, texts
 from dpgbench.api import Options, RunSpec
 from dpgbench.errors import UserError
 
 ROLES = ("generator", "target")
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CAUSAL = ("ForCausalLM", "LMHeadModel")  # how transformers ends the names of classes that predict the next token
+# The files of a folder that decide what a model writes: weights, settings, tokenizer, chat template. A trainer leaves others beside them.
+DECIDE = {".safetensors", ".bin", ".json", ".jinja", ".txt", ".model", ".tiktoken"}
+DO_NOT_DECIDE = {"training_args.bin", "optimizer.bin", "scheduler.bin", "trainer_state.json", "all_results.json", "train_results.json"}
 CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx")  # what configurations call the longest context
 
 
@@ -46,11 +50,11 @@ class ModelFiles:
     @property
     def context(self) -> int | None:
         """The longest context in tokens, where the configuration says."""
-        return next((self.config[key] for key in CONTEXT if self.config.get(key)), None)
+        return next((self.config[key] for key in CONTEXT if type(self.config.get(key)) is int and self.config[key] > 0), None)
 
     def about(self) -> dict[str, Any]:
-        """What a result says of its models: the hub's commit, or the digest of a local folder's weights."""
-        return {"name": self.name, "revision": self.commit} if self.folder is None else {"name": self.name, "sha256": _digest(self.folder)}
+        """What a result says of its models: the hub's commit, or the digest of a local folder."""
+        return {"name": self.name, "revision": self.commit} if self.folder is None else {"name": self.name, "sha256": digest(self.folder)}
 
 
 def find(scale: Options, role: str, *, online: bool = True) -> ModelFiles:
@@ -60,6 +64,7 @@ def find(scale: Options, role: str, *, online: bool = True) -> ModelFiles:
     """
     name, revision = str(scale[role]), scale.get(f"{role}_revision")
     folder = _folder(role, name)
+    _check_content(scale, role, folder)
     if folder is not None and revision is not None:
         raise UserError(f"scale.{role}_revision={revision}: {name} is a folder, which has no revisions; write {role}_revision=null")
     where = _Where(f"scale.{role}={name}", name, folder, revision, online)
@@ -67,11 +72,58 @@ def find(scale: Options, role: str, *, online: bool = True) -> ModelFiles:
     if path is None:
         raise UserError(f"scale.{role}={name}: no config.json there, so not a model of transformers; give one that `save_pretrained` wrote")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = _object(path)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"scale.{role}={name}: its config.json cannot be read ({type(error).__name__}); get the model anew") from None
     commit = path.parent.name if folder is None and re.fullmatch(r"[0-9a-f]{40}", path.parent.name) else revision
     return ModelFiles(role, name, config, folder, commit)
+
+
+def digests(scale: Mapping[str, Any]) -> dict[str, str]:
+    """Of a scale's local folders, as `generator_sha256` and `target_sha256`: what stands for their paths in a cell.
+
+    What has a name of its own, the embedded models and the hub's, has none. Cost: `digest`.
+    """
+    folders = {role: Path(str(scale[role])).expanduser() for role in ROLES if scale[role] not in ("phrasebook", SMOLLM2)}
+    return {f"{role}_sha256": digest(folder) for role, folder in folders.items() if folder.is_dir()}
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of the files that decide what a model writes, in hex.
+
+    Cost: a second or so per gigabyte and core, once per process and state of the files. Raises UserError if one cannot be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            kept = [entry for entry in entries if Path(entry.name).suffix in DECIDE and entry.name not in DO_NOT_DECIDE and entry.is_file()]
+            states = sorted((entry.name, found.st_ino, found.st_size, found.st_mtime_ns) for entry in kept for found in [entry.stat()])
+        return _digest(folder, tuple(states))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); give a folder you may read") from None
+
+
+@cache
+def _digest(folder: Path, states: tuple[tuple[str, int, int, int], ...]) -> str:
+    """Of a folder whose files are in these states."""
+    names = [name for name, *_ in states]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run
+        found = pool.map(lambda name: texts.digest(folder / name), names)
+        return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in zip(names, found, strict=True)).encode()).hexdigest()
+
+
+def _check_content(scale: Options, role: str, folder: Path | None) -> None:
+    """Raises UserError where a cell was made with the content of a local folder, and this is not it."""
+    made_with = scale.get(f"{role}_sha256")
+    if made_with is None:
+        return
+    said = f"scale.{role}={scale[role]}"
+    if folder is None:  # and is never asked for on the hub, where a stranger's may have that name
+        raise UserError(f"{said}: no such folder here, and this cell was made with one; bring it back, or start a new cell")
+    if (found := digest(folder)) != made_with:
+        raise UserError(
+            f"{said}: its content has SHA-256 {found[:12]}..., and this cell was made for {made_with[:12]}...; bring the old folder back, "
+            "or start a new cell"
+        )
 
 
 def check(scale: Options, training: Options) -> None:
@@ -92,6 +144,7 @@ def check(scale: Options, training: Options) -> None:
             read, written = scale.get("max_prompt_tokens") or 0, scale.max_completion_tokens
             said = f"scale.max_prompt_tokens={read} and scale.max_completion_tokens={written}" if read else f"a completion has {written}"
             _check_room(files, read + written, said)
+            _check_prompts(files, scale)
 
 
 def check_cells(specs: Iterable[RunSpec]) -> None:
@@ -108,7 +161,7 @@ def check_cells(specs: Iterable[RunSpec]) -> None:
 def check_kind(files: ModelFiles) -> None:
     """Raises UserError for a model that does not predict the next token."""
     classes = files.config.get("architectures") or []
-    if classes and not any(name.endswith(CAUSAL) for name in classes):
+    if classes and not any(str(name).endswith(CAUSAL) for name in classes):
         said = f"scale.{files.role}={files.name}"
         raise UserError(f"{said}: {classes[0]} is not a causal language model; choose one whose config.json says ...ForCausalLM")
 
@@ -123,6 +176,32 @@ def _check_room(files: ModelFiles, needed: int, said: str) -> None:
         raise UserError(
             f"scale.{files.role}={files.name}: it reads {files.context} tokens and {said}; write {fix}, or choose another model"
         )
+
+
+def _check_prompts(files: ModelFiles, scale: Options) -> None:
+    """`data.check_room`, and a user's own file is read; torch is loaded, by the tokenizer, only if some prompt may be too long."""
+    from dpgbench import data
+    from dpgbench.own_texts import no_limit
+    from dpgbench.wording import Room
+
+    most = None if files.context is None or scale.get("max_prompt_tokens") is not None else files.context - scale.max_completion_tokens
+    if not texts.is_passages(scale.corpus) and scale.corpus not in ("phrasebook", "topics"):
+        if most is not None:
+            raise no_limit(f"scale.corpus={scale.corpus}", most)
+        return
+    corpus = data.corpus(scale)
+    if most is None or scale.generator == "phrasebook" == scale.corpus:
+        return
+    said = len((scale.get("instruction") or "").encode())
+    if next(corpus.longest((most - said) // 2 - 512), None) is not None:  # so few bytes are surely no more tokens, template and all
+        from transformers import AutoTokenizer
+
+        try:
+            where = {"revision": files.commit} if files.folder is None else {}
+            tokenizer = AutoTokenizer.from_pretrained(files.folder or files.name, trust_remote_code=False, **where)
+        except Exception:  # whatever a damaged file makes of it: loading the model says why
+            return
+        data.check_room(scale, data.corpus(scale, tokenizer), Room(scale, tokenizer, files.context))
 
 
 def _folder(role: str, name: str) -> Path | None:
@@ -187,20 +266,14 @@ class _Where:
 
 
 def _json(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        return {} if path is None else _object(path)
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
-@cache
-def _digest(folder: Path) -> str:
-    """SHA-256 over a folder's weight files, in hex; seconds for gigabytes."""
-    total = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with open(path, "rb") as file:
-            while part := file.read(1 << 24):
-                total.update(part)
-    return total.hexdigest()
+def _object(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name}: not an object")
+    return found

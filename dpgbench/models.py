@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,7 +189,7 @@ def _convert_smollm2() -> None:
     settings = {key: value for key, value in quantised.config.to_dict().items() if key != "quantization_config"}
     plain = LlamaForCausalLM(LlamaConfig(**settings))
     plain.load_state_dict(quantised.state_dict())
-    partial = cache.with_name(f"{cache.name}.{os.getpid()}.partial")
+    partial = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}.partial")
     plain.save_pretrained(partial)
     AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(partial)
     try:

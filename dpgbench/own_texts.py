@@ -40,6 +40,10 @@ class FileTexts(Topics):
         self.wording = wording
 
 
+def no_limit(said: str, tokens: int) -> UserError:
+    return UserError(f"{said}: a data set of the hub is not looked through for prompts that are too long; write max_prompt_tokens={tokens}")
+
+
 class HubTexts(Topics):
     """A data set of the model hub, downloaded once and read from disk row by row: it may be larger than memory.
 
@@ -54,6 +58,8 @@ class HubTexts(Topics):
             raise UserError(
                 f"scale.corpus_column={self._column}: {scale.corpus} has {', '.join(self._rows.column_names)}; write one of them"
             )
+        if not texts.holds_strings(self._rows.data.schema.field(self._column).type):
+            raise self._no_string(0)
         files = " ".join(self._rows.info.download_checksums or {})
         commit = re.search(r"@([0-9a-f]{40})/", files)
         self.revision: str | None = commit[1] if commit else scale.get("corpus_revision")
@@ -61,6 +67,10 @@ class HubTexts(Topics):
 
     def prompts(self, split: str, count: int, rng: random.Random) -> list[Prompt]:
         return [self.wording.prompt(self._draw(split, rng)) for _ in range(count)]
+
+    def longest(self, tokens: int) -> Iterator[Prompt]:
+        """Raises UserError: a limit must say how long they may be."""
+        raise no_limit(self._said, tokens)
 
     def _draw(self, split: str, rng: random.Random) -> str:
         for _ in range(MOST_TRIES):
@@ -82,7 +92,14 @@ class HubTexts(Topics):
         return list(found)
 
     def _text(self, row: int) -> str:
-        return str(self._rows[row][self._column] or "").strip()
+        text = self._rows[row][self._column]
+        if not isinstance(text, str | None):
+            raise self._no_string(row)
+        return (text or "").strip()
+
+    def _no_string(self, row: int) -> UserError:
+        columns = (field.name for field in self._rows.data.schema if texts.holds_strings(field.type))
+        return texts.no_string(self._said, row, self._column, columns)
 
     def _buckets(self, split: str) -> range:
         if split not in SPLITS:

@@ -86,7 +86,7 @@ def pin(results: Path, plugins: Path | None, commit: str) -> Path:
         for inside, path in files.items():
             (partial / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, partial / inside)
-        (partial / "COMMIT").write_text(commit)
+        (partial / "COMMIT").write_text(commit, encoding="utf-8")
         try:
             partial.rename(there)
         except OSError:

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from dpgbench.errors import UserError, did_you_mean
-from dpgbench.texts import is_passages
+from dpgbench.texts import flaw_of, is_passages
 from dpgbench.tracking import PACKAGES
+
+LARGEST = 2**63 - 1
+
+# What a setting must be before a rule can ask more of it; with "?" null will do as well. Others say it in a rule of their own.
+KINDS = {
+    "a whole number": {
+        "training": "inner_steps max_length micro_batch?",
+        "scale": "threads max_completion_tokens sampling_batch deployment_texts deployment_steps? snapshots max_prompt_tokens?",
+        "policy": "completions group_size rollout_batch? minibatch? micro_batch?",
+    },
+    "a number": {
+        "training": "lr eps eps_root weight_decay",
+        "policy": "lr max_grad_norm entropy_bonus entropy_bonus_final? averaging",
+    },
+    "a word": {
+        "scale": "generator target corpus_subset? corpus_column? corpus_revision? generator_revision? target_revision?",
+        "policy": "loss_type",
+    },
+}
+TYPES = {"a whole number": (int,), "a number": (int, float), "a word": (str,)}
 
 
 def check(config: Mapping[str, Any]) -> None:
     """Apply every rule to one resolved configuration. Raises UserError naming value, rule and fix."""
+    for section in ("task", "method", "training", "scale", "seed", "budget"):
+        _check_storable(section, config.get(section))
+    for section, values in (("training", config["training"]), ("scale", config["scale"]), ("policy", config["method"].get("policy"))):
+        _check_kinds(_Section(section, values or {}))
     if not isinstance(config["seed"], int) or config["seed"] < 0:
         raise UserError(f"seed={config['seed']}: a seed is a whole number from 0 up; write seed=0")
     _check_budget(_Section("budget", config.get("budget", {})))
@@ -22,6 +47,36 @@ def check(config: Mapping[str, Any]) -> None:
         _check_lora(_Section("policy.lora", lora))
     if config["method"].get("policy") is not None:
         _check_policy(_Section("policy", config["method"]["policy"]), config["training"]["inner_steps"], bool(config.get("budget")))
+
+
+def _check_storable(name: str, value: Any) -> None:
+    """What a run folder and a parquet of results can hold and give back unchanged: a setting of any plug-in too."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise UserError(f"{name}: the key {key!r} is not a word; quote it in the YAML")
+            _check_storable(f"{name}.{key}".replace("method.policy", "policy"), inner)
+    elif isinstance(value, list | tuple):
+        for place, inner in enumerate(value):
+            _check_storable(f"{name}[{place}]", inner)
+    elif isinstance(value, str):
+        if (flaw := flaw_of(value)) is not None:
+            raise UserError(f"{name}={value!r}: {flaw} cannot be stored; write it as UTF-8")
+    elif isinstance(value, int):
+        if not -LARGEST - 1 <= value <= LARGEST:
+            raise UserError(f"{name}={_short(value)}: a whole number has 64 bits; write one from {-LARGEST - 1} to {LARGEST}")
+    elif isinstance(value, float):
+        if not math.isfinite(value) and name != "budget.flops":  # infinite until a cell that is matched to another is known to run
+            raise UserError(f"{name}={value}: a setting must be finite, and beyond 1.8e308 a number is not; write a smaller one, or null")
+        if value == 0 and math.copysign(1, value) < 0:
+            raise UserError(f"{name}=-0.0: the same as 0.0, and would be another cell; write {name}=0.0")
+    elif value is not None:
+        raise UserError(f"{name}={value!r}: a {type(value).__name__} cannot be stored; write a word, a number, true, false, null or a list")
+
+
+def _short(number: int) -> str:
+    """Python refuses to write out more than 4300 digits."""
+    return str(number) if number.bit_length() < 200 else f"{'-' if number < 0 else ''}2^{number.bit_length() - 1} or more"
 
 
 class _Section:
@@ -49,6 +104,20 @@ class _Section:
         )
 
 
+def _check_kinds(section: _Section) -> None:
+    """`KINDS`; a cell stored before there was a setting has none."""
+    for kind, sections in KINDS.items():
+        for name in sections.get(section.name, "").split():
+            key = name.removesuffix("?")
+            value = section.values.get(key)
+            if key not in section.values or (value is None and name.endswith("?")):
+                continue
+            whole = str(int(value)) if isinstance(value, float) and value.is_integer() else "8"
+            fix = {"a whole number": whole, "a number": "0.1"}.get(kind, f"\"'{value or 'phrasebook'}'\"")
+            rule = f"must be {kind}{' or null' if name.endswith('?') else ''}; write {section.name}.{key}={fix}"
+            section.require(key, type(value) in TYPES[kind] and value != "", rule)
+
+
 def _check_budget(budget: _Section) -> None:
     for key, limit in budget.values.items():
         good = isinstance(limit, int | float) and not isinstance(limit, bool) and limit > 0
@@ -61,6 +130,13 @@ def _check_training(training: _Section) -> None:
     training.require("lr", training["lr"] > 0, "a learning rate is positive; write training.lr=1e-3")
     training.require("inner_steps", training["inner_steps"] >= 1, "the target needs at least one optimizer step; write inner_steps=1")
     training.require("max_length", training["max_length"] >= 2, "an example needs two tokens or more; write max_length=24")
+    betas = training["betas"]
+    good = isinstance(betas, list | tuple) and len(betas) == 2 and all(type(beta) in (int, float) and 0 <= beta < 1 for beta in betas)
+    training.require("betas", good, "two numbers from 0 up and below 1; write training.betas=[0.9,0.95]")
+    batch = training["micro_batch"]
+    training.require("micro_batch", batch is None or batch >= 1, "an example or more at once; write training.micro_batch=null for all")
+    for key in ("eps", "eps_root", "weight_decay"):
+        training.require(key, training[key] >= 0, f"must be 0 or more; write training.{key}=0.0")
     _check_engine(training)
 
 
@@ -96,6 +172,13 @@ def _check_scale(scale: _Section, inner_steps: int) -> None:
     scale.require(
         "instruction", said is None or (isinstance(said, str) and said.strip()), "a sentence or null; write scale.instruction=null"
     )
+    for key, least in (("max_completion_tokens", "a text has a token or more"), ("sampling_batch", "a completion or more at once")):
+        scale.require(key, scale[key] >= 1, f"{least}; write scale.{key}=32")
+    limit = scale.values.get("max_prompt_tokens")
+    if limit is not None:
+        scale.require("max_prompt_tokens", limit >= 1, "a prompt has a token or more; write max_prompt_tokens=null for no limit")
+    good = isinstance(scale["languages"], list | tuple) and all(isinstance(language, str) for language in scale["languages"])
+    scale.require("languages", good, "a list of language codes; write scale.languages=[en,de]")
     scale.require("snapshots", scale["snapshots"] >= 1, "at least the last snapshot is scored; write snapshots=1")
     scale.require("threads", scale["threads"] >= 1, "a cell needs a thread; write threads=1")
 

@@ -23,6 +23,7 @@ from dpgbench.process_group import ALONE, Alone
 from dpgbench.registry import Registry, home
 from dpgbench.seeds import stream
 from dpgbench.store import RunFolder
+from dpgbench.wording import Room
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,6 +130,10 @@ class _Cell:
         generator.model.to(device)
         target, tokenizer = models.load_target(spec.scale)
         self.world = data.World(spec.scale, spec.training, data.corpus(spec.scale, generator.tokenizer), target.to(device), tokenizer)
+        context = model_files.find(spec.scale, "generator").context or getattr(generator.model.config, "max_position_embeddings", None)
+        if context is not None:
+            self.world.room = Room(spec.scale, generator.tokenizer, context)
+            self.world.check_room()
         self.task.prepare(self.world)
         self.meter = compute.Meter()
         self.bench = Workbench(spec, TaskView(self.task), self.world, generator, self.meter, self._record, self._checkpoint, group)
@@ -385,11 +390,12 @@ def commit() -> str:
     """The checkout's commit, with "+changes" if the tree is not clean; "" outside a checkout of dpgbench. Of pinned code, what it was."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(home()), *words], capture_output=True, text=True, timeout=20).stdout.strip()
+        command = ["git", "-C", str(home()), *words]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=20).stdout.strip()
 
     try:
         if (home() / "COMMIT").exists():
-            return (home() / "COMMIT").read_text()
+            return (home() / "COMMIT").read_text(encoding="utf-8")
         if not (home() / ".git").exists():
             return ""
         changed = git("status", "--porcelain", "--", "dpgbench", "methods", "tasks", "configs")

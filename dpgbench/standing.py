@@ -48,7 +48,7 @@ def _with_job(state: State, record: dict, queue: dict[str, str], ends: dict[str,
 def _with_time_left(folder: RunFolder, progress: str) -> str:
     """The steps there are and the time they will take, where the method counts steps and has made some."""
     try:
-        found = re.search(r"^ +steps: (\d+)$", (folder.path / "spec.yaml").read_text(), re.MULTILINE)
+        found = re.search(r"^ +steps: (\d+)$", (folder.path / "spec.yaml").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
         return progress
     lines = [line for line in read_lines(folder.path / "timings.jsonl", last_bytes=8192) if "step" in line]

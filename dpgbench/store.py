@@ -20,6 +20,7 @@ import errno
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,11 +92,11 @@ class RunFolder:
         problem = self._problem_with(path)
         if problem:
             raise UserError(f"{self.path}: {problem}; delete the folder and run the cell again")
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def _problem_with(self, result: Path) -> str:
         try:
-            content = json.loads(result.read_text())
+            content = json.loads(result.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError):
             return "result.json is not valid JSON (a damaged file)"
         except OSError as error:
@@ -129,6 +130,8 @@ class RunFolder:
         self.check_owned()
         for name in ("result.json", "error.txt", "picture.png", *(GROWING if sizes is None else ())):
             (self.path / name).unlink(missing_ok=True)
+        for partial in self.path.glob(".*.safetensors.*.partial"):  # what a killed owner was writing
+            partial.unlink(missing_ok=True)
         if sizes is None:
             checkpoint.remove(self.path)
             shutil.rmtree(self.path / tracking.FOLDER, ignore_errors=True)
@@ -192,9 +195,12 @@ class RunFolder:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write to a temporary name, flush to disk, rename: a reader sees the old file or the new one, never a part."""
+    """Write to a temporary name, flush to disk, rename: a reader sees the old file or the new one, never a part.
+
+    No two writers share the temporary name: threads share a pid, and so do hosts that share a file system.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with open(partial, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -210,8 +216,9 @@ def check_writable(results: Path) -> None:
     runs = results / "runs"
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        write_atomically(runs / "probe", b"0" * 65536)
-        (runs / "probe").unlink()
+        probe = runs / f".probe.{uuid.uuid4().hex}"  # another process may ask at the same time
+        write_atomically(probe, b"0" * 65536)
+        probe.unlink()
     except OSError as error:
         fix = "free some space there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose a folder you may write to"
         raise UserError(f"results={results}: cannot write there ({error.strerror}); {fix}, or give another with results=DIR") from None
@@ -242,7 +249,7 @@ def count_lines(path: Path) -> int:
 
 def last_line(path: Path) -> str:
     """The last line of a text file that is not empty."""
-    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1].strip() if lines else ""
 
 

@@ -6,16 +6,28 @@ Passages for prompts may also be a `.parquet` file, and be under another name.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import stat
+import unicodedata
 import zlib
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dpgbench.errors import UserError
 
+if TYPE_CHECKING:
+    import regex
+    from pyarrow import DataType
+
 PASSAGES = (".txt", ".jsonl", ".parquet")
+# Letters of scripts that put no space between words. Where a word ends only a dictionary tells, so each letter, with its marks, counts as
+# one.
+UNSPACED = r"[\w&&[\p{scx=Han}\p{scx=Hira}\p{scx=Kana}\p{scx=Bopo}\p{scx=Thai}\p{scx=Laoo}\p{scx=Khmr}\p{scx=Mymr}]--\p{M}]"
 
 
 class Line(NamedTuple):
@@ -26,8 +38,13 @@ class Line(NamedTuple):
 
 
 def digest(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, in hex. Raises UserError if it cannot be read."""
-    return hashlib.sha256(_content(path)).hexdigest()
+    """The SHA-256 of a file's bytes, in hex; read once, as long as nobody writes to it. Raises UserError if it cannot be read."""
+    file = _regular(path)
+    about = file.stat()
+    try:
+        return _digest(file, (about.st_ino, about.st_size, about.st_mtime_ns))
+    except OSError as error:
+        raise _unreadable(path, error.strerror) from None
 
 
 def is_passages(corpus: str) -> bool:
@@ -49,14 +66,30 @@ def read_passages(path: str | Path, column: str = "text", sha256: str | None = N
         file = ParquetFile(io.BytesIO(content))
         names = file.schema_arrow.names
         found = file.read([column]).column(0).to_pylist() if column in names else None
-    except ArrowException as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: a text under {column!r} is not UTF-8 ({error.reason}); write it anew as UTF-8") from None
+    except (ArrowException, OSError) as error:
         raise UserError(f"{path}: not a parquet file ({str(error).splitlines()[0]}); write it anew") from None
     if found is None:
         raise UserError(f"scale.corpus_column={column}: {path} has {', '.join(names)}; write one of them")
     bad = next((row for row, text in enumerate(found) if not isinstance(text, str | None)), None)
     if bad is not None:
-        raise UserError(f"{path}, row {bad + 1}: no string under {column!r}; give the name of a column of texts with corpus_column=")
-    return [text.strip() for text in found if text and text.strip()]
+        raise no_string(path, bad, column, (field.name for field in file.schema_arrow if holds_strings(field.type)))
+    return [_sound(text.strip(), f"{path}, row {row}") for row, text in enumerate(found, start=1) if text and text.strip()]
+
+
+def holds_strings(kind: DataType) -> bool:
+    """Whether a column of that type of Arrow is one of texts."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def no_string(place: str | Path, row: int, column: str, columns: Iterable[str]) -> UserError:
+    """A cell of a table that is no text; `columns` are those that hold texts."""
+    fix = f"give a column of texts with corpus_column=, one of: {', '.join(columns) or '(none)'}"
+    return UserError(f"{place}, row {row + 1}: no string under {column!r}; {fix}")
 
 
 def read(path: str | Path, sha256: str | None = None, column: str = "text") -> list[Line]:
@@ -69,7 +102,7 @@ def read(path: str | Path, sha256: str | None = None, column: str = "text") -> l
         raise UserError(f'{path}: held-out texts are a .txt (one a line) or a .jsonl (one {{"text": ...}} a line), not {suffix or "this"}')
     content = _checked_content(path, sha256)
     lines = []
-    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
         text = _decoded(raw, f"{path}, line {number}")
         if suffix == ".jsonl" and text:
             text = _field(text, f"{path}, line {number}", column)
@@ -80,17 +113,82 @@ def read(path: str | Path, sha256: str | None = None, column: str = "text") -> l
     return lines
 
 
+def flaw_of(text: str) -> str | None:
+    """Why a string is no text that can be stored, or None."""
+    if "\0" in text:
+        return "a NUL character"  # UTF-16 read as UTF-8, say
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "half a surrogate pair, or a byte that is not UTF-8,"
+    return None
+
+
+def words_of(text: str) -> list[str]:
+    """A text's words in order, without punctuation; an apostrophe inside belongs to one. Composed (NFC), as written otherwise."""
+    return _patterns()[0].findall(unicodedata.normalize("NFC", text))
+
+
+def count_words(text: str) -> int:
+    """What stands between spaces, punctuation standing alone included, as people count; of scripts without spaces `words_of`."""
+    _, unspaced = _patterns()
+    if text.isascii() or not unspaced.search(text):
+        return len(text.split())
+    return sum(len(words_of(part)) if unspaced.search(part) else 1 for part in text.split())
+
+
+@cache
+def _patterns() -> tuple[regex.Pattern[str], regex.Pattern[str]]:
+    """A word, and a letter of a script without spaces."""
+    import regex
+
+    letters = rf"[[\w\p{{M}}\p{{N}}\u200c\u200d]--{UNSPACED}]+"  # the last two join letters inside a word
+    return tuple(regex.compile(f"(?V1){pattern}") for pattern in (rf"{UNSPACED}\p{{M}}*|{letters}(?:['’]{letters})*", UNSPACED))
+
+
+def squeezed(text: str) -> str:
+    """Composed (NFC) and without any whitespace: what two strings are compared by, however each was typed or tokenised."""
+    return "".join(unicodedata.normalize("NFC", text).split())
+
+
 def split(texts: Iterable[str]) -> tuple[list[str], list[str]]:
     """Two halves, dev and test, that share no text; the same whatever the order of the texts, each in a mixed but fixed order."""
     ordered = sorted(set(texts), key=lambda text: (zlib.crc32(text.encode()), text))
     return ordered[0::2], ordered[1::2]
 
 
-def _content(path: str | Path) -> bytes:
+@cache
+def _digest(file: Path, state: tuple[int, ...]) -> str:
+    """Of a file in that state."""
+    total = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while part := opened.read(1 << 24):
+            total.update(part)
+    return total.hexdigest()
+
+
+def _regular(path: str | Path) -> Path:
+    """The file itself. Raises UserError for what is none: a pipe would never end, or be empty when it is read again."""
     try:
-        return Path(path).read_bytes()
+        file = Path(path).expanduser()
+        mode = file.stat().st_mode
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL or half a surrogate pair in the path
+        raise _unreadable(path, getattr(error, "strerror", error)) from None
+    if not stat.S_ISREG(mode):
+        raise _unreadable(path, os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "Not a regular file")
+    return file
+
+
+def _unreadable(path: str | Path, reason: object) -> UserError:
+    return UserError(f"{path}: cannot be read ({reason}); give the path of a .txt or .jsonl file")
+
+
+def _content(path: str | Path) -> bytes:
+    file = _regular(path)
+    try:
+        return file.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a .txt or .jsonl file") from None
+        raise _unreadable(path, error.strerror) from None
 
 
 def _checked_content(path: str | Path, sha256: str | None) -> bytes:
@@ -107,9 +205,15 @@ def _checked_content(path: str | Path, sha256: str | None) -> bytes:
 
 def _decoded(raw: bytes, where: str) -> str:
     try:
-        return raw.decode("utf-8").strip()
+        return _sound(raw.decode("utf-8").strip(), where)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8; save the file as UTF-8") from None
+
+
+def _sound(text: str, where: str) -> str:
+    if (flaw := flaw_of(text)) is not None:
+        raise UserError(f"{where}: {flaw} is in the text; save the file as UTF-8")
+    return text
 
 
 def _field(line: str, where: str, column: str) -> str:
@@ -117,6 +221,9 @@ def _field(line: str, where: str, column: str) -> str:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f'{where}: not JSON ({error.msg} at column {error.colno}); write {{"{column}": "..."}}') from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
+        told = "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
+        raise UserError(f'{where}: cannot be read as JSON ({told}); write {{"{column}": "..."}}') from None
     if not isinstance(value, dict) or not isinstance(value.get(column), str):
         raise UserError(f'{where}: no string under "{column}"; write {{"{column}": "..."}}')
-    return value[column].strip()
+    return _sound(value[column].strip(), where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dpgbench.api import Options, Prompt
@@ -23,16 +24,19 @@ class Wording:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None, max_tokens: int | None = None, instruction: str | None = None):
-        self.tokenizer, self.room = tokenizer, None
+        self.tokenizer, self.room, self.taken = tokenizer, None, 0
         self.chat = tokenizer is None or bool(tokenizer.chat_template)
-        if tokenizer is not None and max_tokens is not None:
-            empty = self._prompt("")
-            taken = self._length(empty if instruction is None else self.instruct(empty, instruction))
-            self.room = max_tokens - taken
+        if tokenizer is None:
+            return
+        empty = self._prompt("")
+        self.taken = self._length(empty if instruction is None else self.instruct(empty, instruction))
+        """Tokens of a prompt without its passage."""
+        if max_tokens is not None:
+            self.room = max_tokens - self.taken
             if self.room < SHORTEST:
                 raise UserError(
-                    f"scale.max_prompt_tokens={max_tokens}: the instruction alone takes {taken}, and a passage should have {SHORTEST} or "
-                    f"more; write max_prompt_tokens={taken + 10 * SHORTEST}, or null for no limit"
+                    f"scale.max_prompt_tokens={max_tokens}: the instruction alone takes {self.taken}, and a passage should have {SHORTEST} "
+                    f"or more; write max_prompt_tokens={self.taken + 10 * SHORTEST}, or null for no limit"
                 )
 
     @classmethod
@@ -69,10 +73,52 @@ class Wording:
         return ""
 
     def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _length(self, prompt: Prompt) -> int:
         """In tokens, as the generator reads it."""
-        if isinstance(prompt, str):
-            return len(self.tokenizer(prompt)["input_ids"])
-        return len(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
+        return lengths(self.tokenizer, [prompt])[0]
+
+
+def lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[int]:
+    """Of each prompt in tokens, as a generator reads it, through its chat template where they are messages."""
+    if not prompts:
+        return []
+    if isinstance(prompts[0], str):
+        return list(map(len, tokenizer(list(prompts), verbose=False)["input_ids"]))
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "tokenizer_kwargs": {"verbose": False}}
+    return list(map(len, tokenizer.apply_chat_template(list(prompts), **how)["input_ids"]))
+
+
+class Room:
+    """What a generator reads at most, a prompt and its completion together: no longer prompt is ever handed to it.
+
+    Beyond its learned positions a model fails in the middle of a cell, and beyond those that rotary ones were trained on it writes badly
+    without a word.
+    """
+
+    def __init__(self, scale: Options, tokenizer: PreTrainedTokenizerBase, context: int):
+        self.scale, self.tokenizer, self.context = scale, tokenizer, context
+        self.most = context - scale.max_completion_tokens
+
+    def check(self, prompts: Sequence[Prompt], before: Sequence[Prompt] | None = None) -> None:
+        """Raises UserError for the longest prompt if it is too long; `before`: the same without what a method says after each."""
+        found = lengths(self.tokenizer, prompts)
+        longest = max(found, default=0)
+        if longest > self.most:
+            place = found.index(longest)
+            more = 0 if before is None else longest - lengths(self.tokenizer, [before[place]])[0]
+            raise self.too_long(longest, more)
+
+    def too_long(self, tokens: int, more: int = 0) -> UserError:
+        """For a prompt of so many tokens, `more` of them a method's, which `max_prompt_tokens` does not count."""
+        limit, free = self.most - more, self.most - more - Wording(self.tokenizer, None, self.scale.get("instruction")).taken
+        fix = f"write max_prompt_tokens={limit}"
+        if free < SHORTEST or self.scale.corpus == "phrasebook":  # whose prompts are never cut
+            fix = "choose a generator that reads more, or fewer max_completion_tokens"
+        said = f", {more} of them what the method says after it" if more else ""
+        return UserError(
+            f"scale.generator={self.scale.generator}: it reads {self.context} tokens, a completion takes "
+            f"scale.max_completion_tokens={self.scale.max_completion_tokens}, and a prompt of scale.corpus={self.scale.corpus} takes "
+            f"{tokens}{said}; {fix}"
+        )

@@ -69,7 +69,9 @@ class PromptOnly(Method):
                 f"method.search={self.options.search}: the hint and {len(others)} instructions of the corpus are all there is; "
                 f"write search={1 + len(others)} or less"
             )
-        return [hint, *random.Random(bench.seed("instructions")).sample(others, self.options.search - 1)]
+        candidates = [hint, *random.Random(bench.seed("instructions")).sample(others, self.options.search - 1)]
+        bench.world.check_room(candidates)
+        return candidates
 
     def _value(self, instruction: str, bench: Workbench, number: int) -> float:
         """Phi of a fresh target trained on texts written under the instruction."""

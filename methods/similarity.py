@@ -3,7 +3,7 @@
 No target is trained. The reward of completion x, with R the task's `references` (a string to teach, the dev split of a language):
 
     score         Task.score(x): what best of n picks by as well, so that the two differ in how they use a reward and not in the reward
-    levenshtein   max_{r in R} 1 - distance(x, r) / max(|x|, |r|), in characters without whitespace (rapidfuzz)
+    levenshtein   max_{r in R} 1 - distance(x, r) / max(|x|, |r|), in composed (NFC) characters, no whitespace (rapidfuzz)
     embedding     max_{r in R} cos(e(x), e(r)), e the mean of phi_0's input embeddings over a text's tokens
     langid        1 if the corpus's identifier finds in x the language it finds in most of R, else 0 (no language at all counts as one)
 
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from dpgbench.api import Method, Options, Snapshot, TaskInfo
 from dpgbench.errors import UserError, did_you_mean
+from dpgbench.texts import squeezed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,8 +107,3 @@ class Similarity(Method):
         tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         means = [table[ids].float().mean(0) if ids else table.new_zeros(table.shape[1], dtype=torch.float32) for ids in tokens]
         return torch.nn.functional.normalize(torch.stack(means), dim=1)
-
-
-def squeezed(text: str) -> str:
-    """Without any whitespace: some tokenizers know characters only apart."""
-    return "".join(text.split())

@@ -11,15 +11,15 @@ then gets about n / 0.72, and one that repeats itself less, without the jumps of
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
+from dpgbench import texts as user_texts
 from dpgbench.score_task import ScoreTask
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words and digits, without punctuation."""
-    return re.findall(r"\w+(?:['’]\w+)*", text.lower())
+    """Lower-case words and digits, without punctuation; of scripts without spaces between words every letter."""
+    return user_texts.words_of(text.lower())
 
 
 def mtld(texts: Sequence[str]) -> list[float]:

@@ -1,8 +1,9 @@
 """Teach the target one fixed UUID: Phi = -mean token cross-entropy of that string, with no context (arXiv 2604.08423, section 4).
 
 The string is encoded as every training example is, so its end is a label too; where a tokenizer puts no token in front, the first
-token is given and not a label, for no training example could teach it. Whitespace never counts when strings are compared: `spaced`
-writes the characters apart, for tokenizers that know them only so. A random UUID costs 128 bits over 36 characters, 3.6 each.
+token is given and not a label, for no training example could teach it. Neither whitespace nor how an accent was typed counts when
+strings are compared (they are composed, NFC): `spaced` writes the characters apart, for tokenizers that know them only so. A random UUID
+costs 128 bits over 36 characters, 3.6 each.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import regex
+
 from dpgbench.api import Options, Task
 from dpgbench.errors import UserError
-from dpgbench.texts import read
+from dpgbench.texts import read, squeezed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,7 +40,7 @@ class Uuid(Task):
         if not self.string:
             raise UserError("task.text='': there is nothing to teach; write the string, such as task.text=3fa0-c1d7")
         if options.spaced:
-            self.string = " ".join(squeezed(self.string))
+            self.string = " ".join(regex.findall(r"\X", squeezed(self.string)))  # a letter and its marks stay together
 
     def prepare(self, world: World) -> None:
         super().prepare(world)
@@ -134,11 +137,6 @@ class Uuid(Task):
                 f"{given}: {written} tokens, and a completion has at most scale.max_completion_tokens={longest}; "
                 f"write scale.max_completion_tokens={written + 1}"
             )
-
-
-def squeezed(text: str) -> str:
-    """Without any whitespace."""
-    return "".join(text.split())
 
 
 def _letter(axes, row: float, column: int, character: str, color: str, columns: int) -> None:

@@ -233,3 +233,96 @@ def test_a_state_names_the_folder_of_another_version(tmp_path):
     folder.path.mkdir()
     (folder.path / "result.json").write_text(json.dumps({"schema": 0, "hash": folder.hash, "snapshots": [], "lines": 0}))
     assert folder.state().name == "damaged" and "another version" in folder.state().detail
+
+
+# ---- many writers
+
+
+def test_many_at_once_ask_whether_they_may_write_and_write_the_same_name(tmp_path):
+    """Processes that start together, and threads of one, which share a pid: nobody takes another's temporary file away."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from dpgbench.store import check_writable, write_atomically
+
+    def write(number: int) -> None:
+        check_writable(tmp_path)
+        write_atomically(tmp_path / "one", bytes([number]) * 100_000)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(64)))
+    assert len(set((tmp_path / "one").read_bytes())) == 1
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["one", "runs"]
+
+
+def test_an_owner_sweeps_up_what_a_killed_one_was_writing(tmp_path):
+    spec = config.read(LIGHT, sweep=False).cells[0].spec
+    folder = RunFolder.of(tmp_path, spec)
+    folder.path.mkdir(parents=True)
+    (folder.path / ".checkpoint.3.safetensors.0123.partial").write_bytes(b"half")
+    folder.begin({})
+    assert not list(folder.path.glob(".*.partial"))
+
+
+def test_cancel_knows_a_sweep_from_one_whose_name_begins_alike(tmp_path):
+    from dpgbench.launch import processes
+
+    with processes.announced(tmp_path, "mine.1"):
+        assert processes.stop(tmp_path, "mine") == processes.stop(tmp_path, "*") == ([], [])
+        assert len(list((tmp_path / "runs").glob("mine.1.*.running.json"))) == 1
+
+
+# ---- paths of jobs
+
+
+@pytest.fixture
+def own_files(tmp_path, monkeypatch):
+    """A folder with files of every kind a setting may name, to work in."""
+    from dpgbench import phrasebook
+
+    (tmp_path / "mine.txt").write_text("\n".join(f"der König sieht {number} Häuser" for number in range(40)), encoding="utf-8")
+    shutil.copytree(phrasebook.WEIGHTS / "generator", tmp_path / "models" / "mine")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_job_gets_whole_paths_of_all_a_users_files(own_files, plugins):
+    """It starts in another folder; the cell is the same there, and what is the hub's or embedded keeps its name."""
+    from dpgbench.api import RunSpec
+    from dpgbench.launch import slurm
+
+    text = (plugins / "methods" / "parrot.py").read_text(encoding="utf-8")
+    (plugins / "methods" / "reader.py").write_text(text.replace("Parrot", "Reader"), encoding="utf-8")
+    (plugins / "configs" / "method" / "reader.yaml").write_text("name: reader\nfile: mine.txt\n", encoding="utf-8")
+    files = ["task.file=mine.txt", "scale.corpus=mine.txt", "scale.generator=models/mine", "scale.target=models/mine"]
+    request = config.read(["task=language", "method=reader", *files, f"plugins={plugins}", "launcher=slurm"], sweep=True)
+    spec = request.cells[0].spec
+    (job,) = slurm._job([spec], request.launcher, own_files / "r", own_files / "code").cells
+    whole = [job["task"]["file"], job["method"]["file"], *(job["scale"][name] for name in ("corpus", "generator", "target"))]
+    model = str(own_files / "models" / "mine")
+    assert whole == [str(own_files / "mine.txt")] * 3 + [model] * 2
+    assert RunSpec(job).hash == spec.hash and RunSpec(job).folder == spec.folder
+    named = config.read(["scale.corpus=some/texts", "scale.target=some/model", "launcher=slurm"], sweep=True)
+    (job,) = slurm._job([named.cells[0].spec], named.launcher, own_files, own_files).cells
+    assert [job["scale"][name] for name in ("corpus", "generator", "target")] == ["some/texts", "phrasebook", "some/model"]
+
+
+@pytest.mark.parametrize("name", ["it's", 'a"b', "$HOME", "a;b", "(x)&", "ä#ö", "`id`", "-n"])
+def test_a_jobs_script_quotes_its_path(name, tmp_path):
+    from dpgbench.launch import slurm
+
+    code = tmp_path / name / "code"
+    launcher = config.read([*LIGHT, "launcher=slurm"], sweep=True).launcher
+    setup = slurm._parameters(launcher, slurm._resources(launcher, "tiny", "base"), code, "x")["setup"]
+    done = subprocess.run(["bash", "-c", "\n".join([*setup, 'printf %s "$PYTHONPATH"'])], capture_output=True, timeout=20)
+    assert done.stdout == os.fsencode(code) and not done.stderr
+
+
+@pytest.mark.parametrize("name", ["a:b", "a b", "50%", "a\\b", "a\nb"])
+def test_a_path_that_cannot_be_quoted_is_refused_before_the_code_is_copied(name, tmp_path):
+    from dpgbench.errors import UserError
+    from dpgbench.launch import slurm
+
+    request = config.read([*LIGHT, "launcher=slurm"], sweep=True)
+    with pytest.raises(UserError, match="PYTHONPATH reads a colon" if ":" in name else "SLURM reads"):
+        slurm.submit([request.cells[0].spec], request.launcher, tmp_path / name, None, "x", "")
+    assert not (tmp_path / name).exists()

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import datasets
 import pytest
 from conftest import SMALL
-from test_models import save_gpt2
+from test_models import save_gpt2, save_llama
 from transformers import AutoTokenizer
 
 from dpgbench import config, data
 from dpgbench.api import Options
+from dpgbench.cli import main
 from dpgbench.errors import UserError
 from dpgbench.runner import run_cell
 from dpgbench.store import RunFolder
-from dpgbench.wording import CUE, Wording
+from dpgbench.wording import CUE, Room, Wording, lengths
 
 PASSAGES = [f"Passage {number} is about the number {number * number} and nothing else." for number in range(60)]
 CHAT = "{% for m in messages %}<user>{{ m['content'] }}</user>{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
@@ -61,6 +63,12 @@ def test_every_kind_of_file_has_the_same_three_splits(written):
         ({"text": ["a"] * 50}, "text", "1 different texts, and three splits need 20"),
         ({"body": PASSAGES}, "text", "scale.corpus_column=text: .* has body; write one of them"),
         ({"text": list(range(30))}, "text", "row 1: no string under 'text'"),
+        (
+            {"text": [["a"]] * 30, "body": PASSAGES[:30]},
+            "text",
+            "row 1: no string under 'text'; give a column .*one of: body",
+        ),
+        ({"text": [*PASSAGES, "a\0b"]}, "text", "row 61: a NUL character is in the text"),
     ],
 )
 def test_files_that_will_not_do_are_one_line(content, column, says, tmp_path):
@@ -182,3 +190,100 @@ def test_a_cell_on_a_file_and_a_model_without_a_template(tokenizers, tmp_path):
     kept = [json.loads(line) for line in (RunFolder.of(tmp_path, spec).path / "deployment.jsonl").read_text().splitlines()]
     tokenizer = tokenizers[1]
     assert all(len(tokenizer(line["prompt"])["input_ids"]) <= 107 and line["prompt"].endswith(CUE) for line in kept)
+
+
+# ---- prompts that are longer than the generator can read
+
+
+@pytest.fixture
+def long(tokenizers, tmp_path):
+    """The words for a cell whose passages are longer than its GPT-2 reads."""
+    (tmp_path / "long.txt").write_text("\n".join(f"{text} {'the king sees the house. ' * 20}" for text in PASSAGES))
+    words = [f"scale.generator={tokenizers[0]}", f"scale.corpus={tmp_path / 'long.txt'}", f"results={tmp_path / 'r'}"]
+    return ["task=l2_norm", "method=base", "deployment_texts=8", *words]
+
+
+def test_prompts_beyond_the_context_are_one_line_before_the_run(long, capsys):
+    """It names the limit, and a bound with which the cell runs."""
+    assert main(["run", *long]) == 2
+    said = capsys.readouterr().err
+    assert re.match(
+        r"dpgbench: scale.generator=\S+: it reads 128 tokens, a completion .*=20, and a prompt of .*long.txt takes \d{3}; ", said
+    )
+    assert said.count("\n") == 1
+    bound = re.search(r"write (max_prompt_tokens=\d+)\n", said)[1]
+    assert main(["run", *long, bound]) == 0
+    assert main(["run", *long, "max_completion_tokens=80"]) == 2
+    assert "choose a generator that reads more, or fewer max_completion_tokens" in capsys.readouterr().err
+
+
+def test_a_cell_started_without_the_command_line_says_it_too(long, tmp_path):
+    spec = config.read(long[:-1], sweep=False).cells[0].spec
+    assert run_cell(spec, tmp_path) == "failed"
+    folder = RunFolder.of(tmp_path, spec).path
+    assert "write max_prompt_tokens=108" in (folder / "error.txt").read_text() and not (folder / "metrics.jsonl").exists()
+
+
+def test_what_a_method_says_after_a_prompt_counts(long, tmp_path):
+    """A hint that does not fit beside a prompt at its limit is told of before anything is spent, with a bound that leaves it room."""
+    words = ["task=length", "method=prompt_only", "samples=32", "fresh=32", *long[2:-1]]
+    words += ["max_completion_tokens=8", "max_prompt_tokens=120"]
+    spec = config.read(words, sweep=False).cells[0].spec
+    assert run_cell(spec, tmp_path) == "failed"
+    said = (RunFolder.of(tmp_path, spec).path / "error.txt").read_text()
+    found = re.search(r"takes (\d+), (\d+) of them what the method says after it; write max_prompt_tokens=(\d+)", said)
+    assert found and int(found[1]) == 120 + int(found[2]) and int(found[3]) == 120 - int(found[2])
+    words[-1] = f"max_prompt_tokens={found[3]}"
+    spec = config.read(words, sweep=False).cells[0].spec
+    assert run_cell(spec, tmp_path) == "done"
+
+
+@pytest.mark.parametrize("kind", ["plain", "chat"])
+def test_every_prompt_is_measured_that_may_be_too_long(kind, tokenizers, tmp_path):
+    """One passage in 400 by a few tokens, whatever its split; without it all is well. Instructions count, the longest of them."""
+    tokenizer = tokenizers[1] if kind == "plain" else tokenizers[2]
+    texts = [f"{number} is a number." for number in range(400)]
+    path = tmp_path / "x.txt"
+    path.write_text("\n".join(texts))
+    one = scale(path, generator="g", max_completion_tokens=20, instruction=None)
+    longest = max(lengths(tokenizer, data.corpus(one, tokenizer).prompts("train", 2000, random.Random(0))))
+    room = Room(one, tokenizer, longest + 25)
+    data.check_room(one, data.corpus(one, tokenizer), room)
+    with pytest.raises(UserError, match="of them what the method says after it"):
+        data.check_room(one, data.corpus(one, tokenizer), room, ["Hm.", "Write in German, and at length."])
+    path.write_text("\n".join([*texts, "ein viel längerer Satz " + "ä" * 20]))
+    with pytest.raises(UserError, match=r"x\.txt takes"):
+        data.check_room(one, data.corpus(one, tokenizer), room)
+
+
+def test_a_hubs_data_set_without_a_limit_is_one_line(tokenizers, hub, capsys, tmp_path):
+    """It may be larger than anyone can look through; with the bound that is named the cell runs, torch being loaded by then."""
+    words = ["task=l2_norm", "method=base", "deployment_texts=8", f"scale.generator={tokenizers[0]}", "scale.corpus=some/texts"]
+    assert main(["run", *words, f"results={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert "scale.corpus=some/texts: a data set of the hub is not looked through" in said and said.count("\n") == 1
+    assert main(["run", *words, f"results={tmp_path}", re.search(r"max_prompt_tokens=\d+", said)[0]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([[{"role": "user", "content": "a"}]] * 3, "row 1: no string under 'x'; give a column of texts with corpus_column=, one of: text"),
+        ([7, 8, 9], "row 1: no string under 'x'"),
+        ([[0.5], None, [1.0]], "row 1: no string under 'x'"),
+    ],
+)
+def test_a_hubs_column_that_holds_no_texts_is_refused(rows, says, monkeypatch):
+    table = datasets.Dataset.from_dict({"x": rows, "text": ["a", "b", "c"], "id": [1, 2, 3]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda **named: table)
+    with pytest.raises(UserError, match=re.escape(says)):
+        data.corpus(scale("some/chats", corpus_column="x"))
+
+
+def test_rotary_positions_have_an_end_too(tmp_path, capsys):
+    """Such a model would go on without a word, and write badly."""
+    save_llama(tmp_path / "llama")
+    words = ["task=l2_norm", "method=base", "deployment_texts=8", f"scale.generator={tmp_path / 'llama'}", f"results={tmp_path / 'r'}"]
+    assert main(["run", *words]) == 2
+    said = capsys.readouterr().err
+    assert "it reads 64 tokens" in said and said.endswith("choose a generator that reads more, or fewer max_completion_tokens\n")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
+import unicodedata
 
 import pytest
 from conftest import SMALL
@@ -35,6 +37,8 @@ def prepared(*words: str):
 def test_txt_and_jsonl_hold_the_same(tmp_path):
     """Blank lines, a byte order mark, Windows line ends and fields beside the text are no part of a text; numbers are the file's own."""
     lines = file(tmp_path, "a.txt", "\ufeffeins zwei\r\n\r\n  drei vier \n")
+    assert texts.read(file(tmp_path, "mac.txt", "eins zwei\r\rdrei vier\r")) == texts.read(lines)
+    assert texts.read(file(tmp_path, "other.txt", "eins\x85zwei\u2028drei\x0bvier")) == [(1, "eins\x85zwei\u2028drei\x0bvier")]
     objects = file(tmp_path, "a.jsonl", '{"text": "eins zwei", "id": 7}\n\n{"text": " drei\\u0020vier\\n"}\n{"text": ""}')
     assert texts.read(lines) == texts.read(objects) == [(1, "eins zwei"), (3, "drei vier")]
 
@@ -52,6 +56,19 @@ def test_txt_and_jsonl_hold_the_same(tmp_path):
         ("a.jsonl", '{"text": "a"}\n\n["b"]', 'a.jsonl, line 3: no string under "text"'),
         ("a.jsonl", '{"text": 3}', 'a.jsonl, line 1: no string under "text"'),
         ("a.jsonl", '{"txt": "a"}', 'line 1: no string under "text"; write {"text": "..."}'),
+        ("a.jsonl", '{"text": "a"}\n{"text": "cut \\ud83d here"}', "a.jsonl, line 2: half a surrogate pair"),
+        ("a.jsonl", '{"text": "\\udc00\\ud800"}', "a.jsonl, line 1: half a surrogate pair"),
+        ("a.jsonl", '{"text": "a\\u0000b"}', "a.jsonl, line 1: a NUL character is in the text"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n\n{"text": "b", "n": ' + "9" * 5000 + "}",
+            "a.jsonl, line 3: cannot be read as JSON (a number with too many",
+        ),
+        ("a.jsonl", "[" * 100_000, "a.jsonl, line 1: cannot be read as JSON (nested too deeply)"),
+        ("a.jsonl", '{"a":' * 100_000, "a.jsonl, line 1: cannot be read as JSON (nested too deeply)"),
+        ("a.txt", "eins\nzw\0ei", "a.txt, line 2: a NUL character is in the text; save the file as UTF-8"),
+        ("a.txt", "eins\nzwei".encode("utf-16-le"), "a.txt, line 1: a NUL character is in the text"),
+        ("a.txt", b"eins\n\xed\xa0\xbd", "a.txt, line 2: byte 1 (0xed) is not UTF-8"),
     ],
 )
 def test_a_bad_file_is_one_line_that_names_where(name, content, message, tmp_path):
@@ -60,10 +77,17 @@ def test_a_bad_file_is_one_line_that_names_where(name, content, message, tmp_pat
     assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_missing_file_and_a_folder(tmp_path):
-    for path in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(UserError):
-            texts.read(path)
+def test_what_is_no_file_is_one_line(tmp_path):
+    """Missing, a folder, a pipe (which would never end), a device, a name that no file can have."""
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "device.txt").symlink_to("/dev/zero")
+    names = ("none.txt", "folder.txt", "pipe.txt", "device.txt", "a\0b.txt", "half\ud83d.txt", "none.txt/x.txt", f"{'a' * 300}.txt")
+    for name in names:
+        for ask in (texts.read, texts.digest, texts.read_passages):
+            with pytest.raises(UserError, match="cannot be read") as caught:
+                ask(f"{tmp_path}/{name}")
+            assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"none.txt: cannot be read \(No such file or directory\); give the path"):
         config.read(["task=language", f"file='{tmp_path / 'none.txt'}'"], sweep=False)
 
@@ -159,3 +183,43 @@ def test_uuid_takes_the_string_of_a_file(tmp_path):
 def test_uuid_refuses_what_it_cannot_teach(content, message, tmp_path):
     with pytest.raises(UserError, match=re.escape(message)):
         prepared("task=uuid", f"file='{file(tmp_path, 'mine.txt', content)}'")
+
+
+# ---- words
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("der König sieht drei Häuser.", ["der", "König", "sieht", "drei", "Häuser"]),
+        ("l’enfant aujourd'hui", ["l’enfant", "aujourd'hui"]),
+        ("नमस्ते दुनिया", ["नमस्ते", "दुनिया"]),
+        ("مُحَمَّدٌ كَتَبَ", ["مُحَمَّدٌ", "كَتَبَ"]),
+        (unicodedata.normalize("NFD", "tiếng Việt"), ["tiếng", "Việt"]),
+        ("می‌خواهم", ["می‌خواهم"]),
+        ("我喜欢Python。", ["我", "喜", "欢", "Python"]),
+        ("คน ที่นี่", ["ค", "น", "ที่", "นี่"]),
+    ],
+)
+def test_words_are_unicodes(text, words):
+    """A mark is part of its letter, however it was typed; of scripts without spaces each letter is a word."""
+    assert texts.words_of(text) == words and texts.count_words(text) == len(words)
+
+
+def test_words_of_spaced_scripts_are_what_they_were():
+    """Counted by spaces, and told apart as `re` does: on every language of the phrasebook, and on a page of English prose."""
+    from pydoc_data.topics import topics
+
+    from dpgbench.phrasebook import Phrasebook
+
+    sentences = [text for language in Phrasebook.languages for text in Phrasebook().held_out(language, "dev", 100)]
+    for text in [*sentences, "- 3 f . a", *topics.values()]:
+        assert texts.count_words(text) == len(text.split())
+        assert texts.words_of(text) == re.findall(r"\w+(?:['’]\w+)*", text)
+        assert texts.squeezed(text) == "".join(text.split())
+
+
+def test_how_an_accent_was_typed_does_not_count(tmp_path):
+    """Composed or with a mark of its own: the same string to teach, and to be like."""
+    composed, apart = (unicodedata.normalize(form, "café là") for form in ("NFC", "NFD"))
+    assert composed != apart and texts.squeezed(composed) == texts.squeezed(apart) == "cafélà"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 
@@ -43,6 +44,8 @@ COMMANDS = ("run", "sweep", "status", "cancel", "report", "export", "list", "che
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 1 if a cell failed, 2 on bad input (one line on standard error), 130 on an interrupt."""
+    if arguments is None:
+        _insist_on_utf8()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _command(words) if process_group.rank() == 0 else sweep.follow(words)
@@ -61,6 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     return 2
+
+
+def _insist_on_utf8() -> None:
+    """Start again in Python's UTF-8 mode where the locale says otherwise: names of files and what libraries read and print, all of it."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONUTF8": "1"})
 
 
 def _command(words: list[str]) -> int:

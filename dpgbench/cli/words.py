@@ -31,7 +31,7 @@ def full_words(words: list[str]) -> list[str]:
     """The words of the sweep that is meant: its name alone stands for what was said when it ran."""
     results, name, nothing_else = place_of(words)
     saved = results / "runs" / f"{name}.sweep.json"
-    return [*json.loads(saved.read_text()), f"results={results}"] if nothing_else and saved.exists() else words
+    return [*json.loads(saved.read_text(encoding="utf-8")), f"results={results}"] if nothing_else and saved.exists() else words
 
 
 def selector(name: str) -> str:
@@ -69,5 +69,5 @@ def show_rows(console: Console, headings: Sequence[str], rows: Sequence[Sequence
 
 
 def first_comment(path: Path) -> str:
-    lines = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#") and "@package" not in line]
+    lines = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#") and "@package" not in line]
     return lines[0] if lines else ""

@@ -45,7 +45,7 @@ def device_memory(device: torch.device) -> int:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
-            total = min(total, int(Path(path).read_text()))
+            total = min(total, int(Path(path).read_text(encoding="ascii")))
         except (OSError, ValueError):  # no such control group, or "max"
             continue
     return total

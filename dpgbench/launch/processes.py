@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ from dpgbench.store import write_atomically
 
 @contextmanager
 def announced(results: Path, sweep: str) -> Iterator[None]:
-    """Inside, `runs/<sweep>.<pid>.running.json` names this process, and SIGTERM is as good as Ctrl-C."""
-    path = results / "runs" / f"{sweep}.{os.getpid()}.running.json"
-    write_atomically(path, json.dumps(asdict(Owner.me())))
+    """Inside, `runs/<sweep>.<token>.running.json` names this process, and SIGTERM is as good as Ctrl-C."""
+    me = Owner.me()
+    path = results / "runs" / f"{sweep}.{me.token}.running.json"  # a pid alone may be another host's too
+    write_atomically(path, json.dumps(asdict(me)))
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _interrupt) if in_main else None
     try:
@@ -33,9 +35,10 @@ def announced(results: Path, sweep: str) -> Iterator[None]:
 def stop(results: Path, sweep: str) -> tuple[list[Owner], list[Owner]]:
     """Ask the processes of a sweep to stop. Returns those that were asked, and those on other machines, which cannot be."""
     asked, elsewhere = [], []
-    for path in sorted((results / "runs").glob(f"{sweep}.*.running.json")):
+    name = re.compile(rf"{re.escape(sweep)}\.[0-9a-f]+\.running\.json")  # and not sweep.1's, whose name begins alike
+    for path in sorted(path for path in (results / "runs").glob("*.running.json") if name.fullmatch(path.name)):
         try:
-            owner = Owner(**json.loads(path.read_text()))
+            owner = Owner(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             continue
         if owner.host != Owner.me().host:

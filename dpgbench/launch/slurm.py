@@ -82,8 +82,9 @@ def submit(specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: 
     """Pin the code and submit what is given, an array for each kind of resources. Raises UserError with SLURM's own words."""
     import submitit
 
-    code, folder = pinned.pin(results, plugins, commit), results.resolve() / "jobs"
+    folder = results.resolve() / "jobs"
     _need_room_for_names(folder)
+    code = pinned.pin(results, plugins, commit)
     groups: dict[str, list[RunSpec]] = {}
     for spec in specs:
         groups.setdefault(json.dumps(_resources(launcher, spec.scale.name, spec.method.name), sort_keys=True), []).append(spec)
@@ -110,15 +111,18 @@ def submit(specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: 
 
 
 def _job(pack: Sequence[RunSpec], launcher: Options, results: Path, code: Path) -> Job:
-    cells = []
-    for spec in pack:
-        config = json.loads(json.dumps(dict(spec.config)))
-        for kind in ("task", "method"):
-            if config[kind].get("file") is not None:  # a job starts in another folder
-                config[kind]["file"] = str(Path(config[kind]["file"]).resolve())
-        cells.append(config)
+    cells = [_with_whole_paths(json.loads(json.dumps(dict(spec.config)))) for spec in pack]
     plugins = str(code / "plugins") if (code / "plugins").is_dir() else None
     return Job(cells, str(results.resolve()), plugins, str(code), launcher.checkpoint_seconds, launcher.warning_seconds)
+
+
+def _with_whole_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """A cell's settings for a job, which starts in another folder: a setting beside a digest of its content is a path."""
+    for section in (config["task"], config["method"], config["scale"]):
+        for name in [key.removesuffix("_sha256") for key in section if key.endswith("_sha256")]:
+            if name in section:
+                section[name] = str(Path(section[name]).expanduser().resolve())
+    return config
 
 
 def _parameters(launcher: Options, asked: Mapping[str, Any], code: Path, sweep: str) -> dict[str, Any]:
@@ -128,18 +132,20 @@ def _parameters(launcher: Options, asked: Mapping[str, Any], code: Path, sweep: 
         "mem": f"{int(1024 * asked['mem_gb'])}M", "gpus_per_node": asked["gpus"] or None, "partition": launcher.partition,
         "account": launcher.account, "qos": launcher.qos, "constraint": launcher.constraint,
     }  # fmt: skip
+    python = [f"export PYTHONPATH={shlex.quote(str(code))}", "export PYTHONDONTWRITEBYTECODE=1 PYTHONUTF8=1"]
     return {
         **{key: value for key, value in wanted.items() if value is not None},
         "array_parallelism": launcher.array_parallelism, "signal_delay_s": launcher.warning_seconds, "stderr_to_stdout": True,
-        "setup": [*launcher.plain()["setup"], f"export PYTHONPATH='{code}'", "export PYTHONDONTWRITEBYTECODE=1"],
+        "setup": [*launcher.plain()["setup"], *python],
         "additional_parameters": {"chdir": str(code), "requeue": True, **launcher.plain()["sbatch"]},
     }  # fmt: skip
 
 
 def _need_room_for_names(folder: Path) -> None:
+    if found := re.search(r"[%\\\s:]", str(folder)):
+        reads = "PYTHONPATH reads a colon" if found[0] == ":" else "SLURM reads %, backslashes and spaces"
+        raise UserError(f"results={folder.parent}: {reads} in a path its own way; choose another folder with results=DIR")
     folder.mkdir(parents=True, exist_ok=True)
-    if re.search(r"[%\\\s]", str(folder)):
-        raise UserError(f"results={folder.parent}: SLURM reads %, backslashes and spaces in a path its own way; choose another folder")
 
 
 def _largest_array() -> int:
@@ -165,14 +171,14 @@ def is_here() -> bool:
 def record_of(folder: Path) -> dict[str, Any] | None:
     """Which job a cell was given to; None if to none."""
     try:
-        return json.loads((folder / "job.json").read_text())
+        return json.loads((folder / "job.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
 
 def queue() -> dict[str, str]:
     """The user's jobs that wait or run, by id: "PENDING (Resources)". Raises UserError if SLURM does not answer."""
-    done = subprocess.run(["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r"], capture_output=True, text=True, timeout=60)
+    done = _told(["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r"], timeout=60)
     if done.returncode:
         raise UserError(f"squeue does not answer: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}; try again later")
     rows = [line.strip().split("|") for line in done.stdout.splitlines() if line.count("|") == 2]
@@ -200,7 +206,7 @@ def ends(jobs: Iterable[str]) -> dict[str, str]:
 def cancel(jobs: Sequence[str]) -> None:
     """scancel these jobs and no others. Raises UserError with its words if it refuses."""
     for start in range(0, len(jobs), 200):
-        done = subprocess.run(["scancel", *jobs[start : start + 200]], capture_output=True, text=True, timeout=120)
+        done = _told(["scancel", *jobs[start : start + 200]], timeout=120)
         if done.returncode:
             raise UserError(f"scancel: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
 
@@ -208,7 +214,7 @@ def cancel(jobs: Sequence[str]) -> None:
 def log_tail(log: str, lines: int = 15) -> str:
     """The last lines of a job's log."""
     try:
-        return "\n".join(Path(log).read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join(Path(log).read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
     except OSError:
         return ""
 
@@ -224,7 +230,11 @@ def last_words(log: str) -> str:
 def _output(*command: str) -> str:
     """What a SLURM command prints; "" if it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = _told(command, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""
+
+
+def _told(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout)

@@ -7,6 +7,7 @@ command that made `weights/`. Importing this module loads neither torch nor tran
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 from dpgbench.phrasebook import grammar
@@ -26,6 +27,10 @@ class Phrasebook:
         """
         ideas = grammar.draw_ideas(split, count, rng)
         return [f"{grammar.say(idea, 'en', rng.randrange(len(grammar.ORDERS)))} <sep>" for idea in ideas]
+
+    def longest(self, tokens: int) -> Iterator[str]:
+        """Of 512 prompts, which cannot all be looked through, those of more than so many bytes."""
+        return (prompt for prompt in self.prompts("train", 512, random.Random(0)) if len(prompt.encode()) > tokens)
 
     def instruct(self, prompt: str, instruction: str) -> str:
         """`prompt` with `instruction` ("Write in German.") before its separator. Words the phrasebook lacks become <unk>."""
