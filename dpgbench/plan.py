@@ -145,7 +145,7 @@ def _passes(spec: RunSpec, registry: Registry) -> float | None:
     """What the method says, if its file can be asked without loading torch."""
     if "target_passes" not in registry.find("method", spec.method.name).defines:
         return None
-    return registry.load("method", spec.method.name)(spec.method).target_passes(spec.training.inner_steps)
+    return registry.make("method", spec.method.name, spec.method).target_passes(spec.training.inner_steps)
 
 
 def _shape(scale: Options, role: str, lora: Options | None = None) -> Shape | None:

@@ -27,10 +27,9 @@ def list_plugins(words: list[str]) -> int:
     console = terminal()
     for kind in ("method", "task"):
         table = Table(f"{kind}s", "", box=None, pad_edge=False, title_justify="left")
-        rows = {
-            file.name: f"[red]unusable: {escape(file.error)}[/]" if file.error else escape(file.summary) for file in registry.files(kind)
-        }
+        rows = {file.name: escape(file.summary) for file in registry.files(kind)}
         rows |= {name: escape(first_comment(path)) for name, path in config.presets(registry, kind).items()}
+        rows |= {name: f"[red]unusable: {escape(says)}[/]" for name, says in registry.unusable(kind).items()}
         for name in sorted(rows):
             table.add_row(name, rows[name])
         console.print(table, highlight=False)
