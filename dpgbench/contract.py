@@ -65,6 +65,14 @@ def reason(file: Path, plugin: Task | Method, asked: Options | TaskInfo) -> str 
     return found
 
 
+def passes(file: Path, method: Method, steps: int) -> float | None:
+    """What `target_passes` says."""
+    found = called(file, "target_passes", method.target_passes, steps)
+    if found is not None and not (isinstance(found, Real) and math.isfinite(found)):
+        raise UserError(f"{file.name}: target_passes returned {shown(found)}; it must be a number, or None")
+    return found
+
+
 # ---- a task
 
 

@@ -47,7 +47,7 @@ class Registry:
                         continue
                     if (kind, path.stem) in self._files:
                         raise UserError(f"plugins={self.plugins}: {kind} {path.stem!r} exists in dpgbench already; rename {path.name}")
-                    self._files[kind, path.stem] = plugin_source.read(kind, path)
+                    self._files[kind, path.stem] = plugin_source.read(kind, path, trusted=folder != self.plugins)
 
     @property
     def folders(self) -> list[Path]:
@@ -122,8 +122,9 @@ class Registry:
         """Why a plug-in file or a YAML cannot be chosen, by name."""
         found = {file.name: file.error for file in self.files(kind) if file.error}
         names, known = self._names(kind), {file.name for file in self.files(kind)}
-        for name in known - set(names.values()):
-            found.setdefault(name, self.without_preset(kind, name) or f"configs/{kind}/{name}.yaml does not say `name: {name}`")
+        for name in sorted(known - set(names.values())):
+            says = f"does not say `name: {name}`" if name in names else f"is not there; write it, with the line `name: {name}`"
+            found.setdefault(name, f"configs/{kind}/{name}.yaml {says}")
         for preset, name in names.items():
             if name not in known:
                 says = "has no `name:`" if name is None else f"has name: {name}, and there is no {kind}s/{name}.py"

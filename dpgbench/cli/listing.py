@@ -47,7 +47,9 @@ def check_metagradients(words: list[str]) -> int:
     """Measure how far a cell's metagradients can be trusted. Returns 0 for yes and with care, 1 for no."""
     if not words or words[0] != "metagrad":
         given = words[0] if words else "nothing"
-        raise UserError(f"check {given}: there is one thing to check; write `check metagrad`, then task=, scale=, seed= as with run")
+        raise UserError(
+            f"check {given}: no such check; write `check metagrad`, then task=, scale=, seed= as with run, or `check plugin plugins=DIR`"
+        )
     own = ("directions=", "subsets=")
     counts = {key: values[0] for key, values in config.parse(word for word in words[1:] if word.startswith(own)).items()}
     for key, count in counts.items():
