@@ -91,11 +91,10 @@ def write(kind: Kind, name: str, folder: Path) -> list[Path]:
         raise UserError(f"new {kind} {name}: a name is letters, digits and _, a letter first, and not {', '.join(RESERVED)}; try {example}")
     there = any((folder / part).is_dir() for part in ("methods", "tasks", "configs"))
     registry = Registry(folder if there else None)
-    taken = {file.name: file.path for file in registry.files(kind)} | registry.presets(kind)
+    taken = registry.presets(kind) | {file.name: file.path for file in registry.files(kind)}
     paths = [folder / f"{kind}s" / f"{name}.py", folder / "configs" / kind / f"{name}.yaml"]
-    for path in (taken[name] if name in taken else None, *(path for path in paths if path.exists())):
-        if path is not None:
-            raise UserError(f"new {kind} {name}: {path} is there already; choose another name, or edit that one")
+    for path in [*([taken[name]] if name in taken else []), *(path for path in paths if path.exists())]:
+        raise UserError(f"new {kind} {name}: {path} is there already; choose another name, or edit that one")
     class_name = "".join(part[:1].upper() + part[1:] for part in name.split("_"))
     try:
         for path, text in zip(paths, TEXTS[kind], strict=True):

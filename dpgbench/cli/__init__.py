@@ -1,4 +1,4 @@
-"""The command line: run | sweep | status | cancel | report | export | list | new | check. Only this room prints, and only it ends the process."""
+"""The command line: run, sweep, status, cancel, report, export, list, new, check. Only this room prints, and only it ends the process."""
 
 from __future__ import annotations
 
