@@ -211,11 +211,13 @@ def runs(spec: RunSpec, plugins: Path | None) -> str:
 
 
 def partners(registry: Registry, kind: Kind, name: str) -> list[str]:
-    """The plug-ins of the other kind that this one is run with: a user's all, and of ours, for a task, every method, for a method, our
-    first task with a score and our first without, which is about all that a method knows of a task."""
+    """The usable plug-ins of the other kind that this one is run with: a user's all, and of ours, for a task, every method, for a method,
+    our first task with a score and our first without, which is about all that a method knows of a task."""
+    other: Kind = "method" if kind == "task" else "task"
+    unusable = registry.unusable(other)
+    files = [file for file in registry.files(other) if file.name not in unusable]
     if kind == "task":
-        return [file.name for file in registry.files("method")]
-    files = registry.files("task")
+        return [file.name for file in files]
     ours = {("score" in file.defines): file.name for file in reversed(files) if is_ours(file)}
     return [*ours.values(), *(file.name for file in files if not is_ours(file))]
 
