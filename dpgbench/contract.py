@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import random
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -155,12 +156,10 @@ def _check_scalar(file: Path, value: Any) -> None:
 def _check_words(file: Path, task: Task, defines: frozenset[str], texts: Sequence[str]) -> None:
     """`score`, `hint` and `references`, where they are defined."""
     if "score" in defines:
-        scores = called(file, "score", task.score, texts)
-        if not isinstance(scores, Sequence) or isinstance(scores, str) or len(scores) != len(texts):
-            raise UserError(f"{file.name}: score returned {shown(scores)} for {len(texts)} texts; it must be a list of one number each")
-        for score in scores:
-            if not isinstance(score, Real) or not math.isfinite(score):
-                raise UserError(f"{file.name}: score gave a text {_bare(score)}; it must be a finite number")
+        found = called(file, "score", task.score, texts)
+        scores(file, "score", found, len(texts))
+        if not isinstance(found, Sequence) or not all(isinstance(score, Real) for score in found):
+            raise UserError(f"{file.name}: score returned {shown(found)}; it must be a list of plain numbers, such as .tolist() makes")
     hint = called(file, "hint", task.hint)
     if hint is not None and not (isinstance(hint, str) and hint.strip()):
         raise UserError(f"{file.name}: hint returned {shown(hint)}; it must be an instruction in words, or None where there is none")
@@ -173,15 +172,24 @@ def _check_measure(file: Path, task: Task, model: nn.Module, texts: Sequence[str
     """`measure` and `draw` at the initial target, or what stands for them where the task says how (`Task.rehearse`)."""
     import torch
 
-    hook, function = ("measure", task.measure) if type(task).rehearse is Task.rehearse else ("rehearse", task.rehearse)
+    hook = "rehearse" if "rehearse" in vars(type(task)) else "measure"
     with torch.no_grad():
-        measures(file, task, called(file, hook, function, model, texts), hook)
-    if hook == "measure" and type(task).draw is not Task.draw:
+        measures(file, task, called(file, hook, task.rehearse, model, texts), hook)
+    if type(task).rehearse is Task.rehearse and type(task).draw is not Task.draw:
         picture(file, task, model, texts)
 
 
 def measures(file: Path, task: Task, found: Any, hook: str = "measure") -> dict[str, float]:
     """What `measure` returned, as floats. Raises UserError unless it is finite numbers by name, the headline among them."""
+    numbers = readings(file, hook, found)
+    if task.headline != "phi" and task.headline not in numbers:
+        choices = did_you_mean(task.headline, [*numbers, "phi"])
+        raise UserError(f"{file.name}: headline = {task.headline!r} is not among what {hook} returned; {choices}")
+    return numbers
+
+
+def readings(file: Path, hook: str, found: Any) -> dict[str, float]:
+    """Finite numbers by name, as floats. Raises UserError on anything else."""
     if not isinstance(found, Mapping):
         raise UserError(f"{file.name}: {hook} returned {shown(found)}; it must be a dict of numbers by name, such as {{'share': 0.5}}")
     numbers = {}
@@ -192,10 +200,27 @@ def measures(file: Path, task: Task, found: Any, hook: str = "measure") -> dict[
         if number is None or not math.isfinite(number):
             raise UserError(f"{file.name}: {hook} gave {name} = {_bare(value)}; it must be a finite number")
         numbers[name] = number
-    if task.headline != "phi" and task.headline not in numbers:
-        choices = did_you_mean(task.headline, [*numbers, "phi"])
-        raise UserError(f"{file.name}: headline = {task.headline!r} is not among what {hook} returned; {choices}")
     return numbers
+
+
+def scores(file: Path, hook: str, found: Any, count: int) -> list[float]:
+    """A finite number for each of `count` texts, as floats; a list, an array or a tensor of them. Raises UserError on anything else."""
+    try:
+        values = [] if isinstance(found, str | Mapping) else list(found)
+    except TypeError:
+        values = []
+    if len(values) != count:
+        raise UserError(f"{file.name}: {hook} returned {shown(found)} for {count} texts; it must be a list of one number each")
+    numbers = [_number(value) for value in values]
+    for value, number in zip(values, numbers, strict=True):
+        if number is None or not math.isfinite(number):
+            raise UserError(f"{file.name}: {hook} gave a text {_bare(value)}; it must be a finite number")
+    return numbers
+
+
+def file_of(plugin: Task | Method) -> Path:
+    """The file that a plug-in was loaded from."""
+    return Path(sys.modules[type(plugin).__module__].__file__)
 
 
 def picture(file: Path, task: Task, model: nn.Module, texts: Sequence[str]) -> bytes:

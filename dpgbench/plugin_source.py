@@ -7,6 +7,7 @@ Read with `ast`: milliseconds, and nothing is imported. Only what is certainly w
 from __future__ import annotations
 
 import ast
+import builtins
 import difflib
 import functools
 import re
@@ -104,7 +105,7 @@ class _Source:
 
     def faults(self) -> Iterator[tuple[ast.AST, str]]:
         """Where and what, the likeliest cause first."""
-        yield from self._unbound_base()
+        yield from self._undefined()
         yield from self._attributes()
         yield from self._missing_hooks()
         yield from self._misspelt_hooks()
@@ -113,15 +114,29 @@ class _Source:
         yield from self._headline()
         yield from self._never_set()
 
-    def _unbound_base(self) -> Iterator[tuple[ast.AST, str]]:
-        bound = {node.name for node in self.tree.body if isinstance(node, ast.ClassDef)}
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                bound |= {(name.asname or name.name).split(".")[0] for name in node.names}
-        for base in self.node.bases:
-            root = ast.unparse(base).split(".")[0]
-            if root not in bound and "*" not in bound:
-                yield base, f"{root} is not imported; write `from dpgbench.api import {root}`"
+    def _undefined(self) -> Iterator[tuple[ast.AST, str]]:
+        """Names that nothing in the file binds, in whatever scope: a missing import, a slip of the pen."""
+        bound, loaded, parts = set(dir(builtins)) | {"__file__", "__name__", "__doc__"}, [], [self.tree]
+        while parts:
+            part = parts.pop()
+            if isinstance(part, ast.Name):
+                if isinstance(part.ctx, ast.Load):
+                    loaded.append(part)
+                else:
+                    bound.add(part.id)
+            bound |= {getattr(part, name) for name in ("name", "rest", "arg") if isinstance(getattr(part, name, None), str)}
+            if isinstance(part, ast.Import | ast.ImportFrom):
+                bound |= {(alias.asname or alias.name).split(".")[0] for alias in part.names}
+            for name, value in ast.iter_fields(part):
+                if name not in ("annotation", "returns"):  # which nobody need evaluate
+                    parts += [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, ast.AST)]
+        if "*" in bound or "globals" in self.text:
+            return
+        for node in sorted((node for node in loaded if node.id not in bound), key=lambda node: node.lineno):
+            fix = (
+                f"write `from dpgbench.api import {node.id}`" if _class_of("dpgbench.api", node.id) else "import it, or see how it is spelt"
+            )
+            yield node, f"{node.id} is not defined; {fix}"
 
     def _attributes(self) -> Iterator[tuple[ast.AST, str]]:
         kinds = {"version": (int, "a whole number from 1 up, such as version = 1"), "headline": (str, "a name that `measure` returns")}

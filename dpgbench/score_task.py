@@ -15,6 +15,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dpgbench import contract
 from dpgbench.api import Options, Task
 from dpgbench.surrogate import Surrogate
 
@@ -34,7 +35,15 @@ class ScoreTask(Task):
 
     def __init__(self, options: Options):
         super().__init__(options)
-        self.surrogate = Surrogate(options, self.scores, self.read)
+        file = contract.file_of(self)
+
+        def scored(texts: Sequence[str]) -> list[float]:
+            return contract.scores(file, "scores", contract.called(file, "scores", self.scores, texts), len(texts))
+
+        def reading(texts: list[str]) -> dict[str, float]:
+            return contract.readings(file, "read", contract.called(file, "read", self.read, texts))
+
+        self.surrogate = Surrogate(options, scored, reading)
         self.higher_is_better = self.surrogate.up
 
     @abstractmethod

@@ -150,7 +150,7 @@ MORE = {
     "def score(self, texts):\n        return 1.0": "score returned the float 1.0 for 2 texts; it must be a list of one number each",
     "def score(self, texts):\n        return [1.0]": "score returned the list [1.0] for 2 texts",
     "def score(self, texts):\n        return ['a', 'b']": "score gave a text 'a'; it must be a finite number",
-    "def score(self, texts):\n        return torch.ones(2)": "score returned a tensor of shape (2,)",
+    "def score(self, texts):\n        return torch.ones(2)": "it must be a list of plain numbers, such as",
     "def hint(self):\n        return ['Write.']": "hint returned the list ['Write.']; it must be an instruction in words",
     "def references(self):\n        return 'one text'": "references returned the str 'one text'; it must be a list of texts",
     "def references(self):\n        raise OSError('no such\\nfile')": "line 21: references raised OSError: no such",
@@ -238,12 +238,71 @@ def test_a_missing_hook_is_told_of(said):
     assert "class Words has no `scores`, which every ScoreTask needs; write `def scores(self, texts)`" in said(score)
 
 
+def test_an_undefined_name_is_told_of(said):
+    """And no name is that something binds, in whatever scope."""
+    assert "line 18: torhc is not defined; import it, or see how it is spelt" in said(task_file(signal="return torhc.ones(())"))
+    more = "def hint(self, *words, **more):\n        return str([(lambda y: y + w)(x) for x in [w := 1]]) + __name__ + str(words)"
+    assert said(task_file(more=more)) is None
+
+
+SCORED = '''"""Score."""
+import torch
+
+from dpgbench.score_task import ScoreTask
+
+
+class Words(ScoreTask):
+    headline = "words"
+
+    def scores(self, texts):
+        {scores}
+
+    def read(self, texts):
+        {read}
+'''
+
+
+@pytest.mark.parametrize(
+    ("scores", "read", "says"),
+    [
+        ("return [len(text) for text in texts]", "return {'words': 1.0}", None),
+        ("return torch.tensor([float(len(text)) for text in texts])", "return {'words': 1.0}", None),
+        ("return len(texts)", "return {'words': 1.0}", "words.py: scores returned the int"),
+        ("return [1.0]", "return {'words': 1.0}", "words.py: scores returned the list [1.0] for"),
+        (
+            "return [len(text) or None for text in ['', *texts[1:]]]",
+            "return {'words': 1.0}",
+            "scores gave a text None; it must be a finite",
+        ),
+        (
+            "return [text.cout(',') for text in texts]",
+            "return {'words': 1.0}",
+            "words.py, line 11: scores raised Attr",
+        ),
+        ("return [1.0 for text in texts]", "return 1.0 + len(texts)", "read returned the float"),
+        (
+            "return [1.0 for text in texts]",
+            "found = {'word': 1.0}; return found",
+            "headline = 'words' is not among what measure returned; did",
+        ),
+        (
+            "return [1.0 for text in texts]",
+            "return {'word': 1.0}",
+            "headline = 'words' is not among what `read` returns; did you mean 'word'?",
+        ),
+    ],
+)
+def test_what_a_score_task_brings_is_named_by_its_own_hooks(said, scores, read, says):
+    found = said(SCORED.format(scores=scores, read=read), "name: words\nsamples: 8\nfresh: 8\nmax_tokens: 6\n")
+    assert found is None if says is None else says in found
+
+
 def test_the_class_is_told_of_where_it_extends_the_wrong_one(said):
     assert "words.py defines 0 subclasses of dpgbench.api.Task; it must define one (class Words extends nothing)" in said(
         task_file().replace("class Words(Task)", "class Words")
     )
     assert "(class Words extends Method)" in said(task_file().replace("Task", "Method"))
-    assert "line 10: Task is not imported; write `from dpgbench.api import Task`" in said(
+    assert "line 10: Task is not defined; write `from dpgbench.api import Task`" in said(
         task_file().replace("from dpgbench.api import Task\n", "\n")
     )
     assert "words.py defines 0 subclasses of dpgbench.api.Task; it must define one: `from dpgbench.api import Task`" in said("x = 1\n")
