@@ -12,7 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,13 +90,17 @@ class Task(ABC):
     """A target: a differentiable metric of the trained target model, and what people read instead of that number.
 
     Only `signal` is required. `version` enters every cell's hash: raise it when the numbers change. `headline` names the entry of
-    `measure` (or "phi") that tables and plots lead with. An option named `file` is a file of the user's: the harness adds the SHA-256 of
-    its content as `file_sha256`, which enters the hash in its place.
+    `measure` (or "phi") that tables and plots lead with. `defaults` are options that the YAML need not give. An option named `file` is a
+    file of the user's: the harness adds the SHA-256 of its content as `file_sha256`, which enters the hash in its place.
+
+    `version` and `defaults` are read without running the file, so they must be written out. Before a method spends anything the harness
+    calls every hook at the initial target and says in one line what is wrong with what it returns (`dpgbench.contract`).
     """
 
     version: int = 1
     headline: str = "phi"
     higher_is_better: bool = True
+    defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, options: Options):
         """Override to reject bad options with a `UserError`; runs before torch is imported."""
@@ -111,11 +115,21 @@ class Task(ABC):
 
     @abstractmethod
     def signal(self, model: nn.Module) -> Tensor:
-        """Phi: a finite scalar, higher is better, differentiable in the parameters of `model`, the trained target."""
+        """Phi: a finite 0-d floating tensor, higher is better, differentiable in the parameters of `model`, the trained target.
+
+        The same number every time; shape (1,) is not 0-d. Read `model`, not what `prepare` saw of it.
+        """
 
     def measure(self, model: nn.Module, texts: Sequence[str]) -> dict[str, float]:
-        """What people read: numbers about the trained target and the deployment texts it was trained on. Only the harness calls it."""
+        """What people read: finite numbers about the trained target and the deployment texts it was trained on, the same names every time.
+
+        Only the harness calls it: for each scored snapshot, and once before, at the initial target with a few prompts for texts.
+        """
         return {}
+
+    def rehearse(self, model: nn.Module, texts: Sequence[str]) -> dict[str, float]:
+        """In place of that first call, where `measure` or `draw` is dear: the same names and cheaper numbers, which are not kept."""
+        return self.measure(model, texts)
 
     def score(self, texts: Sequence[str]) -> list[float] | None:
         """A black-box score of each text, higher is better, where a natural one exists. Define it only then."""
@@ -163,9 +177,10 @@ class Snapshot:
 
 
 class Method(ABC):
-    """A way of producing training text. `version` enters every cell's hash: raise it when the numbers change."""
+    """A way of producing training text. `version` enters every cell's hash: raise it when the numbers change. `defaults` as in Task."""
 
     version: int = 1
+    defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, options: Options):
         """Override to reject bad options with a `UserError`; runs before torch is imported."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from dpgbench.api import RunSpec
 from dpgbench.errors import UserError
 from dpgbench.metagrad import metagradients, signal_gradients
-from dpgbench.seeds import derive
+from dpgbench.seeds import derive, stream
 from dpgbench.training import AdamW, Optimizer, Params, Signal, loaded, mean_gradients, train
 
 FD_STEP = 2e-4  # in the weights; AdamW's curvature sits at gradients near sqrt(eps_root), so larger steps measure something else
@@ -234,7 +234,7 @@ def measure_cell(spec: RunSpec, plugins: Path | None = None, **counts: int) -> F
     """`measure` on a cell's target, task and training settings, with the untouched generator's completions of its first training prompts.
 
     As many texts as the method's policy asks for per step. Raises UserError on settings that do not go together."""
-    from dpgbench import compute, data, models
+    from dpgbench import compute, contract, data, models
     from dpgbench.api import TaskView
     from dpgbench.registry import Registry
     from dpgbench.workbench import Workbench, engine_of
@@ -242,12 +242,14 @@ def measure_cell(spec: RunSpec, plugins: Path | None = None, **counts: int) -> F
     torch.set_num_threads(spec.scale.threads)
     models.quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    task = Registry(plugins).load("task", spec.task.name)(spec.task)
+    registry = Registry(plugins)
+    task = registry.make("task", spec.task.name, spec.task)
     generator = models.load_generator(spec.scale)
     generator.model.to(device)
     target, tokenizer = models.load_target(spec.scale)
     world = data.World(spec.scale, spec.training, data.corpus(spec.scale, generator.tokenizer), target.to(device), tokenizer)
-    task.prepare(world)
+    contract.called(registry.find("task", spec.task.name).path, "prepare", task.prepare, world)
+    contract.check_task(registry, spec, task, world.target, world.prompts("test", contract.TEXTS, stream(spec.seed, "deployment prompts")))
     bench = Workbench(spec, TaskView(task), world, generator, compute.Meter(), lambda line: None)
     policy = spec.method.plain().get("policy") or {}
     count = policy.get("completions", spec.scale.deployment_texts)

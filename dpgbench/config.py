@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dpgbench import matching, model_files, rules, texts
+from dpgbench import contract, matching, model_files, rules, texts
 from dpgbench.api import Options, RunSpec, TaskInfo, leaves_of
 from dpgbench.errors import UserError, did_you_mean
 from dpgbench.registry import Registry, home
@@ -219,7 +219,8 @@ class _Composer:
             return list(there)
         for name in names:
             if name not in there:
-                raise UserError(f"{group}={name}: no such {group}; {did_you_mean(name, there)}")
+                found = self.registry.without_preset(group, name)
+                raise UserError(f"{group}={name}: {found or f'no such {group}; {did_you_mean(name, there)}'}")
         return names
 
     def _compose(self, names: tuple[str, ...]) -> DictConfig:
@@ -235,8 +236,11 @@ class _Composer:
             part = self._part(group, chosen.get(group, name), optional)
             if part is not None:
                 parts.append(self._plain_of(f"{group}/{chosen.get(group, name)}", part))
+        whole = functools.reduce(_overlaid, parts)
+        for kind in ("task", "method"):
+            whole[kind] = self.registry.options(kind, chosen[kind], whole.get(kind))
         try:
-            return OmegaConf.create(functools.reduce(_overlaid, parts))  # OmegaConf.merge takes twice as long, for the same
+            return OmegaConf.create(whole)  # OmegaConf.merge takes twice as long, for the same
         except OmegaConfBaseException as error:
             words = " ".join(f"{group}={name}" for group, name in chosen.items() if group != "launcher")
             raise UserError(f"{words}: the configuration does not compose: {str(error).splitlines()[0]}") from None
@@ -369,8 +373,8 @@ def _skip_reason(spec: RunSpec, registry: Registry) -> str | None:
     task_file, method_file = registry.find("task", spec.task.name), registry.find("method", spec.method.name)
     reason = None
     if task_file.defines & {"__init__", "supports"}:
-        reason = registry.load("task", task_file.name)(spec.task).supports(spec.scale)
+        reason = contract.reason(task_file.path, registry.make("task", task_file.name, spec.task), spec.scale)
     if method_file.defines & {"__init__", "supports"}:
-        method = registry.load("method", method_file.name)(spec.method)
-        reason = reason or method.supports(TaskInfo(task_file.name, spec.task, task_file.defines))
+        method = registry.make("method", method_file.name, spec.method)
+        reason = reason or contract.reason(method_file.path, method, TaskInfo(task_file.name, spec.task, task_file.defines))
     return reason

@@ -22,7 +22,8 @@ from dpgbench.registry import home
 PARTS = ("dpgbench", "methods", "tasks", "configs")
 # Reading and showing results: free to change while a cell is half done.
 NOT_IN_NUMBERS = {
-    "display.py", "collect.py", "check.py", "export.py", "extras.py", "lock.py", "pinned.py", "plan.py", "standing.py", "tracking.py",
+    "display.py", "collect.py", "check.py", "export.py", "extras.py", "lock.py", "pinned.py", "plan.py", "plugin_check.py", "standing.py",
+    "starters.py", "tracking.py",
 }  # fmt: skip
 NOT_IN_NUMBERS_FOLDERS = {"cli", "report", "statistics", "launch", "configs", "bundled/configs"}
 SKIPPED = {"__pycache__", ".git", ".venv", "results", "runs", ".pytest_cache", ".ruff_cache"}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from dpgbench import adapters, data, model_files, process_group
+from dpgbench import adapters, contract, data, model_files, process_group
 from dpgbench.api import Options, RunSpec
 from dpgbench.compute import Shape
 from dpgbench.errors import UserError
@@ -143,9 +143,10 @@ def _memory(spec: RunSpec, generator: Shape, target: Shape, length: int, at_once
 
 def _passes(spec: RunSpec, registry: Registry) -> float | None:
     """What the method says, if its file can be asked without loading torch."""
-    if "target_passes" not in registry.find("method", spec.method.name).defines:
+    file = registry.find("method", spec.method.name)
+    if "target_passes" not in file.defines:
         return None
-    return registry.load("method", spec.method.name)(spec.method).target_passes(spec.training.inner_steps)
+    return contract.passes(file.path, registry.make("method", file.name, spec.method), spec.training.inner_steps)
 
 
 def _shape(scale: Options, role: str, lora: Options | None = None) -> Shape | None:

@@ -1,22 +1,24 @@
 """Plug-ins: one Python file in `methods/` or `tasks/` plus at least one YAML in `configs/` of the same kind.
 
-Files are read with `ast` first, so that listing, version numbers and syntax errors cost milliseconds and import nothing. A module
-is imported by path, under `dpgbench_plugins.<kind>s.<file>`, only when its class is needed.
+Files are read as text first (`plugin_source`), so that listing, version numbers and most slips cost milliseconds and import nothing. A
+module is imported by path, under `dpgbench_plugins.<kind>s.<file>`, only when its class is needed.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
 import importlib.util
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
+from yaml import YAMLError, safe_load
+
+from dpgbench import contract, plugin_source
+from dpgbench.api import Method, Options, Task
 from dpgbench.errors import UserError, did_you_mean
-
-Kind = Literal["method", "task"]
+from dpgbench.plugin_source import Kind, PluginFile
 
 
 def home() -> Path:
@@ -24,21 +26,6 @@ def home() -> Path:
     package = Path(__file__).resolve().parent
     bundled = package / "bundled"
     return bundled if bundled.is_dir() else package.parent
-
-
-@dataclass(frozen=True)
-class PluginFile:
-    """What can be known of a plug-in without importing it."""
-
-    kind: Kind
-    name: str
-    path: Path
-    summary: str = ""
-    version: int = 1
-    defines: frozenset[str] = frozenset()
-    """Names of the class body, and of dpgbench's own classes that it extends: methods it overrides, attributes it sets."""
-    error: str | None = None
-    """Why the file cannot be used, in one line."""
 
 
 @dataclass
@@ -60,7 +47,7 @@ class Registry:
                         continue
                     if (kind, path.stem) in self._files:
                         raise UserError(f"plugins={self.plugins}: {kind} {path.stem!r} exists in dpgbench already; rename {path.name}")
-                    self._files[kind, path.stem] = _read(kind, path)
+                    self._files[kind, path.stem] = plugin_source.read(kind, path, trusted=folder != self.plugins)
 
     @property
     def folders(self) -> list[Path]:
@@ -75,7 +62,7 @@ class Registry:
         return {path.stem: path for folder in self.folders for path in sorted((folder / "configs" / kind).glob("*.yaml"))}
 
     def find(self, kind: Kind, name: str) -> PluginFile:
-        """The plug-in file of that name. Raises UserError if there is none or it does not parse."""
+        """The plug-in file of that name. Raises UserError if there is none or it cannot be used."""
         file = self._files.get((kind, name))
         if file is None:
             raise UserError(f"{kind}={name}: no such {kind}; {did_you_mean(name, (f.name for f in self.files(kind)))}")
@@ -98,73 +85,64 @@ class Registry:
                 del sys.modules[module_name]
                 raise UserError(f"{kind}={name}: importing {file.path.name} failed: {type(error).__name__}: {error}") from error
         return next(
-            value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module_name and _is_plugin(value)
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and value.__module__ == module_name and issubclass(value, (Method, Task))
         )
 
+    def make(self, kind: Kind, name: str, options: Options) -> Any:
+        """The plug-in with these options. Raises UserError for a bad option, or naming the file if `__init__` fails otherwise."""
+        return contract.called(self.find(kind, name).path, "__init__", self.load(kind, name), options)
 
-def _is_plugin(value: type) -> bool:
-    from dpgbench.api import Method, Task
+    def options(self, kind: Kind, preset: str, section: Any) -> dict[str, Any]:
+        """The options that a preset's composed YAML gives, and the plug-in's `defaults` for those that it does not.
 
-    return issubclass(value, (Method, Task))
+        Raises UserError where the YAML names no plug-in that there is."""
+        said, known = f"{kind}={preset}: configs/{kind}/{preset}.yaml", {file.name for file in self.files(kind)}
+        name = section.get("name") if isinstance(section, Mapping) else None
+        if name is None:
+            fix = preset if preset in known else f"NAME, the {kind} that is meant"
+            raise UserError(f"{said} does not say whose options these are; write `name: {fix}` into it")
+        if name not in known:
+            raise UserError(f"{said} has name: {name}, and there is no {kind}s/{name}.py; {did_you_mean(name, known)}")
+        defaults = self.find(kind, name).defaults
+        return {**section, **{option: value for option, value in defaults.items() if option not in section}}
 
+    def without_preset(self, kind: Kind, name: str) -> str | None:
+        """What to do about a plug-in file that no YAML of its name lets one choose; None where there is no such file."""
+        file = self._files.get((kind, name))
+        if file is None or name in self.presets(kind):
+            return None
+        others = [preset for preset, its in self._names(kind).items() if its == name]
+        path = file.path.parents[1] / "configs" / kind / f"{name}.yaml"
+        or_else = f", or choose {' or '.join(f'{kind}={other}' for other in others)}" if others else ""
+        return f"{file.path} is there, and no YAML to choose it by; write {path} with the line `name: {name}`{or_else}"
 
-def _read(kind: Kind, path: Path) -> PluginFile:
-    """Parse a plug-in file: docstring, version and what its class defines."""
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), filename=path.name)
-    except SyntaxError as error:
-        return PluginFile(kind, path.stem, path, error=f"{path.name} has a syntax error in line {error.lineno}: {error.msg}")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        return PluginFile(kind, path.stem, path, error=f"{path.name} cannot be read: {error}")
-    base = kind.capitalize()
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and _inherited(node, tree, base) is not None]
-    if len(classes) != 1:
-        return PluginFile(
-            kind, path.stem, path, error=f"{path.name} defines {len(classes)} subclasses of dpgbench.api.{base}; it must define one"
-        )
-    summary = (ast.get_docstring(tree) or "").split("\n")[0]
-    own = _class_body(classes[0])
-    version = own.get("version")
-    defines = frozenset(own) | _inherited(classes[0], tree, base)
-    return PluginFile(kind, path.stem, path, summary, version.value if isinstance(version, ast.Constant) else 1, defines)
+    def unusable(self, kind: Kind) -> dict[str, str]:
+        """Why a plug-in file or a YAML cannot be chosen, by name."""
+        found = {file.name: file.error for file in self.files(kind) if file.error}
+        names, known = self._names(kind), {file.name for file in self.files(kind)}
+        for name in sorted(known - set(names.values())):
+            says = f"does not say `name: {name}`" if name in names else f"is not there; write it, with the line `name: {name}`"
+            found.setdefault(name, f"configs/{kind}/{name}.yaml {says}")
+        for preset, name in names.items():
+            if name not in known:
+                says = "has no `name:`" if name is None else f"has name: {name}, and there is no {kind}s/{name}.py"
+                found.setdefault(preset, f"configs/{kind}/{preset}.yaml {says}")
+        return found
 
+    def _names(self, kind: Kind) -> dict[str, str | None]:
+        """The plug-in that each YAML names, itself or through the one that it extends; None where it names none."""
+        presets = self.presets(kind)
 
-def _class_body(node: ast.ClassDef) -> dict[str, ast.expr | None]:
-    """The names a class sets, with the expressions of its attributes."""
-    names: dict[str, ast.expr | None] = {}
-    for part in node.body:
-        if isinstance(part, ast.FunctionDef):
-            names[part.name] = None
-        targets = part.targets if isinstance(part, ast.Assign) else [part.target] if isinstance(part, ast.AnnAssign) else []
-        names |= {target.id: part.value for target in targets if isinstance(target, ast.Name)}
-    return names
+        def name_in(preset: str, seen: frozenset[str] = frozenset()) -> str | None:
+            try:
+                content = safe_load(presets[preset].read_text(encoding="utf-8"))
+            except (KeyError, OSError, UnicodeDecodeError, YAMLError):
+                return None
+            if not isinstance(content, dict):
+                return None
+            parents = [entry for entry in content.get("defaults", []) if isinstance(entry, str) and entry not in seen | {"_self_"}]
+            return content.get("name") or next((name_in(parent, seen | {preset}) for parent in parents), None)
 
-
-def _inherited(node: ast.ClassDef, tree: ast.Module, base: str) -> frozenset[str] | None:
-    """What a class has from dpgbench's classes between it and `base` (Task or Method); None if it is no subclass of that."""
-    for parent in (ast.unparse(expression).split(".")[-1] for expression in node.bases):
-        if parent == base:
-            return frozenset()
-        for imported in tree.body:
-            if not (isinstance(imported, ast.ImportFrom) and (imported.module or "").startswith("dpgbench.")):
-                continue
-            if any((name.asname or name.name) == parent for name in imported.names):
-                found = _of_ours(imported.module, parent, base)
-                if found is not None:
-                    return found
-    return None
-
-
-@functools.cache
-def _of_ours(module: str, name: str, base: str) -> frozenset[str] | None:
-    """What a class of one of dpgbench's own modules brings to its subclasses, abstract methods excepted."""
-    path = Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
-    if not path.is_file():
-        return None
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    node = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
-    above = None if node is None else _inherited(node, tree, base)
-    if above is None:
-        return None
-    abstract = {part.name for part in node.body if isinstance(part, ast.FunctionDef) and part.decorator_list}
-    return above | (frozenset(_class_body(node)) - abstract)
+        return {preset: name_in(preset) for preset in presets}

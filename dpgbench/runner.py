@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import math
 import platform
 import subprocess
@@ -14,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpgbench import __version__, extras, model_files, pinned, tracking
+from dpgbench import __version__, contract, extras, model_files, pinned, tracking
 from dpgbench.api import RunSpec, Snapshot, Task, TaskView
 from dpgbench.checkpoint import Checkpoints, Stop
 from dpgbench.errors import Busy, CellError, Interrupted, Lost, UserError
@@ -124,8 +123,9 @@ class _Cell:
         self.lines: list[dict[str, Any]] = []  # of the scored snapshots
         self.texts: list[str] = []  # of the last of them, and the target trained on them
         self.params: dict[str, Tensor] | None = None
-        self.method = registry.load("method", spec.method.name)(spec.method)
-        self.task: Task = registry.load("task", spec.task.name)(spec.task)
+        self.files = {kind: registry.find(kind, spec.config[kind]["name"]).path for kind in ("task", "method")}
+        self.method = registry.make("method", spec.method.name, spec.method)
+        self.task: Task = registry.make("task", spec.task.name, spec.task)
         generator = models.load_generator(spec.scale)
         generator.model.to(device)
         target, tokenizer = models.load_target(spec.scale)
@@ -134,12 +134,13 @@ class _Cell:
         if context is not None:
             self.world.room = Room(spec.scale, generator.tokenizer, context)
             self.world.check_room()
-        self.task.prepare(self.world)
+        contract.called(self.files["task"], "prepare", self.task.prepare, self.world)
         self.meter = compute.Meter()
         self.bench = Workbench(spec, TaskView(self.task), self.world, generator, self.meter, self._record, self._checkpoint, group)
         self.bench.tracking = folder.path / tracking.FOLDER
         # Held-out prompts: one fixed list per seed, whatever the method.
         self.prompts = self.world.prompts("test", spec.scale.deployment_texts, stream(spec.seed, "deployment prompts"))
+        contract.check_task(registry, spec, self.task, self.world.target, self.prompts)
 
     def begin(self) -> None:
         """Prepare the folder: afresh, or as it was at the newest checkpoint that is whole."""
@@ -199,7 +200,7 @@ class _Cell:
         An answer over the budget is none: the method is stopped and the last one within it counts.
         """
         snapshot = waiting = None  # waiting: the newest snapshot, if it was not due
-        for snapshot in self._timed(self.method.run(self.bench)):
+        for snapshot in self._timed(contract.snapshots(self.files["method"], self.method, self.bench)):
             waiting = snapshot
             if self.schedule.is_due(snapshot.step, self.bench.spent_share()):
                 waiting = None
@@ -286,9 +287,7 @@ class _Cell:
         self.bench.reserve = price
         if self.bench.spent_share() > 1 + OVERRUN:
             return None
-        if len(texts) != len(self.prompts) or not all(isinstance(text, str) for text in texts):
-            wanted = f"{len(self.prompts)} prompts; it must return one string each"
-            raise CellError(f"snapshot {snapshot.step}: sample returned {len(texts)} texts for {wanted}")
+        texts = contract.texts_of(self.files["method"], snapshot, texts, len(self.prompts))
         target = self.world.target
         params = snapshot.params or self._trained(texts)
         with loaded(target, params):
@@ -296,7 +295,9 @@ class _Cell:
 
             with torch.no_grad():
                 phi = float(self.task.signal(target))
-                measures = {name: float(value) for name, value in self.task.measure(target, texts).items()}
+                measures = self.task.measure(target, texts)
+            if math.isfinite(phi):  # else the training is at fault, and `_append` says so
+                measures = contract.measures(self.files["task"], self.task, measures)
         total = self.meter + price
         line = {
             "snapshot": snapshot.step, "phi": phi, "measures": measures, "flops": total.total_flops, "flops_by_phase": total.flops,
@@ -319,19 +320,11 @@ class _Cell:
         """What the task draws of the final target, as PNG; None for tasks that do not draw."""
         if type(self.task).draw is Task.draw:
             return None
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
         from dpgbench.training import loaded
 
-        figure = Figure(figsize=(2.4, 2.4), dpi=100)
-        FigureCanvasAgg(figure)
         params = self.params or self._trained(self.texts)  # none where the last answer was given before an interruption
         with loaded(self.world.target, params):
-            self.task.draw(self.world.target, self.texts, figure.add_axes((0.04, 0.04, 0.92, 0.92)))
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-        return buffer.getvalue()
+            return contract.picture(self.files["task"], self.task, self.world.target, self.texts)
 
 
 class _Schedule:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from dpgbench import contract
 from dpgbench.api import Options, Task
 from dpgbench.surrogate import Surrogate
 
@@ -27,12 +28,22 @@ if TYPE_CHECKING:
 class ScoreTask(Task):
     """Phi = E[score] of what the target writes by itself, or minus that with `goal: down`; options as `Surrogate` says.
 
-    Where a score reads several texts (`group`), `scores` gets them as one, one after the other.
+    The YAML needs `name:` alone. Where a score reads several texts (`group`), `scores` gets them as one, one after the other.
     """
+
+    defaults: ClassVar[dict[str, Any]] = {"goal": "up", "form": "ratio", "samples": 512, "fresh": 1024, "max_tokens": 24}
 
     def __init__(self, options: Options):
         super().__init__(options)
-        self.surrogate = Surrogate(options, self.scores, self.read)
+        file = contract.file_of(self)
+
+        def scored(texts: Sequence[str]) -> list[float]:
+            return contract.scores(file, "scores", contract.called(file, "scores", self.scores, texts), len(texts))
+
+        def reading(texts: list[str]) -> dict[str, float]:
+            return contract.readings(file, "read", contract.called(file, "read", self.read, texts))
+
+        self.surrogate = Surrogate(options, scored, reading)
         self.higher_is_better = self.surrogate.up
 
     @abstractmethod
@@ -52,6 +63,10 @@ class ScoreTask(Task):
 
     def measure(self, model: nn.Module, texts: Sequence[str]) -> dict[str, float]:
         return self.surrogate.measure(model)
+
+    def rehearse(self, model: nn.Module, texts: Sequence[str]) -> dict[str, float]:
+        """Of some of phi_0's texts, which are there; writing fresh ones takes a second at scale tiny."""
+        return self.surrogate.rehearse()
 
     def score(self, texts: Sequence[str]) -> list[float]:
         return self.surrogate.better(texts)

@@ -244,6 +244,11 @@ class Surrogate:
         before, after = self.read(self.before), self.read(self.fresh(model))
         return after | {f"{name}_change": value - before[name] for name, value in after.items()}
 
+    def rehearse(self) -> dict[str, float]:
+        """What `measure` gives, of a few of phi_0's texts against themselves."""
+        found = self.read(self.before[: 4 * self.group])
+        return found | {f"{name}_change": 0.0 for name in found}
+
     def better(self, texts: Sequence[str]) -> list[float]:
         """The score of each text, turned so that higher is better."""
         return [value if self.up else -value for value in self.score(texts)]

@@ -20,10 +20,10 @@ def test_every_command_in_the_readme_is_understood(command, plugins, tmp_path):
     """Cells are not run here, but every word is read: sweeps and runs with --dry-run, the rest as they are."""
     words = command.split()[3:]
     words = [word.replace("plugins=mine", f"plugins={plugins}") for word in words]
-    words += [] if words[0] in ("list", "export") else [f"results={tmp_path}"]
+    words += [] if words[0] in ("list", "new", "export") else [f"results={tmp_path}"]
     if words[0] in ("run", "sweep") and "--dry-run" not in words:
         words.append("--dry-run")
-    done = subprocess.run([sys.executable, "-m", "dpgbench", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "dpgbench", *words], cwd=ROOT, capture_output=True, text=True, timeout=180)
     if words[0] == "report":
         assert done.returncode == 2 and re.search("nothing to report|--compare .*: git has no", done.stderr)
     elif words[0] == "export":
@@ -62,7 +62,7 @@ def test_make_targets_are_the_readmes_commands():
 
 
 def test_a_wheel_works_outside_the_clone(tmp_path):
-    """Plug-ins, configs, page template and weights travel in it; listing, composing and loading work from the wheel alone."""
+    """Plug-ins, configs, page template, weights and the checks of plug-ins travel in it; all work from the wheel alone."""
     pytest.importorskip("hatchling", reason="building a wheel needs hatchling (in requirements.lock)")
     pytest.importorskip("build", reason="building a wheel needs build (in requirements.lock)")
     subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, ROOT], check=True, capture_output=True)
@@ -73,7 +73,9 @@ def test_a_wheel_works_outside_the_clone(tmp_path):
         archive.extractall(site)
     words = ["run", "task=l2_norm", "method=active_inheritance", "n=2", "deployment_texts=8", f"results={tmp_path / 'r'}"]
     code = "import sys, dpgbench; assert sys.argv[1] in dpgbench.__file__; from dpgbench.cli import main; sys.exit(main(sys.argv[2:]))"
-    for line in (["list"], words, ["report", *words[1:]]):
+    own = f"plugins={tmp_path / 'own'}"
+    checked = (["new", "method", "longest", own], ["check", "plugin", "method=longest", own])
+    for line in (["list"], words, ["report", *words[1:]], *checked):
         done = subprocess.run(
             [sys.executable, "-c", code, str(site), *line], cwd=tmp_path, env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"},
             capture_output=True, text=True, timeout=120,

@@ -135,12 +135,14 @@ def test_a_score_of_ones_own_is_a_task(tmp_path):
     (own / "tasks").mkdir(parents=True)
     (own / "configs/task").mkdir(parents=True)
     (own / "tasks/questions.py").write_text(OWN)
-    yaml = "name: questions\nlabel: questions\ngoal: up\nform: ratio\nsamples: 16\nfresh: 16\nmax_tokens: 12\n"
-    (own / "configs/task/questions.yaml").write_text(yaml)
+    (own / "configs/task/questions.yaml").write_text("name: questions\n")
     file = Registry(own).find("task", "questions")
-    assert {"__init__", "prepare", "signal", "measure", "score", "draw", "scores", "read", "hint", "headline"} == file.defines
-    words = ["task=questions", "method=active_inheritance", "n=2", "deployment_texts=8", f"plugins={own}"]
+    assert {"__init__", "prepare", "signal", "measure", "score", "draw", "scores", "read", "hint", "headline"} <= file.defines
+    plain = config.read(["task=questions", f"plugins={own}"], sweep=False).cells[0].spec.task
+    assert [plain[name] for name in ("goal", "form", "samples", "fresh", "max_tokens")] == ["up", "ratio", 512, 1024, 24]
+    words = ["task=questions", "method=active_inheritance", "n=2", "deployment_texts=8", "samples=16", "fresh=16", f"plugins={own}"]
     spec = config.read(words, sweep=False).cells[0].spec
+    assert spec.task.samples == 16
     assert run_cell(spec, tmp_path, own) == "done"
     assert RunFolder.of(tmp_path, spec).result()["headline"] == "questions"
     (own / "tasks/questions.py").write_text(OWN.replace("dpgbench.score_task", "dpgbench.surrogate"))

@@ -1,4 +1,4 @@
-"""The command line: run | sweep | status | cancel | report | export | list | check. Only this room prints, and only it ends the process."""
+"""The command line: run, sweep, status, cancel, report, export, list, new, check. Only this room prints, and only it ends the process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 try:
     from dpgbench import config, process_group
-    from dpgbench.cli import listing, report, status, sweep
+    from dpgbench.cli import listing, plugins, report, status, sweep
 except ModuleNotFoundError as missing:  # a node whose environment was never installed, or not activated
     print(
         f"dpgbench: {missing.name} is not installed here; activate the environment or `pip install -r requirements.lock`", file=sys.stderr
@@ -29,6 +29,8 @@ usage: python -m dpgbench COMMAND [key=value ...]
           --compare core@HEAD~1 core           what changed between two suites or commits, and whether it is within noise
   export RUN [to=DIR]                          a run folder's trained generator, for transformers, and its deployment dataset
   list                                         every method, task, scale and suite
+  new task NAME [plugins=mine]                 the two files of a task of your own, or with `new method NAME` of a method, to change
+  check plugin plugins=mine [task=NAME]        does it keep its contract? gradient, determinism, two steps of every method; at scale tiny
   check metagrad task=language seed=0          can this cell's rewards be trusted? directions=8 subsets=32 say how much to measure
 
   --dry-run      with run and sweep: print the grid, what is done, what is skipped and why, what it would cost
@@ -39,7 +41,7 @@ usage: python -m dpgbench COMMAND [key=value ...]
 A bare key such as steps=2 or lang=es sets the one option of that name; task=all and method=all mean every one there is.
 """
 
-COMMANDS = ("run", "sweep", "status", "cancel", "report", "export", "list", "check")
+COMMANDS = ("run", "sweep", "status", "cancel", "report", "export", "list", "new", "check")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,6 +97,10 @@ def _command(words: list[str]) -> int:
         return sweep.cancel_sweep(words)
     if command == "report":
         return report.write_report(words)
+    if command == "new":
+        return plugins.new_plugin(words)
+    if command == "check" and words[:1] == ["plugin"]:
+        return plugins.check_plugins(words[1:])
     if command == "check":
         return listing.check_metagradients(words)
     if command == "export":

@@ -27,10 +27,9 @@ def list_plugins(words: list[str]) -> int:
     console = terminal()
     for kind in ("method", "task"):
         table = Table(f"{kind}s", "", box=None, pad_edge=False, title_justify="left")
-        rows = {
-            file.name: f"[red]unusable: {escape(file.error)}[/]" if file.error else escape(file.summary) for file in registry.files(kind)
-        }
+        rows = {file.name: escape(file.summary) for file in registry.files(kind)}
         rows |= {name: escape(first_comment(path)) for name, path in config.presets(registry, kind).items()}
+        rows |= {name: f"[red]unusable: {escape(says)}[/]" for name, says in registry.unusable(kind).items()}
         for name in sorted(rows):
             table.add_row(name, rows[name])
         console.print(table, highlight=False)
@@ -48,7 +47,9 @@ def check_metagradients(words: list[str]) -> int:
     """Measure how far a cell's metagradients can be trusted. Returns 0 for yes and with care, 1 for no."""
     if not words or words[0] != "metagrad":
         given = words[0] if words else "nothing"
-        raise UserError(f"check {given}: there is one thing to check; write `check metagrad`, then task=, scale=, seed= as with run")
+        raise UserError(
+            f"check {given}: no such check; write `check metagrad`, then task=, scale=, seed= as with run, or `check plugin plugins=DIR`"
+        )
     own = ("directions=", "subsets=")
     counts = {key: values[0] for key, values in config.parse(word for word in words[1:] if word.startswith(own)).items()}
     for key, count in counts.items():
