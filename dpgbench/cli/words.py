@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpgbench import config
+from dpgbench.arguments import one, quoted
 from dpgbench.errors import UserError, did_you_mean
 from dpgbench.registry import Registry
 
@@ -21,17 +22,15 @@ FEW = 200
 def place_of(words: list[str]) -> tuple[Path, str, bool]:
     """The results folder, the sweep's name, and whether the words say nothing but these two."""
     given = config.parse(words)
-    results, name = (
-        str(given.get(key, [default])[0]) for key, default in (("results", "results"), ("suite", given.get("name", ["sweep"])[0]))
-    )
-    return Path(results), name, set(given) <= {"results", "suite", "name"}
+    results, name = one(given, "results", "results"), one(given, "suite") or one(given, "name", "sweep")
+    return Path(results), config.checked_name(name), set(given) <= {"results", "suite", "name"}
 
 
 def full_words(words: list[str]) -> list[str]:
     """The words of the sweep that is meant: its name alone stands for what was said when it ran."""
     results, name, nothing_else = place_of(words)
     saved = results / "runs" / f"{name}.sweep.json"
-    return [*json.loads(saved.read_text()), f"results={results}"] if nothing_else and saved.exists() else words
+    return [*json.loads(saved.read_text()), quoted("results", str(results))] if nothing_else and saved.exists() else words
 
 
 def selector(name: str) -> str:
