@@ -89,7 +89,8 @@ def one(words: Mapping[str, Sequence[Word]], key: str, default: str | None = Non
 def for_shell(key: str, text: str) -> str:
     """An argument that gives the text as one value, quoted for the grammar where that is needed, and for a shell."""
     word = quoted(key, text)
-    return f'"{word}"' if not set('"$`\\!') & set(word) else shlex.quote(word)
+    plain = shlex.quote(word)
+    return plain if plain == word or set('"$`\\!') & set(word) else f'"{word}"'
 
 
 def quoted(key: str, text: str) -> str:

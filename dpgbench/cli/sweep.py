@@ -7,16 +7,35 @@ import statistics
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from dpgbench import config, extras, model_files, plan, process_group, store
 from dpgbench.api import Options, RunSpec
+from dpgbench.arguments import for_shell, one
 from dpgbench.cli.status import described, watch_rows, with_states
-from dpgbench.cli.words import full_words, place_of, selector, show_rows, terminal
+from dpgbench.cli.words import full_words, place_of, say, selector, show_rows, terminal, warn_of_threads, without
 from dpgbench.config import Request
 from dpgbench.errors import UserError
 from dpgbench.registry import Registry
 from dpgbench.standing import jobs_of, standings
+
+
+def run(words: list[str]) -> int:
+    """One cell, or with --dry-run what it would be."""
+    words, dry_run = without("--dry-run", words)
+    replay = any(word.startswith("spec=") for word in words)
+    request = replayed(words) if replay else config.read(words, sweep=False)
+    for cell in request.cells:
+        process_group.check(cell.spec, request.launcher.name)
+    return show_plan(request) if dry_run else run_cells(request, save=False)
+
+
+def sweep(words: list[str]) -> int:
+    """A grid, or with --dry-run what it would be."""
+    if process_group.size() > 1:
+        raise UserError("sweep: torchrun's processes work on one cell together; write run, or sweep without torchrun")
+    words, dry_run = without("--dry-run", words)
+    request = config.read(words, sweep=True)
+    return show_plan(request, sweep=True) if dry_run else run_cells(request, save=True)
 
 
 def run_cells(request: Request, save: bool) -> int:
@@ -31,6 +50,8 @@ def run_cells(request: Request, save: bool) -> int:
         _save_words(request)
     console = terminal()
     todo, bad = _todo(request, console, sweep=save)
+    if request.launcher.name != "slurm":
+        warn_of_threads(todo)
     if request.launcher.name == "slurm":
         return max(bad, _submit(request, todo, console))
     return max(bad, _run_here(request, todo, console, sweep=save))
@@ -41,7 +62,7 @@ def _todo(request: Request, console: Console, *, sweep: bool) -> tuple[list[RunS
     cells = []
     for cell in request.cells:
         if cell.skip:
-            console.print(f"[yellow]skipped[/] {cell.spec.folder}: {cell.skip}", highlight=False, soft_wrap=True)
+            say(console, f"{cell.spec.folder}: {cell.skip}", "skipped", "yellow")
         else:
             cells.append(cell)
     folders = [store.RunFolder.of(request.results, cell.spec) for cell in cells]
@@ -56,18 +77,18 @@ def _todo(request: Request, console: Console, *, sweep: bool) -> tuple[list[RunS
         elif state.name in ("failed", "damaged") and not retried:
             if not sweep:
                 raise UserError(f"{folder.path}: {state.detail}; delete the folder to run the cell again")
-            console.print(f"[red]{state.name}[/] {folder.path}: {escape(state.detail)}", highlight=False, soft_wrap=True)
+            say(console, _with_file(f"{folder.path}: {state.detail}", folder), state.name, "red")
             left[state.name] = left.get(state.name, 0) + 1
         else:
             todo.append(cell.spec)
     if counts["done"]:
-        console.print(f"{counts['done']} of {len(request.cells)} cells are done already", highlight=False)
+        say(console, f"{counts['done']} of {len(request.cells)} cells are done already")
     if counts["queued"]:
-        console.print(f"{counts['queued']} cells are in SLURM's queue already", highlight=False)
+        say(console, f"{counts['queued']} cells are in SLURM's queue already")
     for name, count in left.items():
-        console.print(f"{count} {name} before and left alone; retry={name} runs {'it' if count == 1 else 'them'} again", highlight=False)
+        say(console, f"{count} {name} before and left alone; retry={name} runs {'it' if count == 1 else 'them'} again")
     if request.launcher.name == "slurm" and elsewhere:
-        console.print(f"{len(elsewhere)} cells are running already", highlight=False)
+        say(console, f"{len(elsewhere)} cells are running already")
         elsewhere = []
     return todo + elsewhere, int(bool(left))
 
@@ -89,16 +110,22 @@ def _run_here(request: Request, todo: list[RunSpec], console: Console, *, sweep:
     if not display.failed and not display.busy:
         group.close()
     for spec in display.busy:
-        console.print(f"[yellow]busy[/] {spec.folder}: another process works on this cell", highlight=False, soft_wrap=True)
+        say(console, f"{spec.folder}: another process works on this cell", "busy", "yellow")
     if not sweep and todo and not display.failed and not display.busy:
-        console.print(f"results in {store.RunFolder.of(request.results, todo[0]).path}", highlight=False, soft_wrap=True)
+        say(console, f"results in {store.RunFolder.of(request.results, todo[0]).path}")
     return 1 if display.failed or display.busy else 0
 
 
 def _tell_failure(request: Request, spec: RunSpec, console: Console) -> None:
     folder = store.RunFolder.of(request.results, spec)
     said = store.last_line(folder.path / "error.txt")
-    console.print(f"[red]failed[/] {folder.path}: {escape(said)}", highlight=False, soft_wrap=True)
+    say(console, _with_file(f"{folder.path}: {said}", folder), "failed", "red")
+
+
+def _with_file(line: str, folder: store.RunFolder) -> str:
+    """Where the whole of a failure's reason is."""
+    error = folder.path / "error.txt"
+    return f"{line} ({error} has all of it)" if error.exists() else line
 
 
 def follow(words: list[str]) -> int:
@@ -125,17 +152,17 @@ def _submit(request: Request, todo: list[RunSpec], console: Console) -> int:
     plugins, sweep = request.registry.plugins, request.suite
     for array in slurm.submit(todo, request.launcher, request.results, plugins, sweep, commit()):
         jobs = f"{array.jobs} jobs" if array.jobs > 1 else "one job"
-        console.print(f"submitted {array.cells} cells as {array.job} ({jobs}); logs: {array.log}", highlight=False, soft_wrap=True)
+        say(console, f"submitted {array.cells} cells as {array.job} ({jobs}); logs: {array.log}")
     if not request.launcher.wait and todo:
-        same = f"{selector(sweep)}={sweep} results={request.results}"
-        console.print(f"status {same} tells how it goes, cancel {same} stops it", highlight=False, soft_wrap=True)
+        same = f"{for_shell(selector(sweep), sweep)} {for_shell('results', str(request.results))}"
+        say(console, f"status {same} tells how it goes, cancel {same} stops it")
     if not request.launcher.wait:
         return 0
     watch_rows(lambda: [(cell.spec.folder, described(cell, state)) for cell, state in with_states(request)], console)
     bad = [(cell, state) for cell, state in with_states(request) if not cell.skip and state.name != "done"]
     for cell, state in bad:
-        path = store.RunFolder.of(request.results, cell.spec).path
-        console.print(f"[red]{state.name}[/] {path}: {escape(state.detail)}", highlight=False, soft_wrap=True)
+        folder = store.RunFolder.of(request.results, cell.spec)
+        say(console, _with_file(f"{folder.path}: {state.detail}", folder), state.name, "red")
     return 1 if bad else 0
 
 
@@ -171,7 +198,7 @@ def show_plan(request: Request) -> int:
         rows.append((cell.spec.folder, f"{name}{': ' + detail if detail else ''}", cost))
     show_rows(console, ("cell", "state", "cost"), rows)
     counts = {name: sum(state == name for state, _ in states) for name in dict.fromkeys(state for state, _ in states)}
-    console.print(f"{len(states)} cells: {', '.join(f'{count} {name}' for name, count in counts.items())}", highlight=False)
+    say(console, f"{len(states)} cells: {', '.join(f'{count} {name}' for name, count in counts.items())}")
     if to_run:
         console.print(
             f"about {to_run:.0f} s of computing left, by the median of finished cells of the same task and method", highlight=False
@@ -202,8 +229,9 @@ def replayed(words: list[str]) -> Request:
     unknown = sorted(set(given) - {"spec", "results", "plugins"})
     if unknown:
         raise UserError(f"{unknown[0]}: a replay runs the stored settings; only results= and plugins= go with spec=")
-    registry = Registry(Path(str(given["plugins"][0])) if "plugins" in given else None)
-    cell = config.replay(Path(str(given["spec"][0])), registry)
+    plugins = one(given, "plugins")
+    registry = Registry(None if plugins is None else Path(plugins))
+    cell = config.replay(Path(one(given, "spec")), registry)
     return Request([cell], "replay", "", place_of(words)[0], registry, Options({"name": "inline", "workers": 1}))
 
 
