@@ -18,6 +18,8 @@ from dpgbench.errors import UserError
 from dpgbench.registry import Registry
 from dpgbench.standing import jobs_of, standings
 
+ENOUGH_SEEDS = 6  # 2^(1-6) = 0.03
+
 
 def run(words: list[str]) -> int:
     """One cell, or with --dry-run what it would be."""
@@ -181,37 +183,96 @@ def cancel_sweep(words: list[str]) -> int:
     return 0
 
 
-def show_plan(request: Request) -> int:
-    """The grid, without importing torch."""
+def show_plan(request: Request, *, sweep: bool = False) -> int:
+    """The grid, where its results would go and what it would cost, without importing torch."""
     console = terminal()
     states = [described(cell, state) for cell, state in with_states(request)]
-    seconds = _measured_seconds(request, states)
-    to_run, planned, rows = 0.0, [], []
+    measured, estimates = _measured_seconds(request, states), _Estimates(request.registry)
+    rows, planned, to_run, here, unknown = [], [], 0.0, 0.0, 0
     for cell, (name, detail) in zip(request.cells, states, strict=True):
-        known = seconds.get((cell.spec.task.label, cell.spec.method.label))
+        costs = []
+        if name not in ("done", "skipped"):
+            known, found = measured.get((cell.spec.task.label, cell.spec.method.label)), estimates.of(cell.spec)
+            to_run += known or 0.0
+            if known:
+                costs.append(f"about {_long(known)}")
+            elif found:
+                here += (seconds := estimates.seconds(cell.spec, found))
+                costs.append(f"about {_long(seconds)} here")
+            if found:
+                planned.append(found)
+                costs.append(f"about {found.flops:.1e} FLOPs and {found.memory / 1e9:.2g} GB")
+            unknown += not costs
         waiting = name not in ("done", "skipped")
-        to_run += known or 0.0 if waiting else 0.0
-        cost = "" if not waiting else f"about {known:.0f} s" if known else "not measured yet"
-        if waiting and (found := plan.estimate(cell.spec, request.registry)):
-            planned.append(found)
-            cost += f", about {found.flops:.1e} FLOPs and {found.memory / 1e9:.2g} GB"
-        rows.append((cell.spec.folder, f"{name}{': ' + detail if detail else ''}", cost))
+        rows.append((cell.spec.folder, f"{name}{': ' + detail if detail else ''}", ", ".join(costs) or "no estimate" * waiting))
     show_rows(console, ("cell", "state", "cost"), rows)
     counts = {name: sum(state == name for state, _ in states) for name in dict.fromkeys(state for state, _ in states)}
     say(console, f"{len(states)} cells: {', '.join(f'{count} {name}' for name, count in counts.items())}")
     if to_run:
-        console.print(
-            f"about {to_run:.0f} s of computing left, by the median of finished cells of the same task and method", highlight=False
+        say(console, f"about {_long(to_run)} of computing left, by the median of finished cells of the same task and method")
+    if here:
+        rates = " and ".join(f"{rate / 1e9:.2g}" for rate in estimates.rates.values())
+        say(
+            console,
+            f"about {_long(here)} of processor time here, if FLOPs take as long as in the matrix products just timed, {rates} GFLOPs a "
+            "second; without what starting up and Phi take",
         )
+    if unknown:
+        say(console, f"no estimate for {unknown} cells: their models are not here yet, or the method cannot tell")
     if planned:
         flops, hours, memory = (sum(p.flops for p in planned), sum(p.gpu_hours for p in planned), max(p.memory for p in planned))
-        console.print(
-            f"about {flops:.2g} FLOPs in {len(planned)} cells, {hours:.2g} GPU-hours if a GPU sustains {plan.SUSTAINED:.0e} FLOPs a "
-            f"second (not measured), {memory / 1e9:.3g} GB for the largest on one GPU",
-            highlight=False,
-            soft_wrap=True,
+        gpu = f"{hours:.2g} GPU-hours if a GPU sustains {plan.SUSTAINED:.0e} FLOPs a second (not measured), "
+        say(
+            console,
+            f"about {flops:.2g} FLOPs in {len(planned)} cells, {gpu if hours > 0.01 else ''}{memory / 1e9:.3g} GB for the largest"
+            + (" on one GPU" if hours > 0.01 else ""),
         )
+    if sweep:
+        _say_what_seeds_can_show(request, console)
+        page = request.results / request.suite / "index.html"
+        say(console, f"run folders in {request.results / 'runs'}; `report` makes {page} of them")
+    else:
+        say(console, f"run folder: {store.RunFolder.of(request.results, request.cells[0].spec).path}")
     return 0
+
+
+class _Estimates:
+    """Estimates, made once for all seeds of a setting, and the rates at which this machine multiplies, timed when first asked for."""
+
+    def __init__(self, registry: Registry):
+        self.registry = registry
+        self.rates: dict[int, float] = {}  # FLOPs a second by width
+        self._known: dict[str, plan.Estimate | None] = {}
+
+    def of(self, spec: RunSpec) -> plan.Estimate | None:
+        setting = repr({key: value for key, value in spec.config.items() if key != "seed"})
+        if setting not in self._known:
+            self._known[setting] = plan.estimate(spec, self.registry)
+        return self._known[setting]
+
+    def seconds(self, spec: RunSpec, found: plan.Estimate) -> float:
+        if found.width not in self.rates:
+            self.rates[found.width] = plan.flops_a_second(found.width, spec.scale.sampling_batch)
+        return min((found.flops + found.evaluation) / self.rates[found.width], spec.budget.get("seconds", float("inf")))
+
+
+def _say_what_seeds_can_show(request: Request, console: Console) -> None:
+    """Methods are compared seed by seed: with n seeds no two-sided sign-flip test has a p below 2^(1-n)."""
+    seeds: dict[tuple[str, str], set[int]] = {}
+    for cell in request.cells:
+        seeds.setdefault((cell.spec.task.label, cell.spec.method.label), set()).add(cell.spec.seed)
+    fewest, methods = min(map(len, seeds.values())), {label for _, label in seeds}
+    if len(methods) > 1 and fewest < ENOUGH_SEEDS:
+        can = "allows no test" if fewest == 1 else f"cannot give a p below {2.0 ** (1 - fewest):.3g}"
+        count = "one seed" if fewest == 1 else f"{fewest} seeds"
+        say(console, f"{count} {can}: telling two methods apart at p < 0.05 takes {ENOUGH_SEEDS}, seed=0,1,2,3,4,5", "note", "yellow")
+
+
+def _long(seconds: float) -> str:
+    for length, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
 
 
 def _measured_seconds(request: Request, states: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
