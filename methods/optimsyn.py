@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dpgbench.plan import Prices
     from dpgbench.workbench import Workbench
 
-REQUEST_TOKENS = 8  # about, for a plan: what is said after a document in the phrasebook
+REQUEST_TOKENS = 10  # at most in the phrasebook, for a plan: what is said after a document
 
 
 class OptimSyn(Method):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dpgbench.plan import Prices
     from dpgbench.workbench import Workbench
 
-INSTRUCTION_TOKENS = 8  # about, for a plan: the longest of the phrasebook has 7
+INSTRUCTION_TOKENS = 10  # at most in the phrasebook, for a plan
 
 
 class PromptOnly(Method):

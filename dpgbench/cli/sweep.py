@@ -185,6 +185,8 @@ def cancel_sweep(words: list[str]) -> int:
 
 def show_plan(request: Request, *, sweep: bool = False) -> int:
     """The grid, where its results would go and what it would cost, without importing torch."""
+    from dpgbench.display import lasting
+
     console = terminal()
     states = [described(cell, state) for cell, state in with_states(request)]
     measured, estimates = _measured_seconds(request, states), _Estimates(request.registry)
@@ -195,10 +197,10 @@ def show_plan(request: Request, *, sweep: bool = False) -> int:
             known, found = measured.get((cell.spec.task.label, cell.spec.method.label)), estimates.of(cell.spec)
             to_run += known or 0.0
             if known:
-                costs.append(f"about {_long(known)}")
+                costs.append(f"about {lasting(known)}")
             elif found:
                 here += (seconds := estimates.seconds(cell.spec, found))
-                costs.append(f"about {_long(seconds)} here")
+                costs.append(f"about {lasting(seconds)} here")
             if found:
                 planned.append(found)
                 costs.append(f"about {found.flops:.1e} FLOPs and {found.memory / 1e9:.2g} GB")
@@ -209,12 +211,12 @@ def show_plan(request: Request, *, sweep: bool = False) -> int:
     counts = {name: sum(state == name for state, _ in states) for name in dict.fromkeys(state for state, _ in states)}
     say(console, f"{len(states)} cells: {', '.join(f'{count} {name}' for name, count in counts.items())}")
     if to_run:
-        say(console, f"about {_long(to_run)} of computing left, by the median of finished cells of the same task and method")
+        say(console, f"about {lasting(to_run)} of computing left, by the median of finished cells of the same task and method")
     if here:
         rates = " and ".join(f"{rate / 1e9:.2g}" for rate in estimates.rates.values())
         say(
             console,
-            f"about {_long(here)} of processor time here, if FLOPs take as long as in the matrix products just timed, {rates} GFLOPs a "
+            f"about {lasting(here)} of processor time here, if FLOPs take as long as in the matrix products just timed, {rates} GFLOPs a "
             "second; without what starting up and Phi take",
         )
     if unknown:
@@ -266,13 +268,6 @@ def _say_what_seeds_can_show(request: Request, console: Console) -> None:
         can = "allows no test" if fewest == 1 else f"cannot give a p below {2.0 ** (1 - fewest):.3g}"
         count = "one seed" if fewest == 1 else f"{fewest} seeds"
         say(console, f"{count} {can}: telling two methods apart at p < 0.05 takes {ENOUGH_SEEDS}, seed=0,1,2,3,4,5", "note", "yellow")
-
-
-def _long(seconds: float) -> str:
-    for length, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
 
 
 def _measured_seconds(request: Request, states: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
