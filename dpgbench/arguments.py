@@ -48,7 +48,7 @@ def parse(arguments: Iterable[str]) -> dict[str, list[Word]]:
     for argument in arguments:
         found = re.match(r"([A-Za-z_][\w./-]*)=", argument)
         if not found:
-            raise UserError(f"{argument!r} is not understood; arguments are key=value, such as seed=0 or task=language,sixseven")
+            raise UserError(f"{argument!r} is not understood; arguments are key=value without spaces, such as seed=0 or task=language")
         key, text = re.sub(r"^model\.(?=generator|target)", "scale.", found[1]), argument[found.end() :]
         if key in words:
             raise UserError(f"{key} is given twice; give several values as {key}=a,b")

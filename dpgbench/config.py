@@ -117,7 +117,7 @@ def replay(path: Path, registry: Registry) -> Cell:
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
         missing = [section for section in (*SECTIONS, "seed") if section not in config]
-    except (OSError, OmegaConfBaseException, ValueError, TypeError) as error:
+    except (OSError, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise UserError(
             f"spec={path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); give a run folder's spec.yaml"
         ) from None
@@ -345,6 +345,10 @@ def _checked(key: str, full: str, word: Word, default: Any) -> Any:
         value = int(value)  # 1e3 is a whole number too
     if full.startswith("launcher.sbatch.") and type(value) in (int, float):
         return str(word)  # as sbatch is to get it
+    if OmegaConf.is_config(default):
+        raise UserError(f"{key}={word}: a whole section; set its options one by one, such as {key}.{next(iter(default), 'option')}=...")
+    if isinstance(default, list) and isinstance(value, list):
+        return _checked_list(key, full, word, default)
     if default is not None and type(value) is not type(default):
         raise UserError(f"{key}={word}: expected {_kind(default)}, such as {full}={_shown(default)}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -352,6 +356,17 @@ def _checked(key: str, full: str, word: Word, default: Any) -> Any:
     if type(value) is int and abs(value) >= 2**63:
         raise UserError(f"{key}={word}: a whole number has 64 bits at most, such as {full}={_shown(default)}")
     return value
+
+
+def _checked_list(key: str, full: str, word: Word, default: list[Any]) -> list[Any]:
+    """A list whose parts are of the kinds of the default's, where that has any."""
+    kinds = set(map(type, default))
+    for part in word.value:
+        if kinds and type(part) not in kinds | ({int} if float in kinds else set()):
+            raise UserError(f"{key}={word}: {_shown(part)} is of another kind than what is in {full}={_shown(default)}")
+        if isinstance(part, float) and not math.isfinite(part):
+            raise UserError(f"{key}={word}: a setting must be finite, such as {full}={_shown(default)}")
+    return word.value
 
 
 def _checked_text(key: str, full: str, word: Word, default: str | None) -> str:
@@ -366,7 +381,7 @@ def _kind(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A default as it would be typed."""
+    """A value as it would be typed."""
     if isinstance(value, list):
         return f"[{','.join(map(_shown, value))}]"
     return {True: "true", False: "false", None: "null"}.get(value) if value is None or isinstance(value, bool) else str(value)

@@ -149,7 +149,7 @@ def _command(words: list[str]) -> int:
         print(command.help(name))
         return 0
     for word in words:
-        if word.startswith("-") and word.split("=")[0] not in command.flags:
+        if word.startswith("-") and ("--format" if word.startswith("--format=") else word) not in command.flags:
             raise UserError(f"{name} {word}: no such option; {did_you_mean(word, [*command.flags, '--help'])}")
     return command.run(words)
 
