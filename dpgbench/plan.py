@@ -112,6 +112,8 @@ class Prices:
         self.spec, self.task, self.generator, self.target = spec, task, generator, target
         self.prompt, self.written = _prompt_tokens(spec.scale), spec.scale.max_completion_tokens
         self.at_once, self.updated = spec.scale.sampling_batch, 0  # texts sampled and updated on at a time, for memory
+        self.earlier = 0.0
+        """Of deployment datasets before the last, where they cost more than the generator's: nobody's charge, but this machine's time."""
 
     def sampled(self, texts: int, *, after: int = 0, written: int | None = None) -> float:
         """One text each for so many prompts that are `after` tokens longer; texts of `written` tokens where they are others than usual."""
@@ -158,7 +160,7 @@ def estimate(spec: RunSpec, registry: Registry) -> Estimate | None:
         return None
     scale, limit = spec.scale, spec.budget.get("flops", math.inf)
     scored = scale.snapshots if spec.method.get("policy") is not None else 1
-    evaluation = (scored - 1) * prices.deployment() + 3 * scored * prices.read(scale.deployment_texts)
+    evaluation = prices.earlier + (scored - 1) * prices.deployment() + 3 * scored * prices.read(scale.deployment_texts)
     memory = _memory(spec, generator, target, prices.prompt + prices.written, prices.at_once, prices.updated)
     return Estimate(min(flops, limit), memory, evaluation, generator.width)
 

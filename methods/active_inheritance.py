@@ -52,6 +52,7 @@ class ActiveInheritance(Method):
     def planned_flops(self, prices: Prices) -> float:
         options, scored = self.options, self.options.criterion != "utility" and "score" in prices.task.defines
         drawn = options.n * prices.deployment() + (0 if scored else 3 * prices.read(options.n * prices.spec.scale.deployment_texts))
+        prices.earlier = drawn * (options.rounds if options.n > 1 else options.rounds - 1)  # 1 + 2 + 4 + ... completions, and each round's
         texts = options.round_prompts
         another = options.n * prices.sampled(texts) + (0 if scored else 3 * prices.read(options.n * texts))
         if options.rounds > 1:

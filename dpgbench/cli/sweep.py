@@ -188,10 +188,11 @@ def show_plan(request: Request, *, sweep: bool = False) -> int:
     from dpgbench.display import lasting
 
     console = terminal()
-    states = [described(cell, state) for cell, state in with_states(request)]
-    measured, estimates = _measured_seconds(request, states), _Estimates(request.registry)
+    folders = [store.RunFolder.of(request.results, cell.spec) for cell in request.cells]
+    states = [described(cell, state) for cell, state in zip(request.cells, standings(folders), strict=True)]
+    measured, estimates = _measured_seconds(request, folders, states), _Estimates(request.registry)
     rows, planned, to_run, here, unknown = [], [], 0.0, 0.0, 0
-    for cell, (name, detail) in zip(request.cells, states, strict=True):
+    for cell, folder, (name, detail) in zip(request.cells, folders, states, strict=True):
         costs = []
         if name not in ("done", "skipped"):
             known, found = measured.get((cell.spec.task.label, cell.spec.method.label)), estimates.of(cell.spec)
@@ -206,7 +207,7 @@ def show_plan(request: Request, *, sweep: bool = False) -> int:
                 costs.append(f"about {found.flops:.1e} FLOPs and {found.memory / 1e9:.2g} GB")
             unknown += not costs
         waiting = name not in ("done", "skipped")
-        rows.append((cell.spec.folder, f"{name}{': ' + detail if detail else ''}", ", ".join(costs) or "no estimate" * waiting))
+        rows.append((folder.path.name, f"{name}{': ' + detail if detail else ''}", ", ".join(costs) or "no estimate" * waiting))
     show_rows(console, ("cell", "state", "cost"), rows)
     counts = {name: sum(state == name for state, _ in states) for name in dict.fromkeys(state for state, _ in states)}
     say(console, f"{len(states)} cells: {', '.join(f'{count} {name}' for name, count in counts.items())}")
@@ -217,7 +218,7 @@ def show_plan(request: Request, *, sweep: bool = False) -> int:
         say(
             console,
             f"about {lasting(here)} of processor time here, if FLOPs take as long as in the matrix products just timed, {rates} GFLOPs a "
-            "second; without what starting up and Phi take",
+            "second; starting up and Phi come on top, and may be most of a short cell",
         )
     if unknown:
         say(console, f"no estimate for {unknown} cells: their models are not here yet, or the method cannot tell")
@@ -234,7 +235,7 @@ def show_plan(request: Request, *, sweep: bool = False) -> int:
         page = request.results / request.suite / "index.html"
         say(console, f"run folders in {request.results / 'runs'}; `report` makes {page} of them")
     else:
-        say(console, f"run folder: {store.RunFolder.of(request.results, request.cells[0].spec).path}")
+        say(console, f"run folder: {folders[0].path}")
     return 0
 
 
@@ -270,12 +271,12 @@ def _say_what_seeds_can_show(request: Request, console: Console) -> None:
         say(console, f"{count} {can}: telling two methods apart at p < 0.05 takes {ENOUGH_SEEDS}, seed=0,1,2,3,4,5", "note", "yellow")
 
 
-def _measured_seconds(request: Request, states: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
+def _measured_seconds(request: Request, folders: list[store.RunFolder], states: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
     """Median seconds of the finished cells of each (task, method) of the grid."""
     measured: dict[tuple[str, str], list[float]] = {}
-    for cell, (name, _) in zip(request.cells, states, strict=True):
+    for cell, folder, (name, _) in zip(request.cells, folders, states, strict=True):
         if name == "done":
-            total = store.RunFolder.of(request.results, cell.spec).result()["seconds_total"]
+            total = folder.result()["seconds_total"]
             measured.setdefault((cell.spec.task.label, cell.spec.method.label), []).append(total)
     return {labels: statistics.median(values) for labels, values in measured.items()}
 
