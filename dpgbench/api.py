@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dpgbench.data import World
+    from dpgbench.plan import Prices
     from dpgbench.workbench import Workbench
 
 Prompt = str | list[dict[str, str]]
@@ -193,6 +194,12 @@ class Method(ABC):
         """For `--dry-run`: forward passes of the target on all texts of a policy step, at T = `steps`, at most; None: cannot tell.
 
         A method without a policy whose cost is its deployment dataset says 0. Asked before torch is loaded.
+        """
+
+    def planned_flops(self, prices: Prices) -> float | None:
+        """For `--dry-run`, where `target_passes` does not say it: FLOPs up to the last answer, its deployment dataset included, at most.
+
+        `prices` (`plan.Prices`) has what sampling, training and a policy cost in this cell. None: cannot tell. Asked without torch, too.
         """
 
     @abstractmethod

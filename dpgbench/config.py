@@ -1,16 +1,16 @@
 """From the words on the command line to cells: Hydra composes one configuration, this file owns the grid and the rules.
 
-A command line is `key=value[,value...]` in Hydra's grammar. Four kinds of keys:
+A command line is `key=value[,value...]` in Hydra's grammar (arguments.py). Four kinds of keys:
 - `task`, `method`, `scale`, `launcher` choose YAML files (`task=all`, `method=all`: every one there is), `suite` a stored grid;
 - `seed` and dotted keys (`policy.lr`, `method.n`, `task.lang`) set values, several values make a sweep;
 - a bare key (`steps=2`, `n=4,16`, `lang=es`) is short for the only dotted key that ends in it;
 - `model.generator` and `model.target`, and what begins with them, are the scale's.
 In a sweep a key that a method or task does not have leaves its cells alone; a key that no cell has is an error.
+An option whose default is a word takes what was typed, whatever it looks like; any other, what the grammar reads, of its default's kind.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import io
 import itertools
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -32,12 +31,18 @@ from yaml import YAMLError
 
 from dpgbench import contract, matching, model_files, rules, texts
 from dpgbench.api import Options, RunSpec, TaskInfo, leaves_of
-from dpgbench.errors import UserError, did_you_mean
+from dpgbench.arguments import Word, as_texts, for_shell, one, parse
+from dpgbench.errors import UserError, did_you_mean, nearest
 from dpgbench.registry import Registry, home
 
 GROUPS = ("task", "method", "scale", "launcher")
 FREE = ("launcher.resources.", "launcher.sbatch.")  # any method, scale or option of sbatch may be named there
 SECTIONS = ("task", "method", "training", "scale")  # what a cell is made of; the root `policy` enters through `method.policy`
+PLACES = ("suite", "name", "results", "plugins", "retry")  # words that set no option
+TEXTS = frozenset(  # options that are words although their default is null
+    ["task.file", *(f"scale.{option}" for option in ("corpus_subset", "corpus_column", "corpus_revision", "instruction",
+     "generator_revision", "target_revision")), *(f"launcher.{option}" for option in ("partition", "account", "qos", "constraint"))]
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,18 +71,18 @@ class Request:
 def read(arguments: Sequence[str], *, sweep: bool) -> Request:
     """Parse, compose and check a command line. Raises UserError on the first thing that is wrong; imports no torch."""
     words = parse(arguments)
-    plugins = words.pop("plugins", [None])[0]
-    registry = Registry(Path(plugins) if plugins else None)
-    results = Path(str(words.pop("results", ["results"])[0]))
-    retry = frozenset(map(str, words.pop("retry", [])))
+    plugins, results, suite, name = (
+        one(words, key, default) for key, default in (("plugins", None), ("results", "results"), ("suite", None), ("name", "sweep"))
+    )
+    registry = Registry(Path(plugins) if plugins is not None else None)
+    retry = frozenset(map(str, words.get("retry", [])))
     if retry - {"failed", "damaged"}:
         raise UserError(
             f"retry={min(retry - {'failed', 'damaged'})}: only failed and damaged cells wait to be asked for; write retry=failed"
         )
-    suite, match = words.pop("suite", None), matching.label_in(words.pop("budget", None))
-    title, lines = "", [words]
-    if suite is not None:
-        title, lines = _suite(str(suite[0]), registry, words)
+    match = matching.label_in(words.pop("budget", None))
+    words, name = {key: values for key, values in words.items() if key not in PLACES}, checked_name(suite or name)
+    title, lines = _suite(suite, registry, words) if suite is not None else ("", [words])
     composer = _Composer(registry)
     cells: dict[str, Cell] = {}
     launcher: dict[str, Any] = {}
@@ -88,14 +93,23 @@ def read(arguments: Sequence[str], *, sweep: bool) -> Request:
         launcher = config.pop("launcher")
         if match:
             config["budget"] = {**config.get("budget", {}), "flops": math.inf}  # until the cell is known to run
-        cell = _cell(config, registry, reasons)
+        try:
+            cell = _cell(config, registry, reasons)
+        except UserError as error:
+            raise UserError(f"{error}{_one_text(words, str(error))}") from None
         if match and not cell.skip:
-            config["budget"]["flops"] = matching.flops_of(match, cell.spec, results)
+            config["budget"]["flops"] = matching.flops_of(match, cell.spec, Path(results))
         cells.setdefault(cell.spec.folder, cell)
     if not sweep and len(cells) > 1:
-        raise UserError(f"run takes one cell and this line names {len(cells)}; use `sweep` for a grid")
-    name = str(suite[0]) if suite else str(words.get("name", ["sweep"])[0])
-    return Request(list(cells.values()), name, title, results, registry, Options(launcher), list(arguments), retry)
+        raise UserError(f"run takes one cell and this line names {len(cells)}; use `sweep` for a grid{_one_value(words)}")
+    return Request(list(cells.values()), name, title, Path(results), registry, Options(launcher), list(arguments), retry)
+
+
+def checked_name(name: str) -> str:
+    """A sweep's name, which files and a folder have too. Raises UserError for one that they cannot have."""
+    if not name.strip(". ") or name == "runs" or "/" in name or "\\" in name or not name.isprintable() or len(name.encode()) > 100:
+        raise UserError(f"name={name}: names files and a folder; up to 100 letters, digits, spaces and - _ . and not runs; write name=mine")
+    return name
 
 
 def replay(path: Path, registry: Registry) -> Cell:
@@ -103,7 +117,7 @@ def replay(path: Path, registry: Registry) -> Cell:
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
         missing = [section for section in (*SECTIONS, "seed") if section not in config]
-    except (OSError, OmegaConfBaseException, ValueError, TypeError) as error:
+    except (OSError, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise UserError(
             f"spec={path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); give a run folder's spec.yaml"
         ) from None
@@ -123,32 +137,12 @@ def suites(registry: Registry) -> dict[str, str]:
     return {name: str(OmegaConf.load(path).get("title", "")) for name, path in files(registry, "suite").items()}
 
 
-def parse(arguments: Iterable[str]) -> dict[str, list[Any]]:
-    """`["seed=0,1", "task=all"]` -> `{"seed": [0, 1], "task": ["all"]}`."""
-    words: dict[str, list[Any]] = {}
-    for argument in arguments:
-        if not re.match(r"[A-Za-z_][\w./]*=", argument):
-            raise UserError(f"{argument!r} is not understood; arguments are key=value, such as seed=0 or task=language,sixseven")
-        try:
-            override = OverridesParser.create().parse_override(argument)
-            values = [value for value in override.sweep_iterator()] if override.is_sweep_override() else [override.value()]
-        except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
-            raise UserError(
-                f"{argument!r} is not understood: {str(error).splitlines()[0]}; write key=value, and quote values with spaces"
-            ) from None
-        key = re.sub(r"^model\.(?=generator|target)", "scale.", override.key_or_group)
-        if key in words:
-            raise UserError(f"{key} is given twice; give several values as {key}=a,b")
-        words[key] = [getattr(value, "text", value) for value in values]
-    return words
-
-
 def files(registry: Registry, group: str) -> dict[str, Path]:
     """The YAML files of one group (scale, suite, ...), the user's own among them, by name."""
     return {path.stem: path for folder in registry.folders for path in sorted((folder / "configs" / group).glob("*.yaml"))}
 
 
-def _suite(name: str, registry: Registry, words: Mapping[str, list[Any]]) -> tuple[str, list[dict[str, list[Any]]]]:
+def _suite(name: str, registry: Registry, words: Mapping[str, list[Word]]) -> tuple[str, list[dict[str, list[Word]]]]:
     """A stored grid: its title and its lines, each with the suite's `common` words under it and the command line's over it."""
     stored_suites = files(registry, "suite")
     if name not in stored_suites:
@@ -173,9 +167,8 @@ class _Composer:
         self.unused: list[set[str]] = []  # of each line
         self.known: set[str] = set()
 
-    def grid(self, words: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    def grid(self, words: Mapping[str, list[Word]]) -> list[dict[str, Any]]:
         """All resolved configurations of one line of words."""
-        words = {key: values for key, values in words.items() if key != "name"}
         chosen = [self._choices(group, words.get(group)) for group in GROUPS]
         settings = {key: values for key, values in words.items() if key not in GROUPS}
         unused, configs = dict.fromkeys(settings), []
@@ -186,8 +179,8 @@ class _Composer:
             leaves = leaves_of(plain)
             known |= set(leaves)
             applied = {key: full for key in settings if (full := _resolve(key, leaves))}
-            defaults = {full: _default(base, full, leaves.get(full)) for full in applied.values()}
-            checked = [[_checked(key, full, value, defaults[full]) for value in settings[key]] for key, full in applied.items()]
+            defaults = {full: _default(base, full, leaves.get(full, {} if f"{full}." in FREE else None)) for full in applied.values()}
+            checked = [self._values(key, full, settings[key], defaults[full]) for key, full in applied.items()]
             for key in applied:
                 unused.pop(key, None)
             # Nothing is computed from the seed, so all seeds of a setting share its resolved configuration.
@@ -206,12 +199,29 @@ class _Composer:
         self.known |= known
         return configs
 
-    def check_used(self, words: Mapping[str, list[Any]]) -> None:
-        """Raises UserError for a word of the command line that no cell of any line had a use for."""
-        for key in set.intersection(*self.unused) & set(words):
-            raise UserError(f"{key}={words[key][0]}: no chosen task, method or scale has this option; {_closest(key, self.known)}")
+    def check_used(self, words: Mapping[str, list[Word]]) -> None:
+        """Raises UserError for the first word of the command line that no cell of any line had a use for."""
+        for key in words:
+            if all(key in unused for unused in self.unused):
+                raise UserError(f"{key}={words[key][0]}: no chosen task, method or scale has this option; {_closest(key, self.known)}")
 
-    def _choices(self, group: str, values: list[Any] | None) -> list[str]:
+    def _values(self, key: str, full: str, words: Sequence[Word], default: Any) -> list[Any]:
+        """A key's values as they will be set, insisting that they are of the default's kind."""
+        checked = _checked
+        if isinstance(default, str) or full in TEXTS:
+            words, checked = as_texts(words), _checked_text
+        return [None if word.value is None and self._may_be_null(full, default) else checked(key, full, word, default) for word in words]
+
+    def _may_be_null(self, full: str, default: Any) -> bool:
+        """Whether null is a value of an option: some file says so, or it is a policy's steps, which a budget may end instead."""
+        return default is None or full.startswith("budget.") or full.rpartition(".")[2] in self._null_somewhere | {"steps"}
+
+    @functools.cached_property
+    def _null_somewhere(self) -> set[str]:
+        paths = [path for folder in self.registry.folders for path in (folder / "configs").rglob("*.yaml")]
+        return {name for path in paths for name in re.findall(r"^\s*(\w+): null\b", path.read_text(encoding="utf-8"), re.MULTILINE)}
+
+    def _choices(self, group: str, values: list[Word] | None) -> list[str]:
         default = {"task": "language", "method": "dpg", "scale": "tiny", "launcher": "inline"}
         there = files(self.registry, group)
         names = [str(value) for value in values] if values else [default[group]]
@@ -288,7 +298,7 @@ def _overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _resolve(key: str, leaves: Mapping[str, Any]) -> str | None:
     """The dotted key that a possibly bare key stands for, None if this configuration has none."""
-    if key in leaves or key.startswith(FREE):
+    if key in leaves or f"{key}.".startswith(FREE):
         return key
     matches = [full for full in leaves if full.endswith(f".{key}")]
     if "." in key or not matches:
@@ -299,10 +309,30 @@ def _resolve(key: str, leaves: Mapping[str, Any]) -> str | None:
 
 
 def _closest(key: str, leaves: Iterable[str]) -> str:
-    """The options whose names come close to `key`, or where to find them all."""
-    names = {leaf.rpartition(".")[2]: leaf for leaf in leaves}
-    close = difflib.get_close_matches(key.rpartition(".")[2], names, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(names[name] for name in close)}?" if close else "configs/ has them all, with a comment each"
+    """The keys that come close to `key`, or where to find them all: whole ones, or the last names of dotted ones."""
+    whole, last = [*GROUPS, *PLACES, *sorted(leaves)], key.rpartition(".")[2]
+    lasts = {name: name.rpartition(".")[2] for name in whole}
+    same = [name for name in whole if lasts[name] == last]
+    close = (
+        nearest(key, same, cutoff=0.0)
+        or nearest(key, whole)
+        or [name for name in whole if lasts[name] in nearest(last, set(lasts.values()))]
+    )
+    return f"did you mean {' or '.join(close[:3])}?" if close else "configs/ has them all, with a comment each"
+
+
+def _one_value(words: Mapping[str, Sequence[Word]]) -> str:
+    """How to write a sentence with commas, where that is what several values may have been meant to be."""
+    key = next((key for key, values in words.items() if any(" " in word for word in values) and len(values) > 1), None)
+    return f", or {for_shell(key, ','.join(words[key]))} for one value with a comma" if key else ""
+
+
+def _one_text(words: Mapping[str, Sequence[Word]], error: str) -> str:
+    """How to separate values, where an error is about what was read as a sentence with a comma."""
+    key = next(
+        (key for key, values in words.items() if any(word.gap for word in values) and "".join(w + w.gap for w in values) in error), None
+    )
+    return f"; a comma and a space are part of a text: separate values as in {key}={','.join(words[key])}" if key else ""
 
 
 def _default(config: DictConfig, full: str, written: Any) -> Any:
@@ -310,22 +340,55 @@ def _default(config: DictConfig, full: str, written: Any) -> Any:
     return OmegaConf.select(config, full) if isinstance(written, str) and "${" in written else written
 
 
-def _checked(key: str, full: str, value: Any, default: Any) -> Any:
-    """A value as it will be set, insisting that it is of the default's kind."""
+def _checked(key: str, full: str, word: Word, default: Any) -> Any:
+    """A value of an option that is no text, of the default's kind."""
+    value = word.value
     if isinstance(default, float) and type(value) is int:
-        value = float(value)
-    if isinstance(default, int) and isinstance(value, float) and value.is_integer():
+        value = float(str(value))
+    if type(default) is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # 1e3 is a whole number too
-    free = default is None or value is None or OmegaConf.is_config(default) or isinstance(default, list)
-    if not free and type(value) is not type(default):
-        raise UserError(f"{key}={value}: expected {_kind(default)}, such as {full}={default}")
+    if full.startswith("launcher.sbatch.") and type(value) in (int, float):
+        return str(word)  # as sbatch is to get it
+    if OmegaConf.is_config(default):
+        raise UserError(f"{key}={word}: a whole section; set its options one by one, such as {key}.{next(iter(default), 'option')}=...")
+    if isinstance(default, list) and isinstance(value, list):
+        return _checked_list(key, full, word, default)
+    if default is not None and type(value) is not type(default):
+        raise UserError(f"{key}={word}: expected {_kind(default)}, such as {full}={_shown(default)}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{key}={value}: a setting must be finite, such as {full}={default}")
+        raise UserError(f"{key}={word}: a setting must be finite, such as {full}={_shown(default)}")
+    if type(value) is int and abs(value) >= 2**63:
+        raise UserError(f"{key}={word}: a whole number has 64 bits at most, such as {full}={_shown(default)}")
     return value
 
 
+def _checked_list(key: str, full: str, word: Word, default: list[Any]) -> list[Any]:
+    """A list whose parts are of the kinds of the default's, where that has any."""
+    kinds = set(map(type, default))
+    for part in word.value:
+        if kinds and type(part) not in kinds | ({int} if float in kinds else set()):
+            raise UserError(f"{key}={word}: {_shown(part)} is of another kind than what is in {full}={_shown(default)}")
+        if isinstance(part, float) and not math.isfinite(part):
+            raise UserError(f"{key}={word}: a setting must be finite, such as {full}={_shown(default)}")
+    return word.value
+
+
+def _checked_text(key: str, full: str, word: Word, default: str | None) -> str:
+    if word == "???":
+        raise UserError(f"{key}=???: to OmegaConf that is a value still missing; write another text, such as {full}={_shown(default)}")
+    return str(word)
+
+
 def _kind(value: Any) -> str:
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}.get(type(value), f"a {type(value).__name__}")
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", list: "a list", dict: "a mapping"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def _shown(value: Any) -> str:
+    """A value as it would be typed."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_shown, value))}]"
+    return {True: "true", False: "false", None: "null"}.get(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -29,6 +28,15 @@ class CellError(RuntimeError):
 def did_you_mean(value: str, choices: Iterable[str]) -> str:
     """The tail of an error message: the closest choice, if one is close, and all of them."""
     choices = sorted(choices)
-    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    close = nearest(str(value), choices, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}choose from: {', '.join(choices) or '(none)'}"
+
+
+def nearest(value: str, choices: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """The choices at the least edit distance for their length, if they are close; swapping two neighbours is one edit."""
+    from rapidfuzz.distance import OSA  # only an error needs it
+
+    likeness = {choice: OSA.normalized_similarity(value.casefold(), choice.casefold()) for choice in choices}
+    best = max([cutoff, *likeness.values()])
+    return [choice for choice, alike in likeness.items() if alike >= best]

@@ -1,25 +1,29 @@
 """What a cell will cost, before it runs and without torch: FLOPs by the formulas of `compute`, memory by the largest things that must fit.
 
 Both from configuration files alone, and both as if every completion were as long as it may be: nearer to an upper bound than to a guess.
-What a method asks of the target in a step only the method knows, `Method.target_passes`; what Phi takes, only the task, and it is left out.
+What a method does with them only the method knows, `Method.target_passes` or `Method.planned_flops`; what Phi takes, only the task, and it
+is left out. Seconds on this machine are FLOPs at the rate of matrix products as wide as the generator, timed then (`flops_a_second`).
 """
 
 from __future__ import annotations
 
 import math
 import random
+import statistics
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from dpgbench import adapters, contract, data, model_files, process_group
-from dpgbench.api import Options, RunSpec
+from dpgbench.api import Options, RunSpec, TaskInfo
 from dpgbench.compute import Shape
 from dpgbench.errors import UserError
 from dpgbench.registry import Registry
 
 SUSTAINED = 2e13  # FLOPs a second of one GPU; ours: a third of what an H100 has for float32 products, not measured
+CALIBRATION = 0.25  # seconds
 TOKENS_PER_WORD = 4 / 3  # of English prose, roughly; for corpora whose prompts have no limit
 
 # What the stored scales name, for a machine that has not loaded them yet. From their config.json.
@@ -44,6 +48,10 @@ class Estimate:
 
     flops: float
     memory: float
+    evaluation: float = 0.0
+    """FLOPs that nobody is charged: the deployment datasets of the snapshots before the last, and a target trained on each."""
+    width: int = 0
+    """Of the generator's hidden states."""
 
     @property
     def gpu_hours(self) -> float:
@@ -97,25 +105,82 @@ def shape_of(config: Mapping[str, Any], lora: Options | None = None) -> Shape | 
     )  # fmt: skip
 
 
+class Prices:
+    """What the parts of a cell cost, in FLOPs, as if every text were as long as it may be: what `Method.planned_flops` adds up."""
+
+    def __init__(self, spec: RunSpec, task: TaskInfo, generator: Shape, target: Shape):
+        self.spec, self.task, self.generator, self.target = spec, task, generator, target
+        self.prompt, self.written = _prompt_tokens(spec.scale), spec.scale.max_completion_tokens
+        self.at_once, self.updated = spec.scale.sampling_batch, 0  # texts sampled and updated on at a time, for memory
+        self.earlier = 0.0
+        """Of deployment datasets before the last, where they cost more than the generator's: nobody's charge, but this machine's time."""
+
+    def sampled(self, texts: int, *, after: int = 0, written: int | None = None) -> float:
+        """One text each for so many prompts that are `after` tokens longer; texts of `written` tokens where they are others than usual."""
+        return self.generator.sampling_flops(texts, self.prompt + after, self.written if written is None else written)
+
+    def deployment(self, *, after: int = 0) -> float:
+        """A deployment dataset written by the generator."""
+        return self.sampled(self.spec.scale.deployment_texts, after=after)
+
+    def read(self, texts: int) -> float:
+        """F: one forward pass of the target on so many texts; training on them is 3F."""
+        return self.target.forward_flops(texts, self.spec.training.max_length)
+
+    def finetuned(self, texts: int, batch: int) -> float:
+        """Teaching the generator so many texts, `batch` at a time."""
+        self.updated = max(self.updated, batch)
+        return self.generator.training_flops(texts, self.prompt + self.written)
+
+    def policy(self, rewards: float, *, after: int = 0, written: int | None = None) -> float | None:
+        """All steps of the method's policy, whose rewards cost so much a step; None without a number of steps or a budget that ends it."""
+        policy, budget = self.spec.method.policy, self.spec.budget
+        texts, written = policy.completions, self.written if written is None else written
+        self.at_once = max(self.at_once, policy.get("rollout_batch") or texts)
+        self.updated = max(self.updated, policy.micro_batch or policy.minibatch or texts)
+        update = self.generator.step_update_flops(policy, texts, self.prompt + after, written)
+        steps = policy.steps
+        if steps is None and "tokens" in budget:
+            steps = budget["tokens"] / (texts * written)
+        if steps is None:
+            return budget.get("flops")
+        return steps * (self.sampled(texts, after=after, written=written) + update + rewards)
+
+
 def estimate(spec: RunSpec, registry: Registry) -> Estimate | None:
     """A cell's cost; None where a model's configuration is not at hand, or the method cannot tell."""
-    generator, target = _shape(spec.scale, "generator", adapters.settings(spec.method)), _shape(spec.scale, "target")
-    passes = _passes(spec, registry)
-    if generator is None or target is None or passes is None:
+    lora = adapters.settings(spec.method)
+    generator, target = _shape(spec.scale, "generator", lora), _shape(spec.scale, "target")
+    if generator is None or target is None:
         return None
-    scale, training = spec.scale, spec.training
-    prompt, written = _prompt_tokens(scale), scale.max_completion_tokens
-    flops = generator.sampling_flops(scale.deployment_texts, prompt, written)
-    at_once, updated = scale.sampling_batch, 0
-    policy = spec.method.get("policy")
-    if policy is not None:
-        if policy.steps is None:
-            return None  # a budget says what it costs
-        texts = policy.completions
-        step = generator.sampling_flops(texts, prompt, written) + generator.step_update_flops(policy, texts, prompt, written)
-        flops += policy.steps * (step + passes * target.forward_flops(texts, training.max_length))
-        at_once, updated = max(at_once, policy.get("rollout_batch") or texts), policy.micro_batch or policy.minibatch or texts
-    return Estimate(flops, _memory(spec, generator, target, prompt + written, at_once, updated))
+    file = registry.find("task", spec.task.name)
+    prices = Prices(spec, TaskInfo(file.name, spec.task, file.defines), generator, target)
+    flops = _planned(spec, registry, prices)
+    if flops is None:
+        return None
+    scale, limit = spec.scale, spec.budget.get("flops", math.inf)
+    scored = scale.snapshots if spec.method.get("policy") is not None else 1
+    evaluation = prices.earlier + (scored - 1) * prices.deployment() + 3 * scored * prices.read(scale.deployment_texts)
+    memory = _memory(spec, generator, target, prices.prompt + prices.written, prices.at_once, prices.updated)
+    return Estimate(min(flops, limit), memory, evaluation, generator.width)
+
+
+@lru_cache
+def flops_a_second(width: int, rows: int) -> float:
+    """Of processor time: float32 products of a (rows, width) with a (width, 4 width) matrix, as in a model's layer. Takes CALIBRATION."""
+    import numpy
+
+    draw = numpy.random.default_rng(0)
+    left, right = (draw.standard_normal(shape, dtype=numpy.float32) for shape in ((rows, width), (width, 4 * width)))
+    numpy.matmul(left, right)  # the first one starts threads
+    rates, end = [], time.perf_counter() + CALIBRATION
+    while not rates or time.perf_counter() < end:
+        start, products = time.process_time(), 0
+        while (spent := time.process_time() - start) < CALIBRATION / 10:
+            numpy.matmul(left, right)
+            products += 1
+        rates.append(products * 8 * rows * width**2 / spent)
+    return statistics.median(rates)
 
 
 def _memory(spec: RunSpec, generator: Shape, target: Shape, length: int, at_once: int, updated: int) -> float:
@@ -130,9 +195,10 @@ def _memory(spec: RunSpec, generator: Shape, target: Shape, length: int, at_once
     resident = generator.parameters * width + trained + target.untied * BYTES[spec.scale.target_dtype]
     sampling = at_once * length * generator.cache_per_token * width
     update = 3 * updated * spec.scale.max_completion_tokens * generator.vocabulary * 4  # logits of the completions, softmax and gradient
-    checkpointed = updated and spec.method.policy.get("activation_checkpointing")
+    policy = spec.method.get("policy")
+    checkpointed = policy and policy.get("activation_checkpointing")
     update += generator.activations(updated, length, checkpointed=bool(checkpointed)) * width
-    texts = spec.method.policy.completions if updated else spec.scale.deployment_texts
+    texts = policy.completions if policy else spec.scale.deployment_texts
     steps, kept = training.inner_steps, training.plain().get("checkpoint")
     states = min(steps, kept) if isinstance(kept, int) else min(steps, 2 * math.isqrt(steps) + 1) if kept == "sqrt" else steps
     at_a_time = training.micro_batch or math.ceil(texts / steps / process_group.size())  # torchrun's processes share a batch
@@ -141,12 +207,19 @@ def _memory(spec: RunSpec, generator: Shape, target: Shape, length: int, at_once
     return resident + max(sampling, update, run)
 
 
-def _passes(spec: RunSpec, registry: Registry) -> float | None:
+def _planned(spec: RunSpec, registry: Registry, prices: Prices) -> float | None:
     """What the method says, if its file can be asked without loading torch."""
     file = registry.find("method", spec.method.name)
-    if "target_passes" not in file.defines:
+    if not file.defines & {"planned_flops", "target_passes"}:
         return None
-    return contract.passes(file.path, registry.make("method", file.name, spec.method), spec.training.inner_steps)
+    method = registry.make("method", file.name, spec.method)
+    if "planned_flops" in file.defines:
+        return method.planned_flops(prices)
+    passes = contract.passes(file.path, method, spec.training.inner_steps)
+    if passes is None or spec.method.get("policy") is None:
+        return None if passes is None else prices.deployment()
+    steps = prices.policy(passes * prices.read(spec.method.policy.completions))
+    return None if steps is None else steps + prices.deployment()
 
 
 def _shape(scale: Options, role: str, lora: Options | None = None) -> Shape | None:

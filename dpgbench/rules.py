@@ -128,6 +128,9 @@ def _check_training(training: _Section) -> None:
     training.require_one_of("optimizer", "adamw", "sgd")
     training.require_one_of("reduction", "length", "tokens")
     training.require("lr", training["lr"] > 0, "a learning rate is positive; write training.lr=1e-3")
+    betas = training["betas"]
+    good = isinstance(betas, list) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+    training.require("betas", good, "two decay rates, each at least 0 and below 1; write training.betas=[0.9,0.95]")
     training.require("inner_steps", training["inner_steps"] >= 1, "the target needs at least one optimizer step; write inner_steps=1")
     training.require("max_length", training["max_length"] >= 2, "an example needs two tokens or more; write max_length=24")
     betas = training["betas"]

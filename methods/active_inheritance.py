@@ -24,6 +24,7 @@ from dpgbench.api import Method, Options, Prompt, Snapshot, TaskInfo
 from dpgbench.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from dpgbench.plan import Prices
     from dpgbench.workbench import Workbench
 
 CRITERIA = ("auto", "score", "utility")
@@ -47,6 +48,16 @@ class ActiveInheritance(Method):
     def supports(self, task: TaskInfo) -> str | None:
         if self.options.criterion == "score" and "score" not in task.defines:
             return f"{task.name} has no black-box score of a text; use method.criterion=utility"
+
+    def planned_flops(self, prices: Prices) -> float:
+        options, scored = self.options, self.options.criterion != "utility" and "score" in prices.task.defines
+        drawn = options.n * prices.deployment() + (0 if scored else 3 * prices.read(options.n * prices.spec.scale.deployment_texts))
+        prices.earlier = drawn * (options.rounds if options.n > 1 else options.rounds - 1)  # 1 + 2 + 4 + ... completions, and each round's
+        texts = options.round_prompts
+        another = options.n * prices.sampled(texts) + (0 if scored else 3 * prices.read(options.n * texts))
+        if options.rounds > 1:
+            another += options.epochs * prices.finetuned(texts, options.batch)
+        return drawn + (options.rounds - 1) * another
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         from dpgbench.training_state import restore_weights, weights_of

@@ -24,7 +24,10 @@ from dpgbench.api import Method, Options, Prompt, Snapshot
 from dpgbench.errors import UserError
 
 if TYPE_CHECKING:
+    from dpgbench.plan import Prices
     from dpgbench.workbench import Workbench
+
+REQUEST_TOKENS = 10  # at most in the phrasebook, for a plan: what is said after a document
 
 
 class OptimSyn(Method):
@@ -36,6 +39,13 @@ class OptimSyn(Method):
             raise UserError(f"method.texts={options.texts}: a rubric is judged by a text or more; write texts=1")
         if options.rubric_tokens < 1:
             raise UserError(f"method.rubric_tokens={options.rubric_tokens}: a rubric has a token or more; write rubric_tokens=24")
+
+    def planned_flops(self, prices: Prices) -> float | None:
+        rubric, texts = self.options.rubric_tokens, self.options.texts * self.options.policy.completions
+        rewards = prices.sampled(texts, after=rubric) + 3 * prices.read(texts)
+        steps = prices.policy(rewards, after=REQUEST_TOKENS, written=rubric)
+        rubrics = prices.sampled(prices.spec.scale.deployment_texts, after=REQUEST_TOKENS, written=rubric)
+        return None if steps is None else steps + rubrics + prices.deployment(after=rubric)
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         from dpgbench.policy import Rollouts, train_policy

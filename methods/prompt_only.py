@@ -22,7 +22,10 @@ from dpgbench.api import Method, Options, Prompt, Snapshot, TaskInfo
 from dpgbench.errors import UserError
 
 if TYPE_CHECKING:
+    from dpgbench.plan import Prices
     from dpgbench.workbench import Workbench
+
+INSTRUCTION_TOKENS = 10  # at most in the phrasebook, for a plan
 
 
 class PromptOnly(Method):
@@ -36,6 +39,11 @@ class PromptOnly(Method):
     def supports(self, task: TaskInfo) -> str | None:
         if "hint" not in task.defines:
             return f"{task.name} has no hint, the instruction that states its goal in words"
+
+    def planned_flops(self, prices: Prices) -> float:
+        texts, candidates = self.options.search_texts, self.options.search if self.options.search > 1 else 0
+        tried = prices.sampled(texts, after=INSTRUCTION_TOKENS) + 3 * prices.read(texts)
+        return candidates * tried + prices.deployment(after=INSTRUCTION_TOKENS)
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         candidates = self._candidates(bench)

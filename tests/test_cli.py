@@ -14,6 +14,9 @@ import time
 import pytest
 from conftest import ROOT, SMALL
 
+import dpgbench as dpgbench_package
+from dpgbench import cli, config
+
 QUICK = [
     ["list"],
     ["sweep", "task=all", "method=all", "--dry-run"],
@@ -40,6 +43,124 @@ def test_bad_input_exits_with_2_and_one_line(dpgbench, words):
     done = dpgbench(*words)
     assert done.code == 2 and done.out == ""
     assert done.err.startswith("dpgbench: ") and done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_of_its_own(capsys, name):
+    """By either way of asking, without doing anything; its two examples are understood; what it does not know is named."""
+    assert cli.main([*name.split(), "--help"]) == 0
+    told = capsys.readouterr().out
+    assert cli.main(["help", *name.split()]) == 0 and capsys.readouterr().out == told
+    assert told.startswith(f"usage: python -m dpgbench {name} ") and "exit codes:" in told and "examples:" in told
+    assert all(flag in told for flag in cli.COMMANDS[name].flags) and len(max(told.splitlines(), key=len)) <= 140
+    assert cli.main([*name.split(), "--dryrun"]) == 2
+    assert f"{name} --dryrun: no such option; " in capsys.readouterr().err
+    assert cli.main(["--help"]) == 0 and f"  {name} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "example"), [(name, line) for name, command in cli.COMMANDS.items() for line in command.examples])
+def test_examples_of_the_help_are_understood(name, example):
+    """To the last word, but nothing is run."""
+    words = [word for word in example.split() if "=" in word and not word.startswith("to=") and name != "export"]
+    if name in ("run", "sweep", "check metagrad"):
+        config.read([word for word in words if not word.startswith(("directions=", "subsets="))], sweep=name == "sweep")
+    config.parse(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["swep"], "did you mean 'sweep'?"),
+        (["run", "--dryrun"], "run --dryrun: no such option; did you mean '--dry-run'?"),
+        (["list", "--watch"], "list --watch: no such option"),
+        (["check", "metgrad"], "did you mean 'metagrad'?"),
+        (["help", "reprot"], "did you mean 'report'?"),
+        (["run", "taks=language"], "did you mean task?"),
+        (["status", "name=../../etc"], "names files and a folder"),
+        (["report", "results=a,b"], "one value is wanted"),
+        (["export", "nowhere", "to=a,b"], "one value is wanted"),
+        (["run", "spec=a,b"], "one value is wanted"),
+        (["run", "spec=README.md"], "spec=README.md: cannot be read"),
+        (["run", "--dry-run=true"], "did you mean '--dry-run'?"),
+        (["run", "task", "=", "l2_norm"], "'task' is not understood; arguments are key=value without spaces"),
+        (["status", "results=" + "x" * 300], "File name too long"),
+        (["check", "metagrad", "subsets=8,9"], "subsets=8,9: a correlation needs 3 or more"),
+    ],
+)
+def test_what_is_misspelt_or_misplaced_is_named(capsys, words, says):
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1
+
+
+def test_the_version_is_the_packages(capsys):
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out == f"dpgbench {dpgbench_package.__version__}\n"
+
+
+@pytest.mark.parametrize("word", ["task=\x1b[2J\x07x", "task=[red]x", "task=a\nb", "name=\u202egpj", "seed=" + "9" * 5000, "x=[bold]"])
+def test_what_was_typed_is_shown_and_not_acted_on(capsys, word):
+    """No control characters, no markup, no line breaks, no pages of it."""
+    assert cli.main(["run", word]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said[:-1].isprintable() and len(said) < 1200
+    assert "[red]" in said or "[red]" not in word
+
+
+def test_folders_with_markup_in_their_names_are_shown_as_they_are(capsys, tmp_path):
+    words = ["task=l2_norm", "method=similarity,base", f"results={tmp_path}/[red]x"]
+    assert cli.main(["sweep", *words, "--dry-run"]) == 0 and f"{tmp_path}/[red]x/runs" in capsys.readouterr().out
+    assert cli.main(["status", f"results={tmp_path}/[red]x"]) == 0 and f"no runs in {tmp_path}/[red]x/runs" in capsys.readouterr().out
+
+
+def test_a_failure_that_says_rude_things_is_shown_inertly(capsys, tmp_path):
+    """Of error.txt the last line, and where the rest is."""
+    (cell,) = config.read(["task=l2_norm", "method=base"], sweep=True).cells
+    folder = tmp_path / "runs" / cell.spec.folder
+    folder.mkdir(parents=True)
+    (folder / "error.txt").write_text("Traceback\nValueError: [red]\x1b[2J[/nothing]\n")
+    assert cli.main(["sweep", "task=l2_norm", "method=base", f"results={tmp_path}"]) == 1
+    out = capsys.readouterr().out
+    assert "ValueError: [red]\\x1b[2J[/nothing]" in out and f"({folder}/error.txt has all of it)" in out and "\x1b" not in out
+    assert cli.main(["status", f"results={tmp_path}"]) == 0 and "[red]\\x1b[2J[/nothing]" in capsys.readouterr().out
+
+
+def test_the_same_bad_command_names_the_same_option():
+    """The first one, whatever the order of sets is today."""
+    code = "import sys; from dpgbench.cli import main; sys.exit(main(['run', 'zzz=1', 'yyy=2', 'xxx=3', 'www=4']))"
+    for seed in "123":
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and "zzz=1: no chosen task" in done.stderr
+
+
+@pytest.mark.parametrize("words", ["list", "report suite=core --format json", "sweep suite=tiny --dry-run results={tmp}", "run --help"])
+def test_a_reader_that_leaves_hears_nothing_more(words, tmp_path):
+    """`| head -1`: no traceback, no "Exception ignored", and the exit code of what SIGPIPE ends if anything was left to say."""
+    command = f"{sys.executable} -m dpgbench {words.format(tmp=tmp_path)} | head -c 10 >/dev/null; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stderr == "" and done.returncode in (0, 141)
+
+
+def test_a_reader_that_left_before_anything_was_said():
+    reads, writes = os.pipe()
+    os.close(reads)
+    for words in (["list"], ["--help"], ["run", "--help"], ["report", "suite=core", "--format", "json"]):
+        done = subprocess.run([sys.executable, "-m", "dpgbench", *words], cwd=ROOT, stdout=writes, stderr=subprocess.PIPE, timeout=60)
+        assert done.returncode == 141 and done.stderr == b""
+    os.close(writes)
+
+
+def test_threads_of_the_environment_are_not_followed_and_that_is_said(capsys, monkeypatch, tmp_path):
+    """Once, before cells run; nothing where it says the same."""
+    words = ["sweep", "task=l2_norm", "method=base", "seed=0,1", "deployment_texts=8", f"results={tmp_path}"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert cli.main([*words, "--dry-run"]) == 0 and capsys.readouterr().err == ""
+    assert cli.main(words) == 0
+    said = capsys.readouterr().err
+    assert "OMP_NUM_THREADS=4 is not followed" in said and "scale.threads=1" in said and said.count("\n") == 1
+    assert cli.main(words) == 0 and capsys.readouterr().err == ""  # nothing is left to run
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert cli.main([*words[:3], "seed=2", *words[4:]]) == 0 and capsys.readouterr().err == ""
 
 
 def test_list_names_every_plugin_and_the_broken_one(dpgbench, plugins):
@@ -129,7 +250,8 @@ def test_a_failing_cell_does_not_stop_the_others(dpgbench, plugins, tmp_path):
     words = ["task=l2_norm", "method=bad,base", "deployment_texts=8", f"plugins={plugins}", f"results={tmp_path / 'r'}"]
     done = dpgbench("sweep", *words)
     assert done.code == 1
-    assert "ZeroDivisionError" in done.out and "done   l2_norm base" in done.out
+    assert re.search(r"failed \S+: ZeroDivisionError: .* \(\S+/error.txt has all of it\)", done.out) and "done   l2_norm base" in done.out
+    assert "started l2_norm base seed 0" in done.out and "running l2_norm base seed 0  snapshot 0" in done.out
     status = dpgbench("status", f"results={tmp_path / 'r'}").out
     assert re.search(r"l2_norm\.bad\.\S+\s+failed\s+ZeroDivisionError", status)
 

@@ -122,7 +122,7 @@ def test_run_takes_one_cell():
         (["inner_steps=3"], "must divide into inner_steps=3 batches"),
         (["deployment_steps=7"], "must divide into deployment_steps=7 batches; write deployment_texts=252"),
         (["deployment_steps=0"], "scale.deployment_steps=0: at least one optimizer step"),
-        (["instruction=[]"], "scale.instruction=[]: a sentence or null"),
+        (["instruction=' '"], "scale.instruction= : a sentence or null"),
         (["averaging=1"], "policy.averaging=1.0: a decay is at least 0 and below 1"),
         (["scale_advantages=global"], "policy.scale_advantages=global"),
         (["policy.lora.rank=0"], "policy.lora.rank=0: a rank is a whole number from 1 up, or null for no adapters"),
@@ -130,7 +130,7 @@ def test_run_takes_one_cell():
         (["rank=4", "policy.lora.alpha=0"], "policy.lora.alpha=0.0: a positive number"),
         (
             ["rank=4", "policy.lora.targets=q_proj"],
-            "policy.lora.targets=q_proj: a list of names of matrices; write policy.lora.targets=[q_proj,v_proj]",
+            "policy.lora.targets=q_proj: expected a list, such as policy.lora.targets=[all-linear]",
         ),
         (["method=active_inheritance_rounds", "rank=many"], "policy.lora.rank=many"),
         (["method=active_inheritance", "n=0"], "method.n=0"),

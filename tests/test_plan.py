@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from dpgbench import adapters, compute, config, model_files, plan
 from dpgbench.api import Options
+from dpgbench.cli import main
 from dpgbench.registry import Registry
 from dpgbench.runner import run_cell
 from dpgbench.store import RunFolder
@@ -58,8 +59,13 @@ def test_known_models_have_their_published_sizes():
 
 @pytest.mark.parametrize(
     "words",
-    [["method=dpg"], ["method=dpg", "rank=4"], ["method=dpg", "inner_steps=4"], ["method=naive"], ["method=langid"], ["method=base"]],
-)
+    [
+        ["method=dpg"], ["method=dpg", "rank=4"], ["method=dpg", "inner_steps=4"], ["method=naive"], ["method=langid"], ["method=base"],
+        ["method=oracle"], ["method=prompt_only", "search=3", "search_texts=16"], ["method=active_inheritance", "n=3"],
+        ["method=active_inheritance_rounds", "n=2", "rounds=3", "round_prompts=32"], ["method=optimsyn"], ["method=influence"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
 def test_no_cell_costs_more_than_was_said_and_none_half_of_it(words, tmp_path):
     """Completions are shorter than they may be, a metagradient takes up to what is said of it, and this task's Phi next to nothing."""
     task = "language" if "langid" in words[0] else "l2_norm"
@@ -69,10 +75,30 @@ def test_no_cell_costs_more_than_was_said_and_none_half_of_it(words, tmp_path):
     assert spent <= plan.estimate(spec, Registry()).flops <= 2 * spent
 
 
-def test_a_method_that_cannot_tell_has_no_estimate():
-    for words in (["method=optimsyn"], ["method=dpg", "steps=null", "budget.flops=1e12"], ["scale.target=some/model"]):
-        spec = config.read(words, sweep=False).cells[0].spec
-        assert plan.estimate(spec, Registry()) is None
+def test_every_method_of_ours_has_an_estimate():
+    cells = config.read(["task=all", "method=all"], sweep=True).cells
+    assert all(plan.estimate(cell.spec, Registry()) for cell in cells if not cell.skip)
+
+
+def test_a_budget_is_what_a_cell_costs_at_most():
+    """Without a number of steps it is the cost; with one, whichever is less. A model that is not here has no price."""
+
+    def flops(*words: str) -> float | None:
+        found = plan.estimate(config.read(["task=l2_norm", *words], sweep=False).cells[0].spec, Registry())
+        return found and found.flops
+
+    assert flops("method=dpg", "steps=null", "budget.flops=1e12") == 1e12
+    assert flops("method=dpg", "budget.flops=1e9") == 1e9 < flops("method=dpg", "steps=1")
+    assert flops("method=dpg", "steps=null", "budget.tokens=1e5") < flops("method=dpg", "steps=null", "budget.tokens=2e5")
+    assert flops("scale.target=some/model") is None
+
+
+def test_this_machines_speed_is_measured_in_no_time():
+    import time
+
+    start = time.perf_counter()
+    assert 1e8 < plan.flops_a_second(64, 256) < 1e13
+    assert time.perf_counter() - start < 4 * plan.CALIBRATION
 
 
 def test_memory_grows_with_what_must_fit():
@@ -94,5 +120,20 @@ def test_memory_grows_with_what_must_fit():
 def test_a_dry_run_says_what_the_papers_runs_cost(dpgbench, tmp_path, imports_of):
     done = dpgbench("sweep", "suite=paper_qr", "--dry-run", f"results={tmp_path}")
     assert done.code == 0 and re.search(r"qr.dpg.* about \d\.\de\+\d+ FLOPs and [\d.e+]+ GB", done.out)
-    assert re.search(r"about .* FLOPs in 2 cells, .* GPU-hours if a GPU sustains 2e\+13 FLOPs a second \(not measured\)", done.out)
+    assert re.search(r"about .* FLOPs in 3 cells, .* GPU-hours if a GPU sustains 2e\+13 FLOPs a second \(not measured\)", done.out)
     assert not {"torch", "trl"} & imports_of("sweep", "suite=paper_qr", "--dry-run", f"results={tmp_path}")
+
+
+def test_a_dry_run_says_how_long_where_to_and_what_its_seeds_can_show(capsys, tmp_path):
+    def told(*words: str) -> str:
+        assert main([*words, "--dry-run", f"results={tmp_path}"]) == 0
+        return capsys.readouterr().out
+
+    out = told("sweep", "method=dpg,base,optimsyn", "task=l2_norm", "name=mine")
+    assert re.search(r"optimsyn.* about \d+ (s|min) here, about \d", out) and "no estimate" not in out
+    assert re.search(r"of processor time here, if FLOPs take as long as in the matrix products just timed, [\d.e+]+ GFLOPs a second", out)
+    assert "one seed allows no test" in out and f"{tmp_path}/mine/index.html" in out and "GPU" not in out
+    assert "3 seeds cannot give a p below 0.25" in told("sweep", "method=dpg,base", "task=l2_norm", "seed=0,1,2")
+    assert "seed" not in told("sweep", "method=dpg,base", "task=l2_norm", "seed=0,1,2,3,4,5").partition("cells: ")[2]
+    out = told("run", "scale.target=some/model", "method=base")
+    assert "no estimate" in out and "GFLOPs" not in out and f"run folder: {tmp_path}/runs/language_de.base.s0." in out

@@ -1,4 +1,4 @@
-"""The command line: run, sweep, status, cancel, report, export, list, new, check. Only this room prints, and only it ends the process."""
+"""The command line: one table of commands. Only this room prints, and only it ends the process."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 
 try:
-    from dpgbench import config, process_group
+    from dpgbench import __version__, process_group
     from dpgbench.cli import listing, plugins, report, status, sweep
+    from dpgbench.cli.words import Command, inert, reader_gone
 except ModuleNotFoundError as missing:  # a node whose environment was never installed, or not activated
     print(
         f"dpgbench: {missing.name} is not installed here; activate the environment or `pip install -r requirements.lock`", file=sys.stderr
@@ -17,54 +18,137 @@ except ModuleNotFoundError as missing:  # a node whose environment was never ins
     sys.exit(2)
 from dpgbench.errors import UserError, did_you_mean
 
-USAGE = """\
-usage: python -m dpgbench COMMAND [key=value ...]
+CELLS = """\
+  key=value[,value...]   task=, method=, scale=, launcher= choose files (all: every task, every method); any other key sets an option:
+                         in full (policy.lr=2e-3), or a bare name that one option has (steps=2, lang=es)
+  suite=NAME             a stored grid; whatever else is said is put over it
+  results=DIR            where results go (default: results)
+  plugins=DIR            your own methods/, tasks/ and configs/
+  launcher=local         worker processes, launcher.workers=2 of them; launcher=slurm: job arrays of a cluster"""
+TEXT = """\
+  A text is taken as it was typed: name=1.10, scale.instruction="Écris en français, s'il te plaît." A comma separates values, one with a
+  space after it belongs to the text; quotes of the grammar keep any: "scale.instruction='a,b'"."""
+SWEEP = """\
+  name=NAME, suite=NAME  which sweep; that it was, in full, is remembered where it ran
+  key=value[,value...]   or the same words as for sweep
+  results=DIR            where its results are (default: results)"""
 
-  run     task=sixseven method=dpg seed=0      one cell; `run spec=RUN/spec.yaml` replays a stored one
-  sweep   method=dpg,base task=all seed=0,1    a grid of cells, or a stored one with suite=NAME; runs what is not done
-  status  [the same words] [--watch]           where each cell stands; without words, every run folder
-  cancel  [the same words]                     stop what that sweep started, here or on SLURM, and nothing else
-  report  suite=NAME                           tables, figures and page of a sweep, from its run folders or its parquet
-          --format json                        the same numbers for machines, on standard output, instead of the page
-          --compare core@HEAD~1 core           what changed between two suites or commits, and whether it is within noise
-  export RUN [to=DIR]                          a run folder's trained generator, for transformers, and its deployment dataset
-  list                                         every method, task, scale and suite
-  new task NAME [plugins=mine]                 the two files of a task of your own, or with `new method NAME` of a method, to change
-  check plugin plugins=mine [task=NAME]        does it keep its contract? gradient, determinism, two steps of every method; at scale tiny
-  check metagrad task=language seed=0          can this cell's rewards be trusted? directions=8 subsets=32 say how much to measure
+COMMANDS = {
+    "run": Command(
+        sweep.run, "[key=value ...] [--dry-run]", "one cell: a method on a task with a seed",
+        f"""{CELLS}
+  spec=RUN/spec.yaml     instead of all others: replay a stored cell
+  --dry-run              print what would run, where its results would go and what it would cost, and do nothing
+{TEXT}""",
+        ("task=sixseven method=dpg seed=0", "scale=small task=language lang=es method=dpg steps=2 --dry-run"),
+        "the cell failed, or another process works on it", ("--dry-run",),
+    ),
+    "sweep": Command(
+        sweep.sweep, "[key=value,value ...] [--dry-run]", "a grid of cells; runs what is not done",
+        f"""{CELLS}
+  name=NAME              what to call a sweep without a suite (default: sweep)
+  retry=failed           run cells again that failed, or with retry=damaged that were damaged; otherwise they are left alone
+  --dry-run              print the grid, what is done, what is skipped and why, what it would cost, and do nothing
+{TEXT}""",
+        ("method=dpg,base task=all seed=0,1,2 launcher=local launcher.workers=2 name=mine", "suite=core --dry-run"),
+        "a cell failed, or another process works on it", ("--dry-run",),
+    ),
+    "status": Command(
+        status.show_status, "[name=NAME | suite=NAME | key=value ...] [--watch]", "where every cell stands",
+        f"""{SWEEP}
+                         without any of them: every run folder
+  --watch                stay until no cell is queued or running""",
+        ("name=mine", "suite=core --watch"), "", ("--watch",),
+    ),
+    "cancel": Command(
+        sweep.cancel_sweep, "[name=NAME | suite=NAME | key=value ...]",
+        "stop what that sweep started, here or on SLURM, and nothing else", SWEEP, ("name=mine", "suite=core results=elsewhere"),
+    ),
+    "report": Command(
+        report.write_report, "[name=NAME | suite=NAME] [--format json]", "tables, figures and page of a sweep",
+        f"""{SWEEP}
+  --format json          the same numbers for machines, unrounded, on standard output, instead of the page
+  --compare SIDE SIDE    what changed between two suites, commits (core@HEAD~1) or parquet files, and whether it is within noise""",
+        ("name=mine", "--compare core@HEAD~1 core"), "", ("--format", "--compare"),
+    ),
+    "export": Command(
+        report.export_cell, "RUN [to=DIR]", "a run folder's trained generator, for transformers, and its deployment dataset",
+        """\
+  RUN                    a folder under results/runs/
+  to=DIR                 where to (default: export/ in it)""",
+        ("results/runs/language_de.dpg.s0.0123456789", "results/runs/language_de.dpg.s0.0123456789 to=mine"),
+    ),
+    "list": Command(
+        listing.list_plugins, "[plugins=DIR]", "every method, task, scale and suite",
+        "  plugins=DIR            with those in a folder of yours", ("", "plugins=mine"),
+    ),
+    "new": Command(
+        plugins.new_plugin, "task|method NAME [plugins=DIR]", "the two files of a task or a method of your own, to change",
+        """\
+  task NAME              a task in DIR/tasks/NAME.py and DIR/configs/task/NAME.yaml; nothing is overwritten
+  method NAME            a method, likewise
+  plugins=DIR            the folder of your own plug-ins (default: mine)""",
+        ("task opening", "method parrot plugins=elsewhere"),
+    ),
+    "check plugin": Command(
+        plugins.check_plugins, "plugins=DIR [task=NAME] [method=NAME]", "does a plug-in keep its contract? A line for each question",
+        """\
+  plugins=DIR            the folder of your own plug-ins; all of them, unless some are named
+  task=NAME              a task: its gradient, determinism, measures, two steps of every method
+  method=NAME            a method: two steps of it on every task""",
+        ("plugins=mine", "plugins=mine task=opening"), "an answer is wrong",
+    ),
+    "check metagrad": Command(
+        listing.check_metagradients, "[key=value ...]", "can a cell's rewards be trusted? Measured, in words",
+        f"""{CELLS}
+  directions=8           for finite differences: how many
+  subsets=32             for the linear datamodelling score: how many halves of the texts
+{TEXT}""",
+        ("task=language lang=de", "scale=small task=l2_norm directions=4 subsets=8"), "they cannot be trusted",
+    ),
+}  # fmt: skip
+"""A command is an entry: its name, of one word or two, and what runs and describes it."""
 
-  --dry-run      with run and sweep: print the grid, what is done, what is skipped and why, what it would cost
-  results=DIR    where results go (default: results)        plugins=DIR    your own methods/, tasks/ and configs/
-  launcher=local launcher.workers=2    worker processes     launcher=slurm     job arrays of a cluster; the sweep can be left
-  name=NAME      what to call a sweep without a suite       retry=failed       run cells again that failed (or retry=damaged)
+USAGE = f"""\
+usage: python -m dpgbench COMMAND [argument ...]
 
-A bare key such as steps=2 or lang=es sets the one option of that name; task=all and method=all mean every one there is.
+{{commands}}
+
+`COMMAND --help` has its arguments, with examples; `--version` says which dpgbench this is. What most commands take:
+{CELLS}
+{TEXT}
 """
-
-COMMANDS = ("run", "sweep", "status", "cancel", "report", "export", "list", "new", "check")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, 1 if a cell failed, 2 on bad input (one line on standard error), 130 on an interrupt."""
+    """Run one command. Returns 0, 1 if a cell failed, 2 on bad input (one line on standard error), 130 on an interrupt.
+
+    141, as of what SIGPIPE ends, if whoever read standard output is gone.
+    """
     if arguments is None:
         _insist_on_utf8()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        code = _answer(words)
+        sys.stdout.flush()  # a reader that has gone is heard of here, and not while the interpreter ends
+        return code
+    except BrokenPipeError:
+        return reader_gone()
+
+
+def _answer(words: list[str]) -> int:
+    try:
         return _command(words) if process_group.rank() == 0 else sweep.follow(words)
     except UserError as error:
-        print(f"dpgbench: {error}", file=sys.stderr)
+        said = str(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG):
             raise
-        print(
-            f"dpgbench: {error.filename or 'results'}: {error.strerror}; free some space or give another folder with results=DIR",
-            file=sys.stderr,
-        )
+        said = f"{error.filename or 'results'}: {error.strerror}; free some space or give another folder with results=DIR"
     except KeyboardInterrupt:
         print("dpgbench: interrupted; finished cells are kept, the same command goes on with the rest", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 0
+    print(f"dpgbench: {inert(said)}", file=sys.stderr)
     return 2
 
 
@@ -75,40 +159,35 @@ def _insist_on_utf8() -> None:
 
 
 def _command(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    if words[:1] in ([], ["-h"], ["--help"]):
+        width = max(map(len, COMMANDS))
+        print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {command.says}" for name, command in COMMANDS.items())), end="")
         return 0
-    command, words = words[0], words[1:]
-    if command == "sweep" and process_group.size() > 1:
-        raise UserError("sweep: torchrun's processes work on one cell together; write run, or sweep without torchrun")
-    if command not in COMMANDS:
-        raise UserError(f"{command!r} is not a command; {did_you_mean(command, COMMANDS)}")
-    if "-h" in words or "--help" in words:
-        print(USAGE, end="")
+    if words[0] in ("-V", "--version"):
+        print(f"dpgbench {__version__}")
         return 0
-    dry_run = "--dry-run" in words
-    watch = "--watch" in words
-    words = [word for word in words if word not in ("--dry-run", "--watch")]
-    if command == "list":
-        return listing.list_plugins(words)
-    if command == "status":
-        return status.show_status(words, watch)
-    if command == "cancel":
-        return sweep.cancel_sweep(words)
-    if command == "report":
-        return report.write_report(words)
-    if command == "new":
-        return plugins.new_plugin(words)
-    if command == "check" and words[:1] == ["plugin"]:
-        return plugins.check_plugins(words[1:])
-    if command == "check":
-        return listing.check_metagradients(words)
-    if command == "export":
-        return report.export_cell(words)
-    if command == "run" and any(word.startswith("spec=") for word in words):
-        request = sweep.replayed(words)
-    else:
-        request = config.read(words, sweep=command == "sweep")
-    for cell in request.cells:
-        process_group.check(cell.spec, request.launcher.name)
-    return sweep.show_plan(request) if dry_run else sweep.run_cells(request, save=command == "sweep")
+    name, words = _named(words)
+    command = COMMANDS[name]
+    if {"-h", "--help"} & set(words):
+        print(command.help(name))
+        return 0
+    for word in words:
+        if word.startswith("-") and ("--format" if word.startswith("--format=") else word) not in command.flags:
+            raise UserError(f"{name} {word}: no such option; {did_you_mean(word, [*command.flags, '--help'])}")
+    return command.run(words)
+
+
+def _named(words: list[str]) -> tuple[str, list[str]]:
+    """The command that the first words name, and the words after it. Raises UserError if they name none."""
+    for name in COMMANDS:
+        if words[: len(name.split())] == name.split():
+            return name, words[len(name.split()) :]
+    kinds = [name.split()[1] for name in COMMANDS if name.split()[0] == words[0] and " " in name]
+    if not kinds:
+        raise UserError(f"{words[0]!r} is not a command; {did_you_mean(words[0], {name.split()[0] for name in COMMANDS})}")
+    given = words[1] if len(words) > 1 else "nothing"
+    if given in ("-h", "--help"):
+        return f"{words[0]} {kinds[0]}", words[1:]
+    raise UserError(f"{words[0]} {given}: not a command; write `{words[0]} {kinds[0]}`; {did_you_mean(given, kinds)}")

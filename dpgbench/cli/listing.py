@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from dpgbench import config
-from dpgbench.cli.words import first_comment, terminal
+from dpgbench.arguments import Word, one
+from dpgbench.cli.words import first_comment, inert, say, terminal, warn_of_threads
 from dpgbench.errors import UserError
 from dpgbench.registry import Registry
 
@@ -23,58 +25,54 @@ def list_plugins(words: list[str]) -> int:
     unknown = sorted(set(given) - {"plugins"})
     if unknown:
         raise UserError(f"{unknown[0]}: list takes no argument but plugins=DIR")
-    registry = Registry(Path(str(given["plugins"][0])) if "plugins" in given else None)
+    registry = Registry(_plugins(given))
     console = terminal()
     for kind in ("method", "task"):
         table = Table(f"{kind}s", "", box=None, pad_edge=False, title_justify="left")
-        rows = {file.name: escape(file.summary) for file in registry.files(kind)}
-        rows |= {name: escape(first_comment(path)) for name, path in config.presets(registry, kind).items()}
-        rows |= {name: f"[red]unusable: {escape(says)}[/]" for name, says in registry.unusable(kind).items()}
+        rows = {file.name: (file.summary, "") for file in registry.files(kind)}
+        rows |= {name: (first_comment(path), "") for name, path in config.presets(registry, kind).items()}
+        rows |= {name: (f"unusable: {says}", "red") for name, says in registry.unusable(kind).items()}
         for name in sorted(rows):
-            table.add_row(name, rows[name])
+            table.add_row(Text(inert(name)), Text(inert(rows[name][0]), rows[name][1]))
         console.print(table, highlight=False)
         console.print()
     table = Table("scales and suites", "", box=None, pad_edge=False)
     for path in sorted(config.files(registry, "scale").values()):
-        table.add_row(f"scale={path.stem}", first_comment(path))
+        table.add_row(*map(Text, (inert(f"scale={path.stem}"), inert(first_comment(path)))))
     for name, title in config.suites(registry).items():
-        table.add_row(f"suite={name}", title)
+        table.add_row(*map(Text, (inert(f"suite={name}"), inert(title))))
     console.print(table, highlight=False)
     return 0
 
 
 def check_metagradients(words: list[str]) -> int:
     """Measure how far a cell's metagradients can be trusted. Returns 0 for yes and with care, 1 for no."""
-    if not words or words[0] != "metagrad":
-        given = words[0] if words else "nothing"
-        raise UserError(
-            f"check {given}: no such check; write `check metagrad`, then task=, scale=, seed= as with run, or `check plugin plugins=DIR`"
-        )
-    own = ("directions=", "subsets=")
-    counts = {key: values[0] for key, values in config.parse(word for word in words[1:] if word.startswith(own)).items()}
+    own, given = ("directions", "subsets"), config.parse(words)
+    counts = {key: given[key][0].value for key in own if key in given}
     for key, count in counts.items():
-        if type(count) is not int or count < 3:
-            raise UserError(f"{key}={count}: a correlation needs 3 or more; write {key}=8")
-    (cell,) = config.read([word for word in words[1:] if not word.startswith(own)], sweep=False).cells
+        if type(count) is not int or count < 3 or len(given[key]) > 1:
+            raise UserError(f"{key}={','.join(given[key])}: a correlation needs 3 or more; write {key}=8")
+    (cell,) = config.read([word for word in words if word.partition("=")[0] not in own], sweep=False).cells
     if cell.skip:
         raise UserError(cell.skip)
-    plugins = config.parse(words[1:]).get("plugins", [None])[0]
+    warn_of_threads([cell.spec])
     from dpgbench.check import measure_cell
 
-    found = measure_cell(cell.spec, Path(plugins) if plugins else None, **counts)
+    found = measure_cell(cell.spec, _plugins(given), **counts)
     console = terminal()
     table = Table(box=None, pad_edge=False, show_header=False)
     for row in _check_rows(found):
         table.add_row(*row)
-    console.print(f"{cell.spec.task.label}, scale {cell.spec.scale.name}, seed {cell.spec.seed}: {found.examples} texts, T={found.steps}")
+    say(console, f"{cell.spec.task.label}, scale {cell.spec.scale.name}, seed {cell.spec.seed}: {found.examples} texts, T={found.steps}")
     console.print(table, highlight=False)
     answer, reasons = found.verdict
-    console.print(
-        f"Can these rewards be trusted here? {answer.capitalize()}{': ' + '; '.join(reasons) if reasons else ''}.",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(console, f"Can these rewards be trusted here? {answer.capitalize()}{': ' + '; '.join(reasons) if reasons else ''}.")
     return 1 if answer == "no" else 0
+
+
+def _plugins(given: Mapping[str, list[Word]]) -> Path | None:
+    folder = one(given, "plugins")
+    return None if folder is None else Path(folder)
 
 
 def _check_rows(found: Findings) -> list[tuple[str, str, str]]:

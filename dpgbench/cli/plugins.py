@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from dpgbench import config, starters
+from dpgbench.arguments import one
 from dpgbench.errors import UserError, did_you_mean
 from dpgbench.registry import Registry, home
 
@@ -22,7 +23,7 @@ def new_plugin(words: list[str]) -> int:
     if len(plain) != 2 or set(given) - {"plugins"}:
         odd = next(iter(sorted(set(given) - {"plugins"})), " ".join(plain[2:])) or "no name"
         raise UserError(f"new {plain[0]}: {odd} is not understood; write `new {plain[0]} NAME`, and plugins=DIR for another folder")
-    (kind, name), folder = plain, str(given.get("plugins", [FOLDER])[0])
+    (kind, name), folder = plain, one(given, "plugins", FOLDER)
     for path in starters.write(kind, name, Path(folder)):
         print(f"wrote {path}")
     same = f"{kind}={name} {shlex.quote(f'plugins={folder}')}"
@@ -36,7 +37,7 @@ def check_plugins(words: list[str]) -> int:
     named = [(kind, str(name)) for kind in KINDS for name in given.get(kind, [])]
     if not named and "plugins" not in given:
         raise UserError("check plugin: nothing is named; write plugins=DIR for all of a folder of your own, task=NAME or method=NAME")
-    registry = Registry(Path(str(given["plugins"][0])) if "plugins" in given else None)
+    registry = Registry(Path(one(given, "plugins")) if "plugins" in given else None)
     there = {kind: {file.name: file.path for file in registry.files(kind)} for kind in KINDS}
     for kind in KINDS:
         of_a_yaml = {name: path for name, path in registry.presets(kind).items() if name in registry.unusable(kind)}

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from dpgbench import config, store
-from dpgbench.cli.words import full_words, place_of, selector, take_format
+from dpgbench.arguments import one
+from dpgbench.cli.words import full_words, inert, place_of, selector, take_format
 from dpgbench.errors import UserError
 from dpgbench.registry import Registry
 
@@ -40,7 +41,7 @@ def write_report(words: list[str]) -> int:
         frame = collect.frame_of(request.cells, results, descriptions)
         lost = collect.finished_in(parquet) - set(frame.cell[frame.status == "done"])
         if lost:
-            print(_not_collected(lost, set(frame.cell), parquet, results), file=sys.stderr if as_json else sys.stdout)
+            print(inert(_not_collected(lost, set(frame.cell), parquet, results)), file=sys.stderr if as_json else sys.stdout)
         else:
             collect.write_parquet(frame, parquet, suite=name, title=request.title, command=f"python -m dpgbench sweep {said}")
     frame, about = collect.read_parquet(parquet)
@@ -49,7 +50,7 @@ def write_report(words: list[str]) -> int:
     if as_json:
         print(json.dumps(machine_readable(frame, **what), indent=1, ensure_ascii=False, allow_nan=False))
     else:
-        print(f"report: {build(frame, results / name, **what)}")
+        print(f"report: {inert(str(build(frame, results / name, **what)))}")
     return 0
 
 
@@ -75,8 +76,8 @@ def export_cell(words: list[str]) -> int:
         raise UserError(f"export {' '.join(words)}: takes one run folder, and to=DIR if you like; write export results/runs/CELL to=mine")
     from dpgbench.export import export
 
-    given = [word.removeprefix("to=") for word in words if word.startswith("to=")]
-    print(f"exported to {export(Path(runs[0]), Path(given[0]) if given else None)}")
+    to = one(config.parse(word for word in words if word not in runs), "to")
+    print(f"exported to {inert(str(export(Path(runs[0]), None if to is None else Path(to))))}")
     return 0
 
 

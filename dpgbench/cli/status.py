@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from dpgbench import config, store
-from dpgbench.cli.words import full_words, place_of, show_rows, terminal
+from dpgbench.cli.words import full_words, inert, place_of, say, show_rows, terminal, without
 from dpgbench.config import Cell, Request
 from dpgbench.standing import OPEN, standings
 from dpgbench.store import State
@@ -18,8 +18,9 @@ from dpgbench.store import State
 WATCH_SECONDS = 2.0
 
 
-def show_status(words: list[str], watch: bool) -> int:
+def show_status(words: list[str]) -> int:
     """Where every cell stands, from files and, where cells were given to SLURM, its queue."""
+    words, watch = without("--watch", words)
     results, _, nothing_else = place_of(words)
     if nothing_else and not any(word.startswith(("suite=", "name=")) for word in words):
 
@@ -39,7 +40,7 @@ def show_status(words: list[str], watch: bool) -> int:
     if found:
         show_rows(console, ("cell", "state", ""), [(name, *state) for name, state in found])
     else:
-        console.print(f"no runs in {results / 'runs'}")
+        say(console, f"no runs in {results / 'runs'}")
     return 0
 
 
@@ -56,7 +57,7 @@ def watch_rows(rows: Callable[[], list[tuple[str, tuple[str, str]]]], console: C
             if console.is_terminal:
                 table = Table("cell", "state", "", box=None, pad_edge=False, caption=counts)
                 for name, (state, detail) in [row for row in found if row[1][0] in OPEN][: max(5, console.height - 5)]:
-                    table.add_row(name, state, escape(detail))
+                    table.add_row(Text(name), state, Text(inert(detail)))
                 live.update(table, refresh=True)
             elif counts != told:
                 print(counts, flush=True)

@@ -7,16 +7,37 @@ import statistics
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from dpgbench import config, extras, model_files, plan, process_group, store
 from dpgbench.api import Options, RunSpec
+from dpgbench.arguments import for_shell, one
 from dpgbench.cli.status import described, watch_rows, with_states
-from dpgbench.cli.words import full_words, place_of, selector, show_rows, terminal
+from dpgbench.cli.words import full_words, place_of, say, selector, show_rows, terminal, warn_of_threads, without
 from dpgbench.config import Request
 from dpgbench.errors import UserError
 from dpgbench.registry import Registry
 from dpgbench.standing import jobs_of, standings
+
+ENOUGH_SEEDS = 6  # 2^(1-6) = 0.03
+
+
+def run(words: list[str]) -> int:
+    """One cell, or with --dry-run what it would be."""
+    words, dry_run = without("--dry-run", words)
+    replay = any(word.startswith("spec=") for word in words)
+    request = replayed(words) if replay else config.read(words, sweep=False)
+    for cell in request.cells:
+        process_group.check(cell.spec, request.launcher.name)
+    return show_plan(request) if dry_run else run_cells(request, save=False)
+
+
+def sweep(words: list[str]) -> int:
+    """A grid, or with --dry-run what it would be."""
+    if process_group.size() > 1:
+        raise UserError("sweep: torchrun's processes work on one cell together; write run, or sweep without torchrun")
+    words, dry_run = without("--dry-run", words)
+    request = config.read(words, sweep=True)
+    return show_plan(request, sweep=True) if dry_run else run_cells(request, save=True)
 
 
 def run_cells(request: Request, save: bool) -> int:
@@ -31,6 +52,8 @@ def run_cells(request: Request, save: bool) -> int:
         _save_words(request)
     console = terminal()
     todo, bad = _todo(request, console, sweep=save)
+    if request.launcher.name != "slurm":
+        warn_of_threads(todo)
     if request.launcher.name == "slurm":
         return max(bad, _submit(request, todo, console))
     return max(bad, _run_here(request, todo, console, sweep=save))
@@ -41,7 +64,7 @@ def _todo(request: Request, console: Console, *, sweep: bool) -> tuple[list[RunS
     cells = []
     for cell in request.cells:
         if cell.skip:
-            console.print(f"[yellow]skipped[/] {cell.spec.folder}: {cell.skip}", highlight=False, soft_wrap=True)
+            say(console, f"{cell.spec.folder}: {cell.skip}", "skipped", "yellow")
         else:
             cells.append(cell)
     folders = [store.RunFolder.of(request.results, cell.spec) for cell in cells]
@@ -56,18 +79,18 @@ def _todo(request: Request, console: Console, *, sweep: bool) -> tuple[list[RunS
         elif state.name in ("failed", "damaged") and not retried:
             if not sweep:
                 raise UserError(f"{folder.path}: {state.detail}; delete the folder to run the cell again")
-            console.print(f"[red]{state.name}[/] {folder.path}: {escape(state.detail)}", highlight=False, soft_wrap=True)
+            say(console, _with_file(f"{folder.path}: {state.detail}", folder), state.name, "red")
             left[state.name] = left.get(state.name, 0) + 1
         else:
             todo.append(cell.spec)
     if counts["done"]:
-        console.print(f"{counts['done']} of {len(request.cells)} cells are done already", highlight=False)
+        say(console, f"{counts['done']} of {len(request.cells)} cells are done already")
     if counts["queued"]:
-        console.print(f"{counts['queued']} cells are in SLURM's queue already", highlight=False)
+        say(console, f"{counts['queued']} cells are in SLURM's queue already")
     for name, count in left.items():
-        console.print(f"{count} {name} before and left alone; retry={name} runs {'it' if count == 1 else 'them'} again", highlight=False)
+        say(console, f"{count} {name} before and left alone; retry={name} runs {'it' if count == 1 else 'them'} again")
     if request.launcher.name == "slurm" and elsewhere:
-        console.print(f"{len(elsewhere)} cells are running already", highlight=False)
+        say(console, f"{len(elsewhere)} cells are running already")
         elsewhere = []
     return todo + elsewhere, int(bool(left))
 
@@ -89,16 +112,22 @@ def _run_here(request: Request, todo: list[RunSpec], console: Console, *, sweep:
     if not display.failed and not display.busy:
         group.close()
     for spec in display.busy:
-        console.print(f"[yellow]busy[/] {spec.folder}: another process works on this cell", highlight=False, soft_wrap=True)
+        say(console, f"{spec.folder}: another process works on this cell", "busy", "yellow")
     if not sweep and todo and not display.failed and not display.busy:
-        console.print(f"results in {store.RunFolder.of(request.results, todo[0]).path}", highlight=False, soft_wrap=True)
+        say(console, f"results in {store.RunFolder.of(request.results, todo[0]).path}")
     return 1 if display.failed or display.busy else 0
 
 
 def _tell_failure(request: Request, spec: RunSpec, console: Console) -> None:
     folder = store.RunFolder.of(request.results, spec)
     said = store.last_line(folder.path / "error.txt")
-    console.print(f"[red]failed[/] {folder.path}: {escape(said)}", highlight=False, soft_wrap=True)
+    say(console, _with_file(f"{folder.path}: {said}", folder), "failed", "red")
+
+
+def _with_file(line: str, folder: store.RunFolder) -> str:
+    """Where the whole of a failure's reason is."""
+    error = folder.path / "error.txt"
+    return f"{line} ({error} has all of it)" if error.exists() else line
 
 
 def follow(words: list[str]) -> int:
@@ -125,17 +154,17 @@ def _submit(request: Request, todo: list[RunSpec], console: Console) -> int:
     plugins, sweep = request.registry.plugins, request.suite
     for array in slurm.submit(todo, request.launcher, request.results, plugins, sweep, commit()):
         jobs = f"{array.jobs} jobs" if array.jobs > 1 else "one job"
-        console.print(f"submitted {array.cells} cells as {array.job} ({jobs}); logs: {array.log}", highlight=False, soft_wrap=True)
+        say(console, f"submitted {array.cells} cells as {array.job} ({jobs}); logs: {array.log}")
     if not request.launcher.wait and todo:
-        same = f"{selector(sweep)}={sweep} results={request.results}"
-        console.print(f"status {same} tells how it goes, cancel {same} stops it", highlight=False, soft_wrap=True)
+        same = f"{for_shell(selector(sweep), sweep)} {for_shell('results', str(request.results))}"
+        say(console, f"status {same} tells how it goes, cancel {same} stops it")
     if not request.launcher.wait:
         return 0
     watch_rows(lambda: [(cell.spec.folder, described(cell, state)) for cell, state in with_states(request)], console)
     bad = [(cell, state) for cell, state in with_states(request) if not cell.skip and state.name != "done"]
     for cell, state in bad:
-        path = store.RunFolder.of(request.results, cell.spec).path
-        console.print(f"[red]{state.name}[/] {path}: {escape(state.detail)}", highlight=False, soft_wrap=True)
+        folder = store.RunFolder.of(request.results, cell.spec)
+        say(console, _with_file(f"{folder.path}: {state.detail}", folder), state.name, "red")
     return 1 if bad else 0
 
 
@@ -154,45 +183,100 @@ def cancel_sweep(words: list[str]) -> int:
     return 0
 
 
-def show_plan(request: Request) -> int:
-    """The grid, without importing torch."""
+def show_plan(request: Request, *, sweep: bool = False) -> int:
+    """The grid, where its results would go and what it would cost, without importing torch."""
+    from dpgbench.display import lasting
+
     console = terminal()
-    states = [described(cell, state) for cell, state in with_states(request)]
-    seconds = _measured_seconds(request, states)
-    to_run, planned, rows = 0.0, [], []
-    for cell, (name, detail) in zip(request.cells, states, strict=True):
-        known = seconds.get((cell.spec.task.label, cell.spec.method.label))
+    folders = [store.RunFolder.of(request.results, cell.spec) for cell in request.cells]
+    states = [described(cell, state) for cell, state in zip(request.cells, standings(folders), strict=True)]
+    measured, estimates = _measured_seconds(request, folders, states), _Estimates(request.registry)
+    rows, planned, to_run, here, unknown = [], [], 0.0, 0.0, 0
+    for cell, folder, (name, detail) in zip(request.cells, folders, states, strict=True):
+        costs = []
+        if name not in ("done", "skipped"):
+            known, found = measured.get((cell.spec.task.label, cell.spec.method.label)), estimates.of(cell.spec)
+            to_run += known or 0.0
+            if known:
+                costs.append(f"about {lasting(known)}")
+            elif found:
+                here += (seconds := estimates.seconds(cell.spec, found))
+                costs.append(f"about {lasting(seconds)} here")
+            if found:
+                planned.append(found)
+                costs.append(f"about {found.flops:.1e} FLOPs and {found.memory / 1e9:.2g} GB")
+            unknown += not costs
         waiting = name not in ("done", "skipped")
-        to_run += known or 0.0 if waiting else 0.0
-        cost = "" if not waiting else f"about {known:.0f} s" if known else "not measured yet"
-        if waiting and (found := plan.estimate(cell.spec, request.registry)):
-            planned.append(found)
-            cost += f", about {found.flops:.1e} FLOPs and {found.memory / 1e9:.2g} GB"
-        rows.append((cell.spec.folder, f"{name}{': ' + detail if detail else ''}", cost))
+        rows.append((folder.path.name, f"{name}{': ' + detail if detail else ''}", ", ".join(costs) or "no estimate" * waiting))
     show_rows(console, ("cell", "state", "cost"), rows)
     counts = {name: sum(state == name for state, _ in states) for name in dict.fromkeys(state for state, _ in states)}
-    console.print(f"{len(states)} cells: {', '.join(f'{count} {name}' for name, count in counts.items())}", highlight=False)
+    say(console, f"{len(states)} cells: {', '.join(f'{count} {name}' for name, count in counts.items())}")
     if to_run:
-        console.print(
-            f"about {to_run:.0f} s of computing left, by the median of finished cells of the same task and method", highlight=False
+        say(console, f"about {lasting(to_run)} of computing left, by the median of finished cells of the same task and method")
+    if here:
+        rates = " and ".join(f"{rate / 1e9:.2g}" for rate in estimates.rates.values())
+        say(
+            console,
+            f"about {lasting(here)} of processor time here, if FLOPs take as long as in the matrix products just timed, {rates} GFLOPs a "
+            "second; starting up and Phi come on top, and may be most of a short cell",
         )
+    if unknown:
+        say(console, f"no estimate for {unknown} cells: their models are not here yet, or the method cannot tell")
     if planned:
         flops, hours, memory = (sum(p.flops for p in planned), sum(p.gpu_hours for p in planned), max(p.memory for p in planned))
-        console.print(
-            f"about {flops:.2g} FLOPs in {len(planned)} cells, {hours:.2g} GPU-hours if a GPU sustains {plan.SUSTAINED:.0e} FLOPs a "
-            f"second (not measured), {memory / 1e9:.3g} GB for the largest on one GPU",
-            highlight=False,
-            soft_wrap=True,
+        gpu = f"{hours:.2g} GPU-hours if a GPU sustains {plan.SUSTAINED:.0e} FLOPs a second (not measured), "
+        say(
+            console,
+            f"about {flops:.2g} FLOPs in {len(planned)} cells, {gpu if hours > 0.01 else ''}{memory / 1e9:.3g} GB for the largest"
+            + (" on one GPU" if hours > 0.01 else ""),
         )
+    if sweep:
+        _say_what_seeds_can_show(request, console)
+        page = request.results / request.suite / "index.html"
+        say(console, f"run folders in {request.results / 'runs'}; `report` makes {page} of them")
+    else:
+        say(console, f"run folder: {folders[0].path}")
     return 0
 
 
-def _measured_seconds(request: Request, states: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
+class _Estimates:
+    """Estimates, made once for all seeds of a setting, and the rates at which this machine multiplies, timed when first asked for."""
+
+    def __init__(self, registry: Registry):
+        self.registry = registry
+        self.rates: dict[int, float] = {}  # FLOPs a second by width
+        self._known: dict[str, plan.Estimate | None] = {}
+
+    def of(self, spec: RunSpec) -> plan.Estimate | None:
+        setting = repr({key: value for key, value in spec.config.items() if key != "seed"})
+        if setting not in self._known:
+            self._known[setting] = plan.estimate(spec, self.registry)
+        return self._known[setting]
+
+    def seconds(self, spec: RunSpec, found: plan.Estimate) -> float:
+        if found.width not in self.rates:
+            self.rates[found.width] = plan.flops_a_second(found.width, spec.scale.sampling_batch)
+        return min((found.flops + found.evaluation) / self.rates[found.width], spec.budget.get("seconds", float("inf")))
+
+
+def _say_what_seeds_can_show(request: Request, console: Console) -> None:
+    """Methods are compared seed by seed: with n seeds no two-sided sign-flip test has a p below 2^(1-n)."""
+    seeds: dict[tuple[str, str], set[int]] = {}
+    for cell in request.cells:
+        seeds.setdefault((cell.spec.task.label, cell.spec.method.label), set()).add(cell.spec.seed)
+    fewest, methods = min(map(len, seeds.values())), {label for _, label in seeds}
+    if len(methods) > 1 and fewest < ENOUGH_SEEDS:
+        can = "allows no test" if fewest == 1 else f"cannot give a p below {2.0 ** (1 - fewest):.3g}"
+        count = "one seed" if fewest == 1 else f"{fewest} seeds"
+        say(console, f"{count} {can}: telling two methods apart at p < 0.05 takes {ENOUGH_SEEDS}, seed=0,1,2,3,4,5", "note", "yellow")
+
+
+def _measured_seconds(request: Request, folders: list[store.RunFolder], states: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
     """Median seconds of the finished cells of each (task, method) of the grid."""
     measured: dict[tuple[str, str], list[float]] = {}
-    for cell, (name, _) in zip(request.cells, states, strict=True):
+    for cell, folder, (name, _) in zip(request.cells, folders, states, strict=True):
         if name == "done":
-            total = store.RunFolder.of(request.results, cell.spec).result()["seconds_total"]
+            total = folder.result()["seconds_total"]
             measured.setdefault((cell.spec.task.label, cell.spec.method.label), []).append(total)
     return {labels: statistics.median(values) for labels, values in measured.items()}
 
@@ -202,8 +286,9 @@ def replayed(words: list[str]) -> Request:
     unknown = sorted(set(given) - {"spec", "results", "plugins"})
     if unknown:
         raise UserError(f"{unknown[0]}: a replay runs the stored settings; only results= and plugins= go with spec=")
-    registry = Registry(Path(str(given["plugins"][0])) if "plugins" in given else None)
-    cell = config.replay(Path(str(given["spec"][0])), registry)
+    plugins = one(given, "plugins")
+    registry = Registry(None if plugins is None else Path(plugins))
+    cell = config.replay(Path(one(given, "spec")), registry)
     return Request([cell], "replay", "", place_of(words)[0], registry, Options({"name": "inline", "workers": 1}))
 
 
