@@ -422,11 +422,12 @@ def _cell(config: dict[str, Any], registry: Registry, reasons: dict[str, str | N
     if texts.is_passages(str(config["scale"]["corpus"])):
         found["corpus_sha256"] = texts.digest(config["scale"]["corpus"])
     config["scale"] = {**found, **config["scale"]}  # a replay has them, and must find the same content
-    rules.check(config)
+    rules.check_seed(config["seed"])
     spec = RunSpec(config)
     reasons = {} if reasons is None else reasons
-    asked = repr([config["task"], config["method"], config["scale"]])
+    asked = repr({**config, "seed": None})
     if asked not in reasons:
+        rules.check(config)
         reasons[asked] = _skip_reason(spec, registry)
     return Cell(spec, reasons[asked])
 

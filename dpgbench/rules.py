@@ -16,17 +16,25 @@ LARGEST = 2**63 - 1
 # What a setting must be before a rule can ask more of it; with "?" null will do as well. Others say it in a rule of their own.
 KINDS = {
     "a whole number": {
-        "training": "inner_steps max_length micro_batch?",
-        "scale": "threads max_completion_tokens sampling_batch deployment_texts deployment_steps? snapshots max_prompt_tokens?",
-        "policy": "completions group_size rollout_batch? minibatch? micro_batch?",
+        "training": ["inner_steps", "max_length", "micro_batch?"],
+        "scale": [
+            "threads",
+            "max_completion_tokens",
+            "sampling_batch",
+            "deployment_texts",
+            "deployment_steps?",
+            "snapshots",
+            "max_prompt_tokens?",
+        ],
+        "policy": ["completions", "group_size", "rollout_batch?", "minibatch?", "micro_batch?"],
     },
     "a number": {
-        "training": "lr eps eps_root weight_decay",
-        "policy": "lr max_grad_norm entropy_bonus entropy_bonus_final? averaging",
+        "training": ["lr", "eps", "eps_root", "weight_decay"],
+        "policy": ["lr", "max_grad_norm", "entropy_bonus", "entropy_bonus_final?", "averaging"],
     },
     "a word": {
-        "scale": "generator target corpus_subset? corpus_column? corpus_revision? generator_revision? target_revision?",
-        "policy": "loss_type",
+        "scale": ["generator", "target", "corpus_subset?", "corpus_column?", "corpus_revision?", "generator_revision?", "target_revision?"],
+        "policy": ["loss_type"],
     },
 }
 TYPES = {"a whole number": (int,), "a number": (int, float), "a word": (str,)}
@@ -34,12 +42,11 @@ TYPES = {"a whole number": (int,), "a number": (int, float), "a word": (str,)}
 
 def check(config: Mapping[str, Any]) -> None:
     """Apply every rule to one resolved configuration. Raises UserError naming value, rule and fix."""
-    for section in ("task", "method", "training", "scale", "seed", "budget"):
+    check_seed(config["seed"])
+    for section in ("task", "method", "training", "scale", "budget"):
         _check_storable(section, config.get(section))
     for section, values in (("training", config["training"]), ("scale", config["scale"]), ("policy", config["method"].get("policy"))):
         _check_kinds(_Section(section, values or {}))
-    if not isinstance(config["seed"], int) or config["seed"] < 0:
-        raise UserError(f"seed={config['seed']}: a seed is a whole number from 0 up; write seed=0")
     _check_budget(_Section("budget", config.get("budget", {})))
     _check_training(_Section("training", config["training"]))
     _check_scale(_Section("scale", config["scale"]), config["training"]["inner_steps"])
@@ -49,16 +56,22 @@ def check(config: Mapping[str, Any]) -> None:
         _check_policy(_Section("policy", config["method"]["policy"]), config["training"]["inner_steps"], bool(config.get("budget")))
 
 
+def check_seed(seed: Any) -> None:
+    """The one setting that differs between a grid's cells of the same settings."""
+    _check_storable("seed", seed)
+    if not isinstance(seed, int) or seed < 0:
+        raise UserError(f"seed={seed}: a seed is a whole number from 0 up; write seed=0")
+
+
 def _check_storable(name: str, value: Any) -> None:
     """What a run folder and a parquet of results can hold and give back unchanged: a setting of any plug-in too."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if not isinstance(key, str):
+    if isinstance(value, dict | list | tuple):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if not _is_storable(inner):  # names are put together only then: a grid asks this a hundred thousand times
+                inside = f"{name}.{key}" if isinstance(value, dict) else f"{name}[{key}]"
+                _check_storable(inside.replace("method.policy", "policy"), inner)
+            if isinstance(value, dict) and type(key) is not str:
                 raise UserError(f"{name}: the key {key!r} is not a word; quote it in the YAML")
-            _check_storable(f"{name}.{key}".replace("method.policy", "policy"), inner)
-    elif isinstance(value, list | tuple):
-        for place, inner in enumerate(value):
-            _check_storable(f"{name}[{place}]", inner)
     elif isinstance(value, str):
         if (flaw := flaw_of(value)) is not None:
             raise UserError(f"{name}={value!r}: {flaw} cannot be stored; write it as UTF-8")
@@ -72,6 +85,16 @@ def _check_storable(name: str, value: Any) -> None:
             raise UserError(f"{name}=-0.0: the same as 0.0, and would be another cell; write {name}=0.0")
     elif value is not None:
         raise UserError(f"{name}={value!r}: a {type(value).__name__} cannot be stored; write a word, a number, true, false, null or a list")
+
+
+def _is_storable(value: Any) -> bool:
+    """Whether a value surely is: an ordinary word or number."""
+    kind = type(value)
+    if kind is str:
+        return value.isascii() and "\0" not in value
+    if kind is float:
+        return 0 < abs(value) < math.inf
+    return value is None or kind is bool or (kind is int and -LARGEST <= value <= LARGEST)
 
 
 def _short(number: int) -> str:
@@ -107,15 +130,15 @@ class _Section:
 def _check_kinds(section: _Section) -> None:
     """`KINDS`; a cell stored before there was a setting has none."""
     for kind, sections in KINDS.items():
-        for name in sections.get(section.name, "").split():
+        types = TYPES[kind]
+        for name in sections.get(section.name, ()):
             key = name.removesuffix("?")
             value = section.values.get(key)
-            if key not in section.values or (value is None and name.endswith("?")):
+            if (type(value) in types and value != "") or key not in section.values or (value is None and name.endswith("?")):
                 continue
             whole = str(int(value)) if isinstance(value, float) and value.is_integer() else "8"
             fix = {"a whole number": whole, "a number": "0.1"}.get(kind, f"\"'{value or 'phrasebook'}'\"")
-            rule = f"must be {kind}{' or null' if name.endswith('?') else ''}; write {section.name}.{key}={fix}"
-            section.require(key, type(value) in TYPES[kind] and value != "", rule)
+            section.require(key, False, f"must be {kind}{' or null' if name.endswith('?') else ''}; write {section.name}.{key}={fix}")
 
 
 def _check_budget(budget: _Section) -> None:

@@ -62,7 +62,7 @@ def test_txt_and_jsonl_hold_the_same(tmp_path):
         (
             "a.jsonl",
             '{"text": "a"}\n\n{"text": "b", "n": ' + "9" * 5000 + "}",
-            "a.jsonl, line 3: cannot be read as JSON (a number with too many",
+            "a.jsonl, line 3: cannot be read as JSON (a number of too many",
         ),
         ("a.jsonl", "[" * 100_000, "a.jsonl, line 1: cannot be read as JSON (nested too deeply)"),
         ("a.jsonl", '{"a":' * 100_000, "a.jsonl, line 1: cannot be read as JSON (nested too deeply)"),
