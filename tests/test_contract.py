@@ -120,6 +120,10 @@ def test_a_signal_is_a_finite_differentiable_scalar(said, body):
     assert SIGNALS[body] in found and "words.py" in found
 
 
+def test_a_device_that_is_full_is_no_breach(said):
+    assert said(task_file(signal="raise torch.OutOfMemoryError('full')")) is None
+
+
 def test_a_signal_of_what_prepare_kept_is_not_one_of_the_model(said):
     """It has a gradient, in a tensor that no training changes."""
     kept = "self.weight = world.target.get_output_embeddings().weight"
