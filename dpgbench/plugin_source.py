@@ -46,6 +46,8 @@ def read(kind: Kind, path: Path, *, trusted: bool = False) -> PluginFile:
     try:
         text = path.read_text(encoding="utf-8")
         tree = ast.parse(text, filename=path.name)
+        if not trusted:
+            compile(tree, path.name, "exec", dont_inherit=True)  # which finds what parsing does not, such as a `return` outside
     except SyntaxError as error:
         return PluginFile(kind, path.stem, path, error=f"{path.name} has a syntax error in line {error.lineno}: {error.msg}")
     except (OSError, UnicodeDecodeError, ValueError) as error:

@@ -120,6 +120,10 @@ def test_a_signal_is_a_finite_differentiable_scalar(said, body):
     assert SIGNALS[body] in found and "words.py" in found
 
 
+def test_a_device_that_is_full_is_no_breach(said):
+    assert said(task_file(signal="raise torch.OutOfMemoryError('full')")) is None
+
+
 def test_a_signal_of_what_prepare_kept_is_not_one_of_the_model(said):
     """It has a gradient, in a tensor that no training changes."""
     kept = "self.weight = world.target.get_output_embeddings().weight"
@@ -241,7 +245,7 @@ def test_a_missing_hook_is_told_of(said):
 def test_an_undefined_name_is_told_of(said):
     """And no name is that something binds, in whatever scope."""
     assert "line 18: torhc is not defined; import it, or see how it is spelt" in said(task_file(signal="return torhc.ones(())"))
-    more = "def hint(self, *words, **more):\n        return str([(lambda y: y + w)(x) for x in [w := 1]]) + __name__ + str(words)"
+    more = "def hint(self, *words, **more):\n        return str([(lambda y: y + w)(x) for x in [1] if (w := x)]) + __name__ + str(words)"
     assert said(task_file(more=more)) is None
 
 
@@ -295,6 +299,11 @@ class Words(ScoreTask):
 def test_what_a_score_task_brings_is_named_by_its_own_hooks(said, scores, read, says):
     found = said(SCORED.format(scores=scores, read=read), "name: words\nsamples: 8\nfresh: 8\nmax_tokens: 6\n")
     assert found is None if says is None else says in found
+
+
+def test_what_does_not_compile_is_a_syntax_error(said):
+    assert "words.py has a syntax error in line" in said(task_file(more="return 1"))
+    assert "words.py has a syntax error in line" in said(task_file(signal="return (weight"))
 
 
 def test_the_class_is_told_of_where_it_extends_the_wrong_one(said):
