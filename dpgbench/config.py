@@ -354,7 +354,8 @@ def _checked(key: str, full: str, word: Word, default: Any) -> Any:
     if isinstance(default, list) and isinstance(value, list):
         return _checked_list(key, full, word, default)
     if default is not None and type(value) is not type(default):
-        raise UserError(f"{key}={word}: expected {_kind(default)}, such as {full}={_shown(default)}")
+        example = [str(word)] if default == [] else default
+        raise UserError(f"{key}={word}: expected {_kind(default)}, such as {full}={_shown(example)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key}={word}: a setting must be finite, such as {full}={_shown(default)}")
     if type(value) is int and abs(value) >= 2**63:

@@ -69,8 +69,10 @@ class Display:
             self._tell(spec, running)
 
     def _tell(self, spec: RunSpec, running: _Running) -> None:
-        """A line on how far a cell is, unless there was one just now."""
+        """A line on how far a cell is, unless there was one just now. A policy's first is its first step, not the snapshot before."""
         now, steps = self._clock(), _steps(spec)
+        if spec.method.get("policy") is not None and running.first is None:
+            return
         if running.told is not None and now - running.told < QUIET_SECONDS:
             return
         running.told, latest = now, running.latest

@@ -121,7 +121,7 @@ def test_match_takes_what_the_other_method_spent(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["budget=5e9"], "budget=5000000000.0: not understood; write budget=match:dpg for what dpg spent, or budget.flops=1e12"),
+        (["budget=5e9"], "budget=5e9: not understood; write budget=match:dpg for what dpg spent, or budget.flops=1e12"),
         (["budget.flops=-1"], "budget.flops=-1: a limit is a positive number, or null for none; write budget.flops=1e12"),
         (["budget.flops=many"], "budget.flops=many: a limit is a positive number, or null for none; write budget.flops=1e12"),
         (["steps=null"], "policy.steps=None: without a limit the budget must be one; write budget.flops=1e12, or steps=60"),

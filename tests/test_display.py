@@ -16,6 +16,7 @@ def test_a_log_has_the_first_step_and_then_a_line_every_half_minute():
     (spec,) = (cell.spec for cell in config.read(["task=l2_norm", "method=dpg"], sweep=True).cells)
     with Display(Console(file=file, width=240), 1, clock=lambda: now[0]) as display:
         display(spec, {"state": "started"})
+        display(spec, {"snapshot": 0, "phi": 0.4})
         for step in range(1, 61):
             now[0] += 1.0
             display(spec, {"step": step, "phi": 0.5, "tokens_generated": 100 * step})

@@ -175,7 +175,7 @@ def test_other_trackers_find_the_folder_and_end_with_the_cell(monkeypatch, tmp_p
 
 def test_a_tracker_that_is_unknown_or_missing_is_one_line(monkeypatch):
     for words, says in (
-        ("tensorboard", r"report_to=tensorboard: a list of trackers; write policy.report_to=\[tensorboard\]"),
+        ("tensorboard", r"report_to=tensorboard: expected a list, such as policy.report_to=\[tensorboard\]"),
         ("[tensorbord]", "tensorbord is no tracker known here; did you mean 'tensorboard'"),
     ):
         with pytest.raises(UserError, match=says):
