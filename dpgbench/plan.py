@@ -189,6 +189,8 @@ def _memory(spec: RunSpec, generator: Shape, target: Shape, length: int, at_once
     Tapes of the metagradients are not in it: they take what `training.memory_budget` leaves.
     """
     training, width = spec.training, BYTES[spec.scale.generator_dtype]
+    if updated and not generator.adapters:  # weights that are trained are float32, whatever they were
+        width = BYTES["float32"]
     trained = 3 * width * generator.parameters if updated else 0
     if generator.adapters:  # in float32, their own weights among the four
         trained = 4 * 4 * generator.adapters

@@ -78,11 +78,14 @@ class Uuid(Task):
         """What the target writes from nothing, its likeliest token at a time, up to the string's length in tokens; no whitespace."""
         import torch
 
+        from dpgbench.models import ends_of
+
+        ends = ends_of(self.world.target, self.world.target_tokenizer)
         tokens = self.batch["input_ids"][:, :1]  # what the tokenizer puts in front, or the given first token
         with torch.no_grad():
             while tokens.shape[1] < self.length:
                 chosen = model(input_ids=tokens).logits[:, -1].argmax(-1, keepdim=True)
-                if chosen.item() == self.world.target_tokenizer.eos_token_id:
+                if chosen.item() in ends:
                     break
                 tokens = torch.cat([tokens, chosen], dim=1)
         return squeezed(self.world.target_tokenizer.decode(tokens[0], skip_special_tokens=True))
