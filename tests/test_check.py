@@ -139,8 +139,8 @@ def test_the_tiny_scale_can_be_trusted(dpgbench):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("check", "check nothing: no such check; write `check metagrad`"),
-        ("check policy", "check policy: no such check; write `check metagrad`"),
+        ("check", "check nothing: not a command; write `check metagrad`"),
+        ("check metgrad", "check metgrad: not a command; write `check metagrad`; did you mean 'metagrad'?"),
         ("check metagrad subsets=1", "subsets=1: a correlation needs 3 or more; write subsets=8"),
         ("check metagrad task=nonsense", "task=nonsense: no such task"),
         ("check metagrad training.memory_budget=1.5", "training.memory_budget=1.5: a share of the device's memory up to 1, or bytes"),

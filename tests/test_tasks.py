@@ -103,9 +103,9 @@ def test_qr_survives_a_few_wrong_modules(worlds):
     [
         (["payload=abcdefgh"], "task.payload='abcdefgh': a version 1 code at level H holds 1 to 17 digits, 10 capitals or 7 bytes"),
         (["payload=abcdefghabcdefgh", "level=M"], "14 bytes, and this has 16 characters; shorten it or lower task.level"),
-        (["payload="], "task.payload='': "),
+        (["payload=''"], "task.payload='': "),
         (["payload='ÄÖ'"], "task.payload='ÄÖ': its code is not read back as written; use plain letters and digits"),
-        (["level=h"], "task.level=h: no such level of error correction; choose from: H, L, M, Q"),
+        (["level=h"], "task.level=h: no such level of error correction; did you mean 'H'? choose from: H, L, M, Q"),
     ],
 )
 def test_qr_refuses_what_a_code_cannot_hold(words, message):

@@ -90,14 +90,6 @@ COMMANDS = {
   plugins=DIR            the folder of your own plug-ins (default: mine)""",
         ("task opening", "method parrot plugins=elsewhere"),
     ),
-    "check plugin": Command(
-        plugins.check_plugins, "plugins=DIR [task=NAME] [method=NAME]", "does a plug-in keep its contract? A line for each question",
-        """\
-  plugins=DIR            the folder of your own plug-ins; all of them, unless some are named
-  task=NAME              a task: its gradient, determinism, measures, two steps of every method
-  method=NAME            a method: two steps of it on every task""",
-        ("plugins=mine", "plugins=mine task=opening"), "an answer is wrong",
-    ),
     "check metagrad": Command(
         listing.check_metagradients, "[key=value ...]", "can a cell's rewards be trusted? Measured, in words",
         f"""{CELLS}
@@ -105,6 +97,14 @@ COMMANDS = {
   subsets=32             for the linear datamodelling score: how many halves of the texts
 {TEXT}""",
         ("task=language lang=de", "scale=small task=l2_norm directions=4 subsets=8"), "they cannot be trusted",
+    ),
+    "check plugin": Command(
+        plugins.check_plugins, "plugins=DIR [task=NAME] [method=NAME]", "does a plug-in keep its contract? A line for each question",
+        """\
+  plugins=DIR            the folder of your own plug-ins; all of them, unless some are named
+  task=NAME              a task: its gradient, determinism, measures, two steps of every method
+  method=NAME            a method: two steps of it on every task""",
+        ("plugins=mine", "plugins=mine task=opening"), "an answer is wrong",
     ),
 }  # fmt: skip
 """A command is an entry: its name, of one word or two, and what runs and describes it."""
