@@ -20,6 +20,14 @@ from dpgbench.api import Options, Prompt
 from dpgbench.seeds import derive, torch_seeded
 
 
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a text: the tokenizer's, and those of the model's two configurations (a chat model's end of a turn)."""
+    ends = {tokenizer.eos_token_id}
+    for named in (model.config.get_text_config().eos_token_id, model.generation_config and model.generation_config.eos_token_id):
+        ends |= set(named if isinstance(named, list) else [named])
+    return sorted(ends - {None})
+
+
 @dataclass
 class Generator:
     """pi_theta: a causal LM, its tokenizer, and sampling at temperature 1 from the full distribution."""
@@ -74,7 +82,7 @@ class Generator:
     @property
     def ends(self) -> list[int]:
         """The tokens that end a completion."""
-        return self.model.generation_config.eos_token_id
+        return ends_of(self.model, self.tokenizer)
 
     @property
     def own_end(self) -> int:

@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from dpgbench import model_files
 from dpgbench.api import Options
 from dpgbench.errors import UserError
-from dpgbench.generator import Generator
+from dpgbench.generator import Generator, ends_of
 from dpgbench.model_files import SMOLLM2
 
 NOISE = ("drop", "jitter")  # in the names of settings that make a forward pass random in training: dropout, layerdrop, a router's jitter
@@ -123,14 +123,6 @@ def without_noise(settings: PreTrainedConfig) -> PreTrainedConfig:
         elif any(part in key for part in NOISE) and isinstance(value, float):
             setattr(settings, key, 0.0)
     return settings
-
-
-def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a text: the tokenizer's, and those of the model's two configurations (a chat model's end of a turn)."""
-    ends = {tokenizer.eos_token_id}
-    for named in (model.config.get_text_config().eos_token_id, model.generation_config and model.generation_config.eos_token_id):
-        ends |= set(named if isinstance(named, list) else [named])
-    return sorted(ends - {None})
 
 
 def _sample_plainly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

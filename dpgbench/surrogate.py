@@ -135,7 +135,7 @@ def sample(model: nn.Module, tokenizer: PreTrainedTokenizerBase, count: int, max
     """
     import torch
 
-    from dpgbench.models import ends_of
+    from dpgbench.generator import ends_of
 
     end, ends = tokenizer.eos_token_id, torch.tensor(ends_of(model, tokenizer), device=model.device)
     ids = torch.full((count, 1 + max_tokens), end, dtype=torch.long, device=model.device)

@@ -78,7 +78,7 @@ class Uuid(Task):
         """What the target writes from nothing, its likeliest token at a time, up to the string's length in tokens; no whitespace."""
         import torch
 
-        from dpgbench.models import ends_of
+        from dpgbench.generator import ends_of
 
         ends = ends_of(self.world.target, self.world.target_tokenizer)
         tokens = self.batch["input_ids"][:, :1]  # what the tokenizer puts in front, or the given first token

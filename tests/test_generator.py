@@ -28,7 +28,8 @@ from dpgbench import config
 from dpgbench.data import encode
 from dpgbench.errors import UserError
 from dpgbench.finetuning import pairs
-from dpgbench.models import ends_of, load_generator, load_target, without_noise
+from dpgbench.generator import ends_of
+from dpgbench.models import load_generator, load_target, without_noise
 from dpgbench.phrasebook import WEIGHTS, Phrasebook
 from dpgbench.policy import train_policy
 from dpgbench.surrogate import sample

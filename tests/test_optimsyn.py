@@ -23,10 +23,13 @@ def spying(monkeypatch, seen=None, told=None):
 
     inner = policy._Loop.advantages_of
 
-    def advantages_of(self, prompts, completions, completion_ids, **rest):
+    def advantages_of(self, prompts, completion_ids, **rest):
         if seen is not None:
             seen.append(list(prompts))
-        return inner(self, prompts, told or completions, completion_ids, **rest)
+        with monkeypatch.context() as patch:
+            if told is not None:
+                patch.setattr(self.generator, "texts_of", lambda completion_ids: told)
+            return inner(self, prompts, completion_ids, **rest)
 
     monkeypatch.setattr(policy._Loop, "advantages_of", advantages_of)
 

@@ -17,8 +17,10 @@ def paid(bench, monkeypatch, texts, *words):
     """What the method pays when the policy writes these four texts, and its bench."""
     inner = policy._Loop.advantages_of
 
-    def given(self, prompts, completions, completion_ids, **rest):
-        return inner(self, prompts, texts, completion_ids, **rest)
+    def given(self, prompts, completion_ids, **rest):
+        with monkeypatch.context() as patch:
+            patch.setattr(self.generator, "texts_of", lambda completion_ids: texts)
+            return inner(self, prompts, completion_ids, **rest)
 
     monkeypatch.setattr(policy._Loop, "advantages_of", given)
     work = bench(*words, "completions=4", "steps=1", "inner_steps=1", "deployment_steps=null")
