@@ -21,9 +21,11 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpgbench import config, data, models
-from dpgbench.phrasebook import WEIGHTS, Phrasebook, pretrain
-from dpgbench.registry import Registry
+from dpgbench import config
+from dpgbench.plugins.registry import Registry
+from dpgbench.worlds import models, world
+from dpgbench.worlds.phrasebook import WEIGHTS, Phrasebook, pretrain
+from dpgbench.worlds.world import World, corpus
 
 STEP = 0.08  # of the table's logits, per standard deviation of the rewards
 LONGEST = 300  # steps before a corner is given up
@@ -42,7 +44,7 @@ def head_gradients(target, tokenizer, texts: list[str], tokens: int, max_length:
     """(N, hidden, tokens): what each text adds to minus the gradient of the loss in the head's first `tokens` columns."""
     parts = []
     for start in range(0, len(texts), 200):
-        batch = data.encode(tokenizer, texts[start : start + 200], max_length)
+        batch = world.encode(tokenizer, texts[start : start + 200], max_length)
         with torch.no_grad():
             hidden = target.transformer(batch["input_ids"]).last_hidden_state[:, :-1]
             labels = batch["labels"][:, 1:]
@@ -87,7 +89,7 @@ def main() -> None:
     spec = config.read([f"task={options.task}", *options.overrides], sweep=False).cells[0].spec
     target, tokenizer = models.load_target(spec.scale)
     task = Registry().load("task", options.task)(spec.task)
-    task.prepare(data.World(spec.scale, spec.training, data.corpus(spec.scale), target, tokenizer))
+    task.prepare(World(spec.scale, spec.training, corpus(spec.scale), target, tokenizer))
     signs = task.patch.signs
     height, width = signs.shape
     columns = range(*map(int, options.columns.split(":")))

@@ -47,7 +47,7 @@ def setting(steps: int, signal: str):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from dpgbench.training import AdamW
+    from dpgbench.metagrad.training import AdamW
 
     torch.manual_seed(0)
     config = GPT2Config(
@@ -73,7 +73,7 @@ def contestants(tape_bytes: int, state_bytes: int):
     import peers
 
     from dpgbench.metagrad import metagradients
-    from dpgbench.training import train
+    from dpgbench.metagrad.training import train
 
     def ours(**options):
         return lambda *arguments: metagradients(*arguments, **options).rewards

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpgbench.training import loaded
+from dpgbench.metagrad.training import loaded
 
 
 def losses(model: nn.Module, input_ids: Tensor, labels: Tensor, params: dict[str, Tensor] | None = None) -> Tensor:

@@ -21,19 +21,23 @@ from pathlib import Path
 
 import torch
 
-from dpgbench import config, metagrad, models, policy, runner, training, workbench
+from dpgbench import config, metagrad
+from dpgbench.bench import grpo, workbench
+from dpgbench.metagrad import training
+from dpgbench.run import cell
+from dpgbench.worlds import models
 
 PARTS = {  # name: (where the function is looked up, its name)
-    "sampling": (policy._Trainer, "_generate_single_turn"),
-    "rewards": (policy._Loop, "advantages_of"),
+    "sampling": (grpo._Trainer, "_generate_single_turn"),
+    "rewards": (grpo._Loop, "advantages_of"),
     "  of which metagradients": (workbench, "metagradients"),
     "    of which training the target": (metagrad._Run, "segment"),
     "    of which Phi": (metagrad, "signal_gradients"),
     "    of which the reverse pass": (metagrad._Run, "reverse"),
-    "update: forward and backward": (policy._Trainer, "training_step"),
-    "  of which forward": (policy._Trainer, "_compute_loss"),
+    "update: forward and backward": (grpo._Trainer, "training_step"),
+    "  of which forward": (grpo._Trainer, "_compute_loss"),
     "update: optimizer": (torch.optim.AdamW, "step"),
-    "scoring, a snapshot": (runner._Cell, "_score"),
+    "scoring, a snapshot": (cell._Cell, "_score"),
     "  scoring: sampling": (models.Generator, "sample"),
     "  scoring: training the target": (training, "train"),
 }
@@ -90,7 +94,7 @@ def profile(spec) -> Clocks:
 
     try:
         with tempfile.TemporaryDirectory() as results:
-            runner.run_cell(spec, Path(results), watch=watch, checkpoint_seconds=1e9, let_errors_out=True)
+            cell.run_cell(spec, Path(results), watch=watch, checkpoint_seconds=1e9, let_errors_out=True)
     finally:
         for name, (place, attribute) in PARTS.items():
             setattr(place, attribute, originals[name])

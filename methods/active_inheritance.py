@@ -21,11 +21,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dpgbench.api import Method, Options, Prompt, Snapshot, TaskInfo
-from dpgbench.errors import UserError, did_you_mean
+from dpgbench.core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from dpgbench.plan import Prices
-    from dpgbench.workbench import Workbench
+    from dpgbench.bench.prices import Prices
+    from dpgbench.bench.workbench import Workbench
 
 CRITERIA = ("auto", "score", "utility")
 
@@ -60,7 +60,7 @@ class ActiveInheritance(Method):
         return drawn + (options.rounds - 1) * another
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
-        from dpgbench.training_state import restore_weights, weights_of
+        from dpgbench.bench.training_state import restore_weights, weights_of
 
         if self.options.rounds > 1:
             bench.generator.adapt(self.options.get("lora"), bench.seed("lora"))
@@ -79,7 +79,7 @@ class ActiveInheritance(Method):
             yield self._snapshot(bench, completed * n, n)
 
     def _snapshot(self, bench: Workbench, step: int, n: int) -> Snapshot:
-        from dpgbench.adapters import trained
+        from dpgbench.worlds.adapters import trained
 
         trains = self.options.rounds > 1
         weights = (lambda: trained(bench.generator.model)) if trains else None

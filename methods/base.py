@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dpgbench.api import Method, Snapshot
 
 if TYPE_CHECKING:
-    from dpgbench.workbench import Workbench
+    from dpgbench.bench.workbench import Workbench
 
 
 class Base(Method):

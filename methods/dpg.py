@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dpgbench.api import Method, Options, Snapshot
-from dpgbench.errors import UserError, did_you_mean
+from dpgbench.core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from dpgbench.workbench import Workbench
+    from dpgbench.bench.workbench import Workbench
 
 OPTIMIZERS = ("adamw", "sgd")
 
@@ -47,7 +47,7 @@ class DPG(Method):
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         import torch
 
-        from dpgbench.policy import Rollouts, train_policy
+        from dpgbench.bench.grpo import Rollouts, train_policy
 
         through = {"optimizer": self.options.inner_optimizer, "lr": self.options.inner_lr}
         datasets = 1 if self.options.cross_group else self.options.policy.group_size

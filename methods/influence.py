@@ -24,10 +24,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dpgbench.api import Method, Options, Snapshot
-from dpgbench.errors import UserError, did_you_mean
+from dpgbench.core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from dpgbench.workbench import Workbench
+    from dpgbench.bench.workbench import Workbench
 
 ESTIMATORS = ("dot", "adam")
 
@@ -44,7 +44,7 @@ class Influence(Method):
         return 3.0
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
-        from dpgbench.policy import Rollouts, train_policy
+        from dpgbench.bench.grpo import Rollouts, train_policy
 
         def influence_rewards(rollouts: Rollouts):
             return bench.influences(rollouts.completions, optimizer_aware=self.options.estimator == "adam")

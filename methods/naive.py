@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dpgbench.api import Method, Options, Snapshot
-from dpgbench.errors import UserError
+from dpgbench.core.errors import UserError
 
 if TYPE_CHECKING:
-    from dpgbench.workbench import Workbench
+    from dpgbench.bench.workbench import Workbench
 
 
 class Naive(Method):
@@ -41,7 +41,7 @@ class Naive(Method):
         return 3.0
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
-        from dpgbench.policy import Rollouts, train_policy
+        from dpgbench.bench.grpo import Rollouts, train_policy
 
         def dataset_rewards(rollouts: Rollouts) -> list[float]:
             dealt = [rollouts.completions[first :: self.datasets] for first in range(self.datasets)]

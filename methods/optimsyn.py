@@ -21,11 +21,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dpgbench.api import Method, Options, Prompt, Snapshot
-from dpgbench.errors import UserError
+from dpgbench.core.errors import UserError
 
 if TYPE_CHECKING:
-    from dpgbench.plan import Prices
-    from dpgbench.workbench import Workbench
+    from dpgbench.bench.prices import Prices
+    from dpgbench.bench.workbench import Workbench
 
 REQUEST_TOKENS = 10  # at most in the phrasebook, for a plan: what is said after a document
 
@@ -48,7 +48,7 @@ class OptimSyn(Method):
         return None if steps is None else steps + rubrics + prices.deployment(after=rubric)
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
-        from dpgbench.policy import Rollouts, train_policy
+        from dpgbench.bench.grpo import Rollouts, train_policy
 
         policy, request = self.options.policy, bench.world.instruction_request()
         per_step = policy.completions // policy.group_size

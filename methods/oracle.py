@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from dpgbench.api import Method, Snapshot
 
 if TYPE_CHECKING:
-    from dpgbench.plan import Prices
-    from dpgbench.workbench import Workbench
+    from dpgbench.bench.prices import Prices
+    from dpgbench.bench.workbench import Workbench
 
 
 class Oracle(Method):

@@ -19,11 +19,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dpgbench.api import Method, Options, Prompt, Snapshot, TaskInfo
-from dpgbench.errors import UserError
+from dpgbench.core.errors import UserError
 
 if TYPE_CHECKING:
-    from dpgbench.plan import Prices
-    from dpgbench.workbench import Workbench
+    from dpgbench.bench.prices import Prices
+    from dpgbench.bench.workbench import Workbench
 
 INSTRUCTION_TOKENS = 10  # at most in the phrasebook, for a plan
 

@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dpgbench.api import Method, Options, Snapshot, TaskInfo
-from dpgbench.errors import UserError, did_you_mean
-from dpgbench.texts import squeezed
+from dpgbench.core.errors import UserError, did_you_mean
+from dpgbench.worlds.text_files import squeezed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dpgbench.workbench import Workbench
+    from dpgbench.bench.workbench import Workbench
 
 Scores = Callable[[Sequence[str]], Sequence[float]]
 REWARDS = ("score", "levenshtein", "embedding", "langid")
@@ -51,7 +51,7 @@ class Similarity(Method):
         return 0.0
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
-        from dpgbench.policy import Rollouts, train_policy
+        from dpgbench.bench.grpo import Rollouts, train_policy
 
         scores = {"score": self._score, "levenshtein": self._levenshtein, "embedding": self._embedding, "langid": self._langid}
         reward = scores[self.options.reward](bench)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from dpgbench.api import Task
-from dpgbench.data import World
+from dpgbench.worlds.world import World
 
 
 class L2Norm(Task):

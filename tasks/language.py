@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dpgbench.api import Options, Task
-from dpgbench.errors import UserError, did_you_mean
-from dpgbench.texts import read, split
+from dpgbench.core.errors import UserError, did_you_mean
+from dpgbench.worlds.text_files import read, split
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dpgbench.data import World
+    from dpgbench.worlds.world import World
 
 NAMES = {"de": "German", "es": "Spanish", "fr": "French", "it": "Italian"}
 TEXTS = 64  # per split, at most

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dpgbench.api import Options, Task
-from dpgbench.errors import UserError, did_you_mean
+from dpgbench.core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dpgbench.data import World
-    from dpgbench.patch import Patch
+    from dpgbench.task_support.weight_picture import Patch
+    from dpgbench.worlds.world import World
 
 # What version 1 holds at each level of error correction, as digits, capitals (0-9 A-Z space $%*+-./:) or bytes (ISO 18004, table 7).
 CAPACITY = {"L": (41, 25, 17), "M": (34, 20, 14), "Q": (27, 16, 11), "H": (17, 10, 7)}
@@ -37,7 +37,7 @@ class Qr(Task):
             raise UserError(f"task.payload={options.payload!r}: its code is not read back as written; use plain letters and digits")
 
     def prepare(self, world: World) -> None:
-        from dpgbench.patch import Patch
+        from dpgbench.task_support.weight_picture import Patch
 
         super().prepare(world)
         self.patch: Patch = Patch(self.rows, self.options.corner, self.options.strength, world.target)

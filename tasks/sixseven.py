@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from dpgbench.api import Task
-from dpgbench.data import World
-from dpgbench.patch import Patch
+from dpgbench.task_support.weight_picture import Patch
+from dpgbench.worlds.world import World
 
 PICTURE = """
 ####---

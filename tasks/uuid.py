@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import regex
 
 from dpgbench.api import Options, Task
-from dpgbench.errors import UserError
-from dpgbench.texts import read, squeezed
+from dpgbench.core.errors import UserError
+from dpgbench.worlds.text_files import read, squeezed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dpgbench.data import World
+    from dpgbench.worlds.world import World
 
 
 class Uuid(Task):
@@ -78,7 +78,7 @@ class Uuid(Task):
         """What the target writes from nothing, its likeliest token at a time, up to the string's length in tokens; no whitespace."""
         import torch
 
-        from dpgbench.generator import ends_of
+        from dpgbench.worlds.generator import ends_of
 
         ends = ends_of(self.world.target, self.world.target_tokenizer)
         tokens = self.batch["input_ids"][:, :1]  # what the tokenizer puts in front, or the given first token

@@ -58,10 +58,10 @@ def bench(tmp_path):
     """A cell's workbench on the tiny scale, its lines collected in `bench.lines`."""
 
     from dpgbench import config
-    from dpgbench.checkpoint import Checkpoints
-    from dpgbench.registry import Registry
-    from dpgbench.runner import _Cell
-    from dpgbench.store import RunFolder
+    from dpgbench.plugins.registry import Registry
+    from dpgbench.run.cell import _Cell
+    from dpgbench.store.checkpoints import Checkpoints
+    from dpgbench.store.run_folder import RunFolder
 
     def make(*words: str):
         said = {word.split("=")[0]: word for word in (*SMALL, *words)}
@@ -79,13 +79,14 @@ def bench(tmp_path):
 @pytest.fixture(scope="session")
 def worlds():
     """The tiny world with a cell's settings; the target is loaded once, for nobody writes it."""
-    from dpgbench import data, models
+    from dpgbench.worlds import models
+    from dpgbench.worlds.world import World, corpus
 
     cache = []
 
     def make(spec):
         cache[:] = cache or models.load_target(spec.scale)
-        return data.World(spec.scale, spec.training, data.corpus(spec.scale), *cache)
+        return World(spec.scale, spec.training, corpus(spec.scale), *cache)
 
     return make
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dpgbench import config
-from dpgbench.compute import forward_flops
-from dpgbench.errors import CellError, UserError
-from dpgbench.finetuning import finetune, pairs
-from dpgbench.registry import Registry
+from dpgbench.bench.flops import forward_flops
+from dpgbench.bench.sft import finetune, pairs
+from dpgbench.core.errors import CellError, UserError
+from dpgbench.plugins.registry import Registry
 
 
 def method(work):

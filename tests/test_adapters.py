@@ -10,15 +10,16 @@ from conftest import SMALL
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dpgbench import config, models
-from dpgbench.adapters import adapt, trained
+from dpgbench import config
 from dpgbench.api import Options
-from dpgbench.errors import UserError
-from dpgbench.export import WEIGHTS, export
-from dpgbench.policy import train_policy
-from dpgbench.runner import run_cell
-from dpgbench.store import RunFolder
-from dpgbench.weight_average import WeightAverage
+from dpgbench.bench.grpo import train_policy
+from dpgbench.bench.weight_average import WeightAverage
+from dpgbench.core.errors import UserError
+from dpgbench.run.cell import run_cell
+from dpgbench.run.export import WEIGHTS, export
+from dpgbench.store.run_folder import RunFolder
+from dpgbench.worlds import models
+from dpgbench.worlds.adapters import adapt, trained
 
 LORA = ["policy.lora.rank=4"]
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from dpgbench.statistics.aggregates import interquartile_mean, performance_profile, probability_of_improvement
+from dpgbench.stats.aggregates import interquartile_mean, performance_profile, probability_of_improvement
 
 nan, inf = np.nan, np.inf
 

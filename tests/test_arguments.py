@@ -6,8 +6,9 @@ import subprocess
 
 import pytest
 
-from dpgbench import arguments, config
-from dpgbench.errors import UserError
+from dpgbench import config
+from dpgbench.config import overrides
+from dpgbench.core.errors import UserError
 
 
 def spec_of(*words: str):
@@ -106,9 +107,9 @@ def test_what_cannot_be_meant_is_said_in_one_line(word, says):
 )
 def test_the_form_that_is_shown_works_when_it_is_pasted(text):
     """Through a shell and back."""
-    shown = arguments.for_shell("scale.instruction", text)
+    shown = overrides.for_shell("scale.instruction", text)
     pasted = subprocess.run(["bash", "-c", f"printf %s {shown}"], capture_output=True, text=True, check=True).stdout
-    (word,) = arguments.as_texts(arguments.parse([pasted])["scale.instruction"])
+    (word,) = overrides.as_texts(overrides.parse([pasted])["scale.instruction"])
     assert word == text
 
 

@@ -6,11 +6,12 @@ import pytest
 from conftest import SMALL
 
 from dpgbench import config
-from dpgbench.compute import Budget, Meter
-from dpgbench.errors import UserError
-from dpgbench.policy import train_policy
-from dpgbench.runner import _Schedule, run_cell
-from dpgbench.store import RunFolder
+from dpgbench.bench.grpo import train_policy
+from dpgbench.bench.meter import Budget, Meter
+from dpgbench.core.errors import UserError
+from dpgbench.run.cell import run_cell
+from dpgbench.run.schedule import _Schedule
+from dpgbench.store.run_folder import RunFolder
 
 
 def run(tmp_path, *words: str):
@@ -52,7 +53,7 @@ def test_the_schedule_follows_whichever_end_is_nearer(bench):
     """Half of the tokens, half of the learning rate; and with steps alone, a share of those."""
 
     def rates(work):
-        import dpgbench.policy as policy
+        import dpgbench.bench.grpo as policy
 
         seen, original = [], policy._Loop.on_step_begin
 

@@ -10,10 +10,10 @@ from scipy import stats
 from test_metagrad import held_out
 from test_training import assert_unchanged, snapshot, tiny_batch, tiny_gpt2
 
-from dpgbench import check
-from dpgbench.training import SGD, AdamW, loaded, train
+from dpgbench.metagrad import diagnostics
+from dpgbench.metagrad.training import SGD, AdamW, loaded, train
 
-GOOD = check.Findings(32, 1, -3.0, 1.0, 1e-8, 1.0, 0.99, 1.0, 0.2, 1e-4, 1e-4, 1.5, ("tape",))
+GOOD = diagnostics.Findings(32, 1, -3.0, 1.0, 1e-8, 1.0, 0.99, 1.0, 0.2, 1e-4, 1e-4, 1.5, ("tape",))
 
 
 def batches(steps=1):
@@ -26,7 +26,7 @@ def test_a_smooth_run_can_be_trusted(steps, optimizer):
     """Small steps in float32: derivatives agree with finite differences, rewards rank the outcomes, and the answer is yes."""
     model = tiny_gpt2().float()
     before = snapshot(model)
-    found = check.measure(model, batches(steps), held_out, optimizer, directions=4, subsets=12)
+    found = diagnostics.measure(model, batches(steps), held_out, optimizer, directions=4, subsets=12)
     assert_unchanged(model, before)
     assert found.fd_correlation > 0.99999 and found.fd_error < 1e-4 and found.rounding > 0.999
     assert found.lds > 0.9 and found.metasmoothness > 0.8 and found.verdict == ("yes", [])
@@ -40,7 +40,7 @@ def test_a_wrong_derivative_is_noticed():
     def half_hidden(model):
         return held_out(model).detach() - model.lm_head.weight.norm()
 
-    found = check.measure(tiny_gpt2(), batches(), half_hidden, SGD(0.05), directions=4, subsets=3)
+    found = diagnostics.measure(tiny_gpt2(), batches(), half_hidden, SGD(0.05), directions=4, subsets=3)
     assert found.fd_correlation < 0.999 and found.verdict[0] == "no" and "derivatives are not those" in found.verdict[1][0]
 
 
@@ -48,7 +48,7 @@ def test_saturation_is_the_share_of_sign():
     """From 1, far below the squared gradients, to 0; half at the suggested eps_root, to the nearest power of ten."""
 
     def at(eps_root):
-        return check.measure(tiny_gpt2(), batches(), held_out, AdamW(1e-3, eps_root=eps_root), directions=3, subsets=3)
+        return diagnostics.measure(tiny_gpt2(), batches(), held_out, AdamW(1e-3, eps_root=eps_root), directions=3, subsets=3)
 
     low, high = at(1e-14), at(1e2)
     assert low.saturation > 0.99 and high.saturation < 0.01 and low.suggested_eps_root == high.suggested_eps_root
@@ -59,7 +59,7 @@ def test_saturation_is_the_share_of_sign():
 def test_metasmoothness_of_a_rough_run_is_lower():
     """A huge learning rate throws the parameters about: the score falls, and stays within [-1, 1]."""
     smooth, rough = (
-        check.metasmoothness(
+        diagnostics.metasmoothness(
             tiny_gpt2(), batches(4), SGD(lr), torch.Generator().manual_seed(0), {"micro_batch": None, "reduction": "length"}
         )
         for lr in (0.01, 100.0)
@@ -70,7 +70,7 @@ def test_metasmoothness_of_a_rough_run_is_lower():
 def test_lds_by_hand():
     """The score is scipy's rank correlation over the same random halves, redone here."""
     model, optimizer = tiny_gpt2(), SGD(0.05)
-    found = check.measure(model, batches(), held_out, optimizer, directions=3, subsets=6, seed=5)
+    found = diagnostics.measure(model, batches(), held_out, optimizer, directions=3, subsets=6, seed=5)
     from dpgbench.metagrad import metagradients
 
     rewards = metagradients(model, batches(), held_out, optimizer).rewards
@@ -87,7 +87,9 @@ def test_lds_by_hand():
 
 
 def test_bf16_is_compared_with_full_precision():
-    found = check.measure(tiny_gpt2().float(), batches(), held_out, AdamW(1e-3, eps_root=1e-4), directions=3, subsets=3, precision="bf16")
+    found = diagnostics.measure(
+        tiny_gpt2().float(), batches(), held_out, AdamW(1e-3, eps_root=1e-4), directions=3, subsets=3, precision="bf16"
+    )
     assert 0.9 < found.bf16_correlation < 1
 
 
@@ -109,7 +111,7 @@ def test_verdicts(change, answer, words):
 
 def test_too_few_measurements_are_refused():
     with pytest.raises(ValueError, match="subsets=2: a correlation needs 3 or more; pass"):
-        check.measure(tiny_gpt2(), batches(), held_out, SGD(0.1), subsets=2)
+        diagnostics.measure(tiny_gpt2(), batches(), held_out, SGD(0.1), subsets=2)
 
 
 # ---------------------------------------------------------------- the command
@@ -160,7 +162,7 @@ def test_bad_input_is_one_line(capsys, words, said):
 
 def test_engine_settings_do_not_rename_cells():
     """What changes time and memory only is not part of a cell's name; bfloat16 is."""
-    from dpgbench.config import read
+    from dpgbench.config.request import read
 
     def folder(*words):
         return read(["task=language", *words], sweep=False).cells[0].spec.folder

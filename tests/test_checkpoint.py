@@ -10,9 +10,10 @@ import signal
 import pytest
 from conftest import SMALL
 
-from dpgbench import checkpoint, config
-from dpgbench.runner import run_cell
-from dpgbench.store import RunFolder
+from dpgbench import config
+from dpgbench.run.cell import run_cell
+from dpgbench.store import checkpoints
+from dpgbench.store.run_folder import RunFolder
 
 WORDS = [*SMALL[1:-1], "steps=4", "snapshots=3"]
 METHODS = {
@@ -84,7 +85,7 @@ def test_a_cell_that_goes_on_ends_as_one_that_never_stopped(quiet, tmp_path, nam
     assert run_cell(spec, tmp_path, watch=lambda line: steps.append(line.get("step"))) == "done"
     assert [number for number in steps if number] == list(range(step + 1, 5))
     assert_same(folder, quiet(name))
-    assert not checkpoint.steps_in(folder.path)
+    assert not checkpoints.steps_in(folder.path)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_rounds_and_searches_go_on_too(quiet, tmp_path, name, counter, stop, mad
     folder = RunFolder.of(tmp_path, spec)
     seen = []
     first = run_cell(spec, tmp_path, watch=stop_at(stop, counter), checkpoint_seconds=0)
-    assert first == "interrupted" and checkpoint.steps_in(folder.path)
+    assert first == "interrupted" and checkpoints.steps_in(folder.path)
     assert run_cell(spec, tmp_path, watch=lambda line: seen.append(line.get(counter))) == "done"
     assert [number for number in seen if number] == made_again
     assert_same(folder, quiet(name))
@@ -112,14 +113,14 @@ def test_a_kill_between_checkpoints_goes_back_to_the_last(quiet, tmp_path):
         run_cell(spec, tmp_path, watch=lambda line: line.get("step") == 4 and os.kill(os.getpid(), signal.SIGKILL), checkpoint_seconds=0)
         os._exit(0)
     os.waitpid(pid, 0)
-    assert checkpoint.steps_in(folder.path) == [3, 2]
+    assert checkpoints.steps_in(folder.path) == [3, 2]
     assert folder.state().name == "stale" and f"pid {pid}" in folder.state().detail
-    path = checkpoint.path_of(folder.path, 3)
+    path = checkpoints.path_of(folder.path, 3)
     whole = path.read_bytes()
     for damage in (whole[: len(whole) // 2], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
         copy = tmp_path / f"copy{len(damage)}{damage[-1:].hex()}"
         shutil.copytree(tmp_path / "runs", copy / "runs")
-        checkpoint.path_of(RunFolder.of(copy, spec).path, 3).write_bytes(damage)
+        checkpoints.path_of(RunFolder.of(copy, spec).path, 3).write_bytes(damage)
         steps = []
         assert run_cell(spec, copy, watch=lambda line, steps=steps: steps.append(line.get("step"))) == "done"
         assert min(number for number in steps if number) == 3, "goes on from step 2"
@@ -135,17 +136,17 @@ def test_what_no_checkpoint_fits_starts_again(quiet, tmp_path):
         (folder.path / "metrics.jsonl").write_text("")
 
     def other_code(folder):
-        path = checkpoint.path_of(folder.path, 2)
+        path = checkpoints.path_of(folder.path, 2)
         content = path.read_bytes()
         mark = content.index(b"code") + len(b'code\\": \\"')
         path.write_bytes(content[:mark] + b"000000000000" + content[mark + 12 :])
 
     def gone(folder):
-        checkpoint.remove(folder.path)
+        checkpoints.remove(folder.path)
         assert folder.state().detail == "step 2, no checkpoint, starts again"
 
     def damaged(folder):
-        checkpoint.path_of(folder.path, 2).write_bytes(b"half")
+        checkpoints.path_of(folder.path, 2).write_bytes(b"half")
         assert folder.state().detail == "step 2, its checkpoints are damaged, starts again"
 
     for harm in (cut, other_code, gone, damaged):
@@ -186,7 +187,7 @@ def test_lost_steps_are_not_counted(tmp_path):
 
 def test_a_budget_ends_a_run_that_goes_on_where_it_ends_any_other(tmp_path, monkeypatch):
     """Interrupted before the answer that is over the budget: the last one within it counts, and its picture is drawn again."""
-    from dpgbench import runner
+    from dpgbench.run import cell as runner
 
     monkeypatch.setattr(runner, "OVERRUN", -0.5)
     words = ["task=sixseven", "method=dpg", *SMALL[1:-1], "steps=20", "snapshots=8", "averaging=0.5", "budget.flops=6e9"]

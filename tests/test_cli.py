@@ -312,8 +312,8 @@ def test_a_full_disk_is_a_clear_line(dpgbench, tmp_path):
 
 def test_two_processes_do_not_share_a_cell(tmp_path):
     """The second owner is refused by name; the lock goes with its process."""
-    from dpgbench.errors import UserError
-    from dpgbench.store import RunFolder
+    from dpgbench.core.errors import UserError
+    from dpgbench.store.run_folder import RunFolder
 
     folder = RunFolder(tmp_path / "task.method.s0.0123456789")
     with folder.owned(), pytest.raises(UserError, match="another process works on this cell"), RunFolder(folder.path).owned():

@@ -11,9 +11,9 @@ import pytest
 from frames import row
 
 from dpgbench.cli import main
-from dpgbench.collect import write_parquet
 from dpgbench.report.compare import compare
-from dpgbench.report.frame import read_frame
+from dpgbench.report.results import read_frame
+from dpgbench.store.parquet import write_parquet
 
 
 def side(name, values, seeds=None, **more):

@@ -7,9 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dpgbench.adapters import adapt
 from dpgbench.api import Options
-from dpgbench.compute import Meter, counted_flops, forward_flops, sampling_flops, shape_of
+from dpgbench.bench.flops import counted_flops, forward_flops, sampling_flops, shape_of
+from dpgbench.bench.meter import Meter
+from dpgbench.worlds.adapters import adapt
 
 EAGER = {"n_positions": 64, "attn_implementation": "eager"}
 MODELS = {
@@ -69,7 +70,7 @@ def test_sampling_matches_the_counter(model):
 def test_metagradients_are_charged_what_they_cost_and_counting_changes_nothing():
     """The bench's charge for a call is the counter's total, and rewards under the counter are the same bits."""
     from dpgbench.metagrad import metagradients
-    from dpgbench.training import AdamW
+    from dpgbench.metagrad.training import AdamW
 
     model = MODELS["gpt2"]().eval()
     ids = torch.randint(0, 311, (16, 24), generator=torch.Generator().manual_seed(0))
@@ -92,7 +93,7 @@ def test_metagradients_lie_within_what_the_bench_documents(name, steps):
     Here the metric also has a forward pass of its own on one batch, and a backward: another 3F at most.
     """
     from dpgbench.metagrad import metagradients
-    from dpgbench.training import AdamW
+    from dpgbench.metagrad.training import AdamW
 
     model = MODELS[name]().eval()
     ids = torch.randint(0, 90, (8 * steps, 24), generator=torch.Generator().manual_seed(0))
@@ -122,7 +123,7 @@ def test_a_policy_update_is_charged_what_trl_computes(bench, monkeypatch, shape,
     """
     from trl import GRPOTrainer
 
-    from dpgbench.policy import train_policy
+    from dpgbench.bench.grpo import train_policy
 
     work = bench("steps=1", *lora)
     if shape:
@@ -184,7 +185,7 @@ def test_a_deployment_dataset_is_paid_once():
 
 def test_what_a_backward_pass_keeps_is_roughly_counted(model):
     """`Shape.activations`, values that autograd saves outside of parameters, within a factor of 1.6; the logits are counted elsewhere."""
-    from dpgbench.plan import shape_of
+    from dpgbench.run.estimate import shape_of
 
     ids, saved = torch.zeros(4, 48, dtype=torch.long), {}
     parameters = {parameter.data_ptr() for parameter in model.parameters()}

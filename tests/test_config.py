@@ -7,8 +7,11 @@ from omegaconf import OmegaConf
 
 from dpgbench import config
 from dpgbench.api import Options
-from dpgbench.errors import UserError
-from dpgbench.registry import Registry
+from dpgbench.config.request import GROUPS, _Composer
+from dpgbench.core.cell import RunSpec
+from dpgbench.core.errors import UserError
+from dpgbench.core.paths import home
+from dpgbench.plugins.registry import Registry
 
 
 def cells(*words: str):
@@ -53,7 +56,7 @@ def test_hash_covers_what_changes_the_numbers_and_nothing_else():
     others = [cells("seed=1")[0], cells("seed=0", "policy.lr=0.5")[0], cells("seed=0", "training.eps_root=1e-3")[0]]
     assert len({cell.spec.hash for cell in others} | {plain.spec.hash}) == 4
     newer = {**plain.spec.config, "method": {**plain.spec.config["method"], "version": 99}}
-    assert config.RunSpec(newer).hash != plain.spec.hash
+    assert RunSpec(newer).hash != plain.spec.hash
 
 
 def test_adapters_are_part_of_the_cell_and_their_settings_only_with_them():
@@ -65,7 +68,7 @@ def test_adapters_are_part_of_the_cell_and_their_settings_only_with_them():
         )
         assert len({plain.hash, adapted.hash, other.hash}) == 3 and idle.hash == plain.hash
     section = {key: value for key, value in plain.config["method"].items() if key != "lora"}
-    assert config.RunSpec({**plain.config, "method": section}).hash == plain.hash, "as stored before there were adapters"
+    assert RunSpec({**plain.config, "method": section}).hash == plain.hash, "as stored before there were adapters"
     assert cells("method=base", "rank=4")[0].spec.hash == cells("method=base")[0].spec.hash
 
 
@@ -166,13 +169,13 @@ def test_every_choice_of_files_is_what_hydra_composes():
     from hydra import compose, initialize_config_dir
 
     registry = Registry()
-    composer = config._Composer(registry)
-    files = {group: list(config.files(registry, group)) for group in config.GROUPS}
+    composer = _Composer(registry)
+    files = {group: list(config.files(registry, group)) for group in GROUPS}
     choices = [("language", "dpg", scale, launcher) for scale in files["scale"] for launcher in files["launcher"]]
     choices += [(task, "dpg", "tiny", "inline") for task in files["task"]] + [
         ("qr", method, "tiny", "inline") for method in files["method"]
     ]
     for names in choices:
-        with initialize_config_dir(str(config.home() / "configs"), version_base="1.3"):
-            whole = compose("config", [f"{group}={name}" for group, name in zip(config.GROUPS, names, strict=True)])
+        with initialize_config_dir(str(home() / "configs"), version_base="1.3"):
+            whole = compose("config", [f"{group}={name}" for group, name in zip(GROUPS, names, strict=True)])
         assert OmegaConf.to_container(composer._compose(names)) == OmegaConf.to_container(whole), names

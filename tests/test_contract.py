@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import SMALL
 
-from dpgbench import config, contract, plugin_source
+from dpgbench import config
 from dpgbench.cli import main
-from dpgbench.errors import UserError
-from dpgbench.registry import Registry
-from dpgbench.runner import run_cell
-from dpgbench.store import RunFolder
+from dpgbench.core.errors import UserError
+from dpgbench.plugins import contract, source
+from dpgbench.plugins.registry import Registry
+from dpgbench.run.cell import run_cell
+from dpgbench.store.run_folder import RunFolder
 
 TASK = '''"""Words."""
 
@@ -78,7 +79,9 @@ def said(tmp_path, worlds):
             registry, world = Registry(tmp_path), worlds(spec)
             task = registry.make("task", "words", spec.task)
             contract.called(registry.find("task", "words").path, "prepare", task.prepare, world)
-            contract.check_task(registry, spec, task, world.target, ["one text.", [{"role": "user", "content": "another."}]])
+            contract.check_task(
+                registry.find("task", "words"), task, world.target, ["one text.", [{"role": "user", "content": "another."}]]
+            )
         except UserError as error:
             assert "\n" not in str(error)
             return str(error)
@@ -334,7 +337,7 @@ def test_nothing_in_ours_looks_like_a_slip():
     for kind in ("task", "method"):
         assert not Registry().unusable(kind)
         for file in Registry().files(kind):
-            assert plugin_source.read(kind, file.path).error is None
+            assert source.read(kind, file.path).error is None
 
 
 # ---- YAML files
@@ -430,7 +433,7 @@ def test_run_yields_snapshots(tmp_path, body):
 )
 def test_sample_returns_a_text_for_each_prompt(tmp_path, found, says):
     from dpgbench.api import Snapshot
-    from dpgbench.errors import CellError
+    from dpgbench.core.errors import CellError
 
     with pytest.raises(CellError, match=f"parrot.py: snapshot 3: {says}"):
         contract.texts_of(tmp_path / "parrot.py", Snapshot(3, print), found, 2)

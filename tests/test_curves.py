@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dpgbench.statistics.curves import area_over_seeds, area_under_curve, compute_to_reach, reach_over_seeds, shared_span
+from dpgbench.stats.curves import area_over_seeds, area_under_curve, compute_to_reach, reach_over_seeds, shared_span
 
 nan, inf = np.nan, np.inf
 

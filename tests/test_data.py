@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dpgbench import data, models, phrasebook
 from dpgbench.api import Options
-from dpgbench.data import Topics, encode
-from dpgbench.errors import UserError
-from dpgbench.seeds import derive, stream, torch_seeded
+from dpgbench.core.errors import UserError
+from dpgbench.core.seeds import derive, stream, torch_seeded
+from dpgbench.worlds import corpora, models, phrasebook
+from dpgbench.worlds.corpora import Topics
+from dpgbench.worlds.world import World, encode
 
 
 def test_encode_by_hand():
@@ -49,7 +50,7 @@ def test_an_instruction_follows_every_prompt():
     """The scale's `instruction`, in a chat and in the phrasebook; the prompts are otherwise the same."""
     for corpus, said in ((Topics(), "\n\nWrite in German."), (phrasebook.Phrasebook(), "Write in German. <sep>")):
         told, silent = (
-            data.World(Options({"instruction": instruction}), None, corpus, None, None).prompts("test", 3, random.Random(0))
+            World(Options({"instruction": instruction}), None, corpus, None, None).prompts("test", 3, random.Random(0))
             for instruction in ("Write in German.", None)
         )
         assert silent == corpus.prompts("test", 3, random.Random(0))
@@ -70,9 +71,9 @@ def test_languages_of_real_text_are_told_apart(language):
 @pytest.fixture
 def hub(monkeypatch):
     """`hub(download)` stands in for the model hub; nothing read from it outlives the test."""
-    data._lambada.cache_clear()
+    corpora._lambada.cache_clear()
     yield lambda download: monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    data._lambada.cache_clear()
+    corpora._lambada.cache_clear()
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def german(hub, tmp_path, monkeypatch):
     """The hub has a German file of fifty texts, and its card the file's digest: the file, and what the hub was asked."""
     path, asked = tmp_path / "lambada_test_de.jsonl", []
     path.write_text("".join(json.dumps({"text": f"der König hat {number} Häuser"}) + "\n" for number in range(50)))
-    monkeypatch.setitem(data.LAMBADA_SHA256, "de", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setitem(corpora.LAMBADA_SHA256, "de", hashlib.sha256(path.read_bytes()).hexdigest())
     hub(lambda **where: asked.append(where) or str(path))
     return path, asked
 

@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from dpgbench import config
-from dpgbench.display import Display, lasting
+from dpgbench.cli.progress import Display, lasting
 
 
 def test_a_log_has_the_first_step_and_then_a_line_every_half_minute():

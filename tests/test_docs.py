@@ -47,7 +47,7 @@ def test_every_torchrun_line_can_be_shared(processes, command, tmp_path):
 
 
 def test_the_readme_names_every_plugin():
-    from dpgbench.registry import Registry
+    from dpgbench.plugins.registry import Registry
 
     for kind in ("method", "task"):
         for file in Registry().files(kind):

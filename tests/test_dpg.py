@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dpgbench import config
-from dpgbench.errors import UserError
+from dpgbench.core.errors import UserError
 from dpgbench.metagrad import ascend
-from dpgbench.registry import Registry
-from dpgbench.training import SGD, AdamW
+from dpgbench.metagrad.training import SGD, AdamW
+from dpgbench.plugins.registry import Registry
 
 
 def rewards_of_a_step(work):
@@ -80,7 +80,7 @@ def test_the_oracle_of_a_task_without_references_climbs_phi(bench, task, product
     """And is charged for Phi's matrix products, of which a picture in the weights has none."""
     work = bench(f"task={task}", "inner_steps=4", "method=oracle")
     (snapshot,) = Registry().load("method", "oracle")(work.options).run(work)
-    from dpgbench.training import loaded
+    from dpgbench.metagrad.training import loaded
 
     before = work.task.signal(work.world.target).item()
     with loaded(work.world.target, snapshot.params):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from dpgbench.statistics.effect_size import paired_effect_size
+from dpgbench.stats.effect_size import paired_effect_size
 
 nan, inf = np.nan, np.inf
 

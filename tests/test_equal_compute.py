@@ -1,4 +1,4 @@
-"""dpgbench.statistics.equal_compute and curves.value_at: two methods compared at equal compute, by hand."""
+"""dpgbench.stats.equal_compute and curves.value_at: two methods compared at equal compute, by hand."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dpgbench.statistics.curves import value_at
-from dpgbench.statistics.equal_compute import compare_at_equal_compute
+from dpgbench.stats.curves import value_at
+from dpgbench.stats.equal_compute import compare_at_equal_compute
 
 nan, inf = np.nan, np.inf
 

@@ -9,12 +9,13 @@ from conftest import SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpgbench import config
-from dpgbench.errors import UserError
-from dpgbench.export import DATASET, WEIGHTS, export
-from dpgbench.models import Generator
-from dpgbench.runner import run_cell
-from dpgbench.seeds import derive
-from dpgbench.store import RunFolder, read_lines
+from dpgbench.core.errors import UserError
+from dpgbench.core.seeds import derive
+from dpgbench.plugins.registry import Registry
+from dpgbench.run.cell import run_cell
+from dpgbench.run.export import DATASET, WEIGHTS, export
+from dpgbench.store.run_folder import RunFolder, read_lines
+from dpgbench.worlds.models import Generator
 
 
 def finished(results, *words: str) -> RunFolder:
@@ -35,7 +36,7 @@ def test_transformers_alone_writes_the_same_texts(trained):
     folder, exported = trained
     kept = read_lines(folder.path / DATASET)
     prompts, texts = [line["prompt"] for line in kept], [line["text"] for line in kept]
-    spec = config.replay(exported / "spec.yaml", config.Registry()).spec
+    spec = config.replay(exported / "spec.yaml", Registry()).spec
 
     def written(model, tokenizer) -> list[str]:
         return Generator(model, tokenizer, spec.scale.max_completion_tokens, spec.scale.sampling_batch).sample(prompts, seed)[0]
@@ -44,7 +45,7 @@ def test_transformers_alone_writes_the_same_texts(trained):
     reloaded = AutoModelForCausalLM.from_pretrained(exported / "generator")
     tokenizer = AutoTokenizer.from_pretrained(exported / "generator")
     assert written(reloaded, tokenizer) == texts
-    from dpgbench import models
+    from dpgbench.worlds import models
 
     assert written(models.load_generator(spec.scale).model, tokenizer) != texts
 
@@ -74,7 +75,7 @@ def test_the_card_has_the_curve_and_the_settings(trained):
     card, last = (exported / "README.md").read_text(), folder.result()["snapshots"][-1]
     assert f"| {last['snapshot']} | {last['measures']['share']:.6g} | {last['phi']:.6g} |" in card
     assert "averaging: 0.9" in card and "AutoModelForCausalLM" in card
-    assert config.replay(exported / "spec.yaml", config.Registry()).spec.folder == folder.path.name
+    assert config.replay(exported / "spec.yaml", Registry()).spec.folder == folder.path.name
 
 
 def test_a_method_that_trains_no_generator_exports_its_dataset(tmp_path):

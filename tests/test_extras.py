@@ -11,10 +11,13 @@ import pytest
 import torch
 from conftest import SMALL
 
-from dpgbench import config, extras, policy, tracking
-from dpgbench.errors import UserError
-from dpgbench.runner import run_cell
-from dpgbench.store import RunFolder
+from dpgbench import config
+from dpgbench.bench import grpo, tracking
+from dpgbench.config import optional_packages
+from dpgbench.core.cell import RunSpec
+from dpgbench.core.errors import UserError
+from dpgbench.run.cell import run_cell
+from dpgbench.store.run_folder import TRACKERS, RunFolder
 
 VLLM = ["policy.rollout=vllm", "policy.vllm_memory=0.4"]
 
@@ -28,7 +31,7 @@ def spec_of(*words: str):
 
 def test_vllm_that_is_not_installed_is_one_line_before_anything_is_loaded(dpgbench, imports_of, tmp_path, monkeypatch):
     words = ("run", "task=l2_norm", "method=dpg", "policy.rollout=vllm", f"results={tmp_path}")
-    if extras.installed("vllm"):
+    if optional_packages.installed("vllm"):
         pytest.skip("vllm is installed here")
     done = dpgbench(*words)
     assert done.code == 2 and not done.out and not list(tmp_path.glob("runs/*"))
@@ -36,8 +39,8 @@ def test_vllm_that_is_not_installed_is_one_line_before_anything_is_loaded(dpgben
     assert done.err == f"dpgbench: {wanted}\n"
     assert not {"torch", "trl", "transformers"} & imports_of(*words)
     assert dpgbench(*words, "--dry-run").code == 0, "what it would cost can be asked anywhere"
-    monkeypatch.setattr(extras, "installed", lambda name: True)
-    extras.check(spec_of("policy.rollout=vllm"))
+    monkeypatch.setattr(optional_packages, "installed", lambda name: True)
+    optional_packages.check(spec_of("policy.rollout=vllm"))
 
 
 def test_what_samples_is_part_of_the_cell_and_its_memory_is_not():
@@ -45,20 +48,20 @@ def test_what_samples_is_part_of_the_cell_and_its_memory_is_not():
     assert plain.hash != vllm.hash == wider.hash
     before = {name: value for name, value in plain.config["method"]["policy"].items() if name not in ("rollout", "vllm_memory")}
     stored = {**plain.config, "method": {**plain.config["method"], "policy": before}}
-    assert config.RunSpec(stored).hash == plain.hash, "as stored before there was a choice"
+    assert RunSpec(stored).hash == plain.hash, "as stored before there was a choice"
     for word, says in (("rollout=vlm", "did you mean 'vllm'"), ("rollout=vllm vllm_memory=1.5", "vllm_memory=1.5: a share of the GPU's")):
         with pytest.raises(UserError, match=says):
             spec_of(*(f"policy.{part}" for part in word.split()))
 
 
 def test_trl_is_told_to_sample_with_vllm(bench, monkeypatch, tmp_path):
-    monkeypatch.setattr(extras, "installed", lambda name: True)
+    monkeypatch.setattr(optional_packages, "installed", lambda name: True)
     work = bench(*VLLM, "scale.max_prompt_tokens=30")
-    settings = policy._trl_settings(work, work.options.policy, work.generator, str(tmp_path))
+    settings = grpo._trl_settings(work, work.options.policy, work.generator, str(tmp_path))
     assert (settings.use_vllm, settings.vllm_mode, settings.vllm_gpu_memory_utilization) == (True, "colocate", 0.4)
     assert settings.vllm_max_model_length == 30 + work.generator.max_completion_tokens
     plain = bench("seed=1")
-    assert not policy._trl_settings(plain, plain.options.policy, plain.generator, str(tmp_path)).use_vllm
+    assert not grpo._trl_settings(plain, plain.options.policy, plain.generator, str(tmp_path)).use_vllm
 
 
 class StandIn:
@@ -95,7 +98,7 @@ def test_the_loop_runs_on_rollouts_of_other_hands(bench, monkeypatch, lora):
     pass is charged, because TRL computes the policy's own probabilities of what somebody else sampled."""
     from trl.trainer import grpo_trainer
 
-    monkeypatch.setattr(extras, "installed", lambda name: True)
+    monkeypatch.setattr(optional_packages, "installed", lambda name: True)
     monkeypatch.setattr(grpo_trainer, "VLLMGeneration", StandIn)
     StandIn.made.clear()
     work, passes = bench(*VLLM, "policy.rollout_batch=8", *lora), []
@@ -106,14 +109,14 @@ def test_the_loop_runs_on_rollouts_of_other_hands(bench, monkeypatch, lora):
         return inner(trainer, *arguments, **more)
 
     monkeypatch.setattr(grpo_trainer.GRPOTrainer, "_get_per_token_logps_and_entropies", counting)
-    steps = [snapshot.step for snapshot in policy.train_policy(work, lambda rollouts: [float(len(text)) for text in rollouts.completions])]
+    steps = [snapshot.step for snapshot in grpo.train_policy(work, lambda rollouts: [float(len(text)) for text in rollouts.completions])]
     (engine,) = StandIn.made
     assert steps == [0, 1, 2] and engine.synced == 2 and engine.calls == [16, 16]
     assert engine.settings["mode"] == "colocate" and engine.settings["gpu_memory_utilization"] == 0.4
     assert passes == [False, True] * 2
     assert all(line["gradient_norm"] > 0 for line in work.lines)
     plain = bench("seed=0", *lora)
-    list(policy.train_policy(plain, lambda rollouts: [float(len(text)) for text in rollouts.completions]))
+    list(grpo.train_policy(plain, lambda rollouts: [float(len(text)) for text in rollouts.completions]))
     ratio = work.meter.flops["policy_update"] / plain.meter.flops["policy_update"]
     assert ratio == pytest.approx(1.45 if lora else 4 / 3, rel=0.1)
 
@@ -137,8 +140,8 @@ def test_tensorboard_gets_every_step_and_changes_no_number(tmp_path):
     assert run_cell(plain, tmp_path / "plain") == run_cell(told, tmp_path / "told") == "done"
     quiet, folder = RunFolder.of(tmp_path / "plain", plain), RunFolder.of(tmp_path / "told", told)
     assert (quiet.path / "metrics.jsonl").read_bytes() == (folder.path / "metrics.jsonl").read_bytes()
-    assert not (quiet.path / tracking.FOLDER).exists() and "TENSORBOARD_LOGGING_DIR" not in os.environ
-    events = event_accumulator.EventAccumulator(str(folder.path / tracking.FOLDER))
+    assert not (quiet.path / TRACKERS).exists() and "TENSORBOARD_LOGGING_DIR" not in os.environ
+    events = event_accumulator.EventAccumulator(str(folder.path / TRACKERS))
     events.Reload()
     lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "step" in line]
@@ -155,7 +158,7 @@ def test_tensorboard_gets_every_step_and_changes_no_number(tmp_path):
         assert [event.step for event in seen] == [1, 2]
         assert [event.value for event in seen] == pytest.approx([line[name] for line in steps], rel=1e-6)
     folder.begin({})
-    assert not (folder.path / tracking.FOLDER).exists(), "a cell that starts again starts its curves again"
+    assert not (folder.path / TRACKERS).exists(), "a cell that starts again starts its curves again"
 
 
 def test_other_trackers_find_the_folder_and_end_with_the_cell(monkeypatch, tmp_path):
@@ -181,6 +184,6 @@ def test_a_tracker_that_is_unknown_or_missing_is_one_line(monkeypatch):
         with pytest.raises(UserError, match=says):
             spec_of(f"policy.report_to={words}")
     spec = spec_of("policy.report_to=[wandb]")
-    monkeypatch.setattr(extras, "installed", lambda name: name != "wandb")
+    monkeypatch.setattr(optional_packages, "installed", lambda name: name != "wandb")
     with pytest.raises(UserError, match=r"policy.report_to=\[wandb\]: wandb is not installed; `pip install wandb`, or leave it out"):
-        extras.check(spec)
+        optional_packages.check(spec)

@@ -25,14 +25,14 @@ from transformers import (
 from trl import GRPOTrainer
 
 from dpgbench import config
-from dpgbench.data import encode
-from dpgbench.errors import UserError
-from dpgbench.finetuning import pairs
-from dpgbench.generator import ends_of
-from dpgbench.models import load_generator, load_target, without_noise
-from dpgbench.phrasebook import WEIGHTS, Phrasebook
-from dpgbench.policy import train_policy
-from dpgbench.surrogate import sample
+from dpgbench.bench.grpo import train_policy
+from dpgbench.bench.sft import pairs
+from dpgbench.core.errors import UserError
+from dpgbench.task_support.score_function import sample
+from dpgbench.worlds.generator import ends_of
+from dpgbench.worlds.models import load_generator, load_target, without_noise
+from dpgbench.worlds.phrasebook import WEIGHTS, Phrasebook
+from dpgbench.worlds.world import encode
 
 VOCABULARY = json.loads((WEIGHTS / "generator" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
 BOS, EOS, STOP = VOCABULARY["<s>"], VOCABULARY["</s>"], VOCABULARY["."]
@@ -282,7 +282,7 @@ def test_a_bfloat16_generator_is_trained_in_float32(bench):
 def test_a_tokenizer_that_cannot_be_kept_from_ending_texts_is_refused(tmp_path, monkeypatch):
     """One line that names the model."""
     folder = variant(tmp_path / "model", after=(EOS,))
-    monkeypatch.setattr("dpgbench.models.TemplateProcessing", lambda **_: None)
+    monkeypatch.setattr("dpgbench.worlds.models.TemplateProcessing", lambda **_: None)
     with pytest.raises(UserError, match="ends every text, prompts too"):
         generator_of(folder)
 

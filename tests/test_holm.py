@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dpgbench.statistics.over_seeds import smallest_sign_flip_p
-from dpgbench.statistics.verdicts import holm
+from dpgbench.stats.multiple_testing import holm
+from dpgbench.stats.over_seeds import smallest_sign_flip_p
 
 nan, inf = np.nan, np.inf
 

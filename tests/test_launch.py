@@ -15,9 +15,10 @@ import time
 import pytest
 from conftest import ROOT, SMALL
 
-from dpgbench import config, pinned
+from dpgbench import config
 from dpgbench.launch import check
-from dpgbench.store import RunFolder
+from dpgbench.store import code_snapshot
+from dpgbench.store.run_folder import RunFolder
 
 location = importlib.util.spec_from_file_location("chaos", ROOT / "benchmarks" / "chaos.py")
 chaos = importlib.util.module_from_spec(location)
@@ -189,7 +190,7 @@ def test_a_package_that_is_missing_is_one_line(tmp_path, module, words):
 
 
 def test_settings_of_launchers_are_checked():
-    from dpgbench.errors import UserError
+    from dpgbench.core.errors import UserError
 
     for words in (["launcher=local", "launcher.workers=0"], ["launcher.checkpoint_seconds=-1.0"]):
         with pytest.raises(UserError, match="launcher"):
@@ -208,17 +209,17 @@ def test_resources_by_scale_and_method():
 
 def test_pinned_code_is_a_copy_that_shows_when_it_was_changed(tmp_path, plugins):
     """The same content is found again, other content lies elsewhere, and a changed copy is refused."""
-    from dpgbench.errors import UserError
+    from dpgbench.core.errors import UserError
 
-    there = pinned.pin(tmp_path, plugins, "abc")
-    assert pinned.pin(tmp_path, plugins, "abc") == there and (there / "COMMIT").read_text() == "abc"
+    there = code_snapshot.pin(tmp_path, plugins, "abc")
+    assert code_snapshot.pin(tmp_path, plugins, "abc") == there and (there / "COMMIT").read_text() == "abc"
     assert (there / "dpgbench" / "phrasebook" / "weights").exists() or list((there / "dpgbench" / "phrasebook").rglob("*.safetensors"))
-    before = pinned.digest(plugins)
+    before = code_snapshot.digest(plugins)
     (plugins / "methods" / "parrot.py").write_text((plugins / "methods" / "parrot.py").read_text() + "\n# changed\n")
-    assert pinned.pin(tmp_path, plugins, "abc") != there and pinned.digest(plugins) != before
+    assert code_snapshot.pin(tmp_path, plugins, "abc") != there and code_snapshot.digest(plugins) != before
     (there / "dpgbench" / "seeds.py").write_text("# changed")
     with pytest.raises(UserError, match="changed since it was pinned"):
-        pinned.verify(there)
+        code_snapshot.verify(there)
 
 
 def test_a_worker_that_was_told_to_stop_before_it_worked_is_gone():
@@ -242,7 +243,7 @@ def test_many_at_once_ask_whether_they_may_write_and_write_the_same_name(tmp_pat
     """Processes that start together, and threads of one, which share a pid: nobody takes another's temporary file away."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from dpgbench.store import check_writable, write_atomically
+    from dpgbench.store.run_folder import check_writable, write_atomically
 
     def write(number: int) -> None:
         check_writable(tmp_path)
@@ -264,10 +265,10 @@ def test_an_owner_sweeps_up_what_a_killed_one_was_writing(tmp_path):
 
 
 def test_cancel_knows_a_sweep_from_one_whose_name_begins_alike(tmp_path):
-    from dpgbench.launch import processes
+    from dpgbench.launch import local_sweeps
 
-    with processes.announced(tmp_path, "mine.1"):
-        assert processes.stop(tmp_path, "mine") == processes.stop(tmp_path, "*") == ([], [])
+    with local_sweeps.announced(tmp_path, "mine.1"):
+        assert local_sweeps.stop(tmp_path, "mine") == local_sweeps.stop(tmp_path, "*") == ([], [])
         assert len(list((tmp_path / "runs").glob("mine.1.*.running.json"))) == 1
 
 
@@ -277,7 +278,7 @@ def test_cancel_knows_a_sweep_from_one_whose_name_begins_alike(tmp_path):
 @pytest.fixture
 def own_files(tmp_path, monkeypatch):
     """A folder with files of every kind a setting may name, to work in."""
-    from dpgbench import phrasebook
+    from dpgbench.worlds import phrasebook
 
     (tmp_path / "mine.txt").write_text("\n".join(f"der König sieht {number} Häuser" for number in range(40)), encoding="utf-8")
     shutil.copytree(phrasebook.WEIGHTS / "generator", tmp_path / "models" / "mine")
@@ -319,7 +320,7 @@ def test_a_jobs_script_quotes_its_path(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["a:b", "a b", "50%", "a\\b", "a\nb"])
 def test_a_path_that_cannot_be_quoted_is_refused_before_the_code_is_copied(name, tmp_path):
-    from dpgbench.errors import UserError
+    from dpgbench.core.errors import UserError
     from dpgbench.launch import slurm
 
     request = config.read([*LIGHT, "launcher=slurm"], sweep=True)

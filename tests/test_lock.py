@@ -12,9 +12,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from dpgbench import lock
-from dpgbench.errors import Busy, Lost
-from dpgbench.store import RunFolder
+from dpgbench.core.errors import Busy, Lost
+from dpgbench.store import lock
+from dpgbench.store.run_folder import RunFolder
 
 
 def leave(folder, n=1, *, age=0.0, **changes) -> None:

@@ -11,8 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpgbench import metagrad
-from dpgbench.metagrad import metagradients, segment_length
-from dpgbench.training import SGD, AdamW, loaded, per_example_loss, train
+from dpgbench.metagrad import metagradients
+from dpgbench.metagrad.metagradients import segment_length
+from dpgbench.metagrad.training import SGD, AdamW, loaded, per_example_loss, train
 
 # eps_root on the scale of the squared gradients (about 1e-2 squared here), as metasmoothness asks; otherwise Adam's step is a sign.
 OPTIMIZERS = {"sgd": SGD(0.1, weight_decay=0.01), "adamw": AdamW(0.02, eps_root=1e-4, weight_decay=0.1)}

@@ -10,8 +10,8 @@ from test_training import relative_error
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dpgbench.engine import fused, layer_norm
-from dpgbench.engine.derivatives import DualRules
+from dpgbench.metagrad import fused, layer_norm
+from dpgbench.metagrad.derivatives import DualRules
 
 
 def plain_layer_norm(x, weight, bias=0):

@@ -7,8 +7,8 @@ import re
 import torch
 from conftest import ROOT
 
-from dpgbench import phrasebook
-from dpgbench.training import AdamW, loaded, train
+from dpgbench.metagrad.training import AdamW, loaded, train
+from dpgbench.worlds import phrasebook
 
 
 def test_the_documented_example_ranks_training_data():

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from test_training import relative_error, tiny_batch, tiny_gpt2
 
-from dpgbench.engine import fused
-from dpgbench.training import AdamW, per_example_loss
+from dpgbench.metagrad import fused
+from dpgbench.metagrad.training import AdamW, per_example_loss
 
 
 def normal(*shape, seed=0, dtype=torch.float64):

@@ -14,9 +14,8 @@ from test_training import VOCAB, assert_unchanged, relative_error, snapshot, tin
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dpgbench.engine import derivatives
-from dpgbench.metagrad import metagradients
-from dpgbench.models import untie_head
+from dpgbench.metagrad import derivatives, metagradients
+from dpgbench.worlds.models import untie_head
 
 FORCED = ("tape", "reverse", "forward")
 

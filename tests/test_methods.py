@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dpgbench import config
-from dpgbench.errors import UserError
-from dpgbench.registry import Registry
+from dpgbench.core.errors import UserError
+from dpgbench.plugins.registry import Registry
 
 
 def linear(model):
@@ -51,7 +51,7 @@ def test_dot_is_the_metagradient_of_one_sgd_step(bench):
 
 def test_dot_without_forward_mode_is_the_same(bench, monkeypatch):
     """A model whose forward mode is found wanting gets the same numbers from each text's own gradient."""
-    from dpgbench.engine import derivatives
+    from dpgbench.metagrad import derivatives
 
     work = bench("task=language")
     texts = work.sample(work.prompts(6, "a test"), "a test")
@@ -72,7 +72,7 @@ def test_adam_is_the_slope_of_the_one_step_utility(bench):
 
 
 def test_influences_are_charged_three_forwards_and_the_gradient_of_phi_once(bench):
-    from dpgbench.compute import forward_flops
+    from dpgbench.bench.flops import forward_flops
 
     work = bench("task=language")
     texts = work.sample(work.prompts(6, "a test"), "a test")
@@ -114,7 +114,7 @@ def test_naive_compares_datasets(bench, advantages_used, datasets, values, scali
 
 def test_a_datasets_value_is_phi_of_a_target_trained_on_it(bench):
     """Against metagradients' own forward pass on the same texts, T=2, and charged 3F and one Phi."""
-    from dpgbench.compute import forward_flops
+    from dpgbench.bench.flops import forward_flops
 
     work = bench("task=l2_norm", "inner_steps=2")
     texts = work.sample(work.prompts(8, "a test"), "a test")

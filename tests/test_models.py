@@ -23,12 +23,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )  # fmt: skip
 
-from dpgbench import config, model_files, models
-from dpgbench.errors import UserError
-from dpgbench.phrasebook import Phrasebook
-from dpgbench.registry import Registry
-from dpgbench.runner import run_cell
-from dpgbench.store import RunFolder, last_line
+from dpgbench import config
+from dpgbench.core.cell import RunSpec
+from dpgbench.core.errors import UserError
+from dpgbench.plugins.registry import Registry
+from dpgbench.run.cell import run_cell
+from dpgbench.store.run_folder import RunFolder, last_line
+from dpgbench.worlds import model_files, models
+from dpgbench.worlds.phrasebook import Phrasebook
 
 
 def save_gpt2(folder, **special: str):
@@ -89,7 +91,7 @@ def test_revisions_are_part_of_a_cell_and_none_is_what_cells_had_before(pair):
     )
     assert plain.hash == same.hash != other.hash
     before = {**plain.config, "scale": {key: value for key, value in plain.config["scale"].items() if not key.endswith("_revision")}}
-    assert config.RunSpec(before).hash == plain.hash
+    assert RunSpec(before).hash == plain.hash
 
 
 def message(*words: str) -> str:
@@ -150,4 +152,4 @@ def test_the_command_line_says_it_before_torch_is_loaded(imports_of, dpgbench, t
     done = dpgbench("run", f"scale.generator={tmp_path}/nothing", f"results={tmp_path}")
     assert done.code == 2 and done.err.count("\n") == 1 and "no such folder" in done.err
     modules = imports_of("run", f"scale.generator={tmp_path}/nothing", f"results={tmp_path}")
-    assert "dpgbench.model_files" in modules and "torch" not in modules
+    assert "dpgbench.worlds.model_files" in modules and "torch" not in modules

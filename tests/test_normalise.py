@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dpgbench.statistics.aggregates import normalise, score_grid
+from dpgbench.stats.aggregates import normalise, score_grid
 
 nan, inf = np.nan, np.inf
 

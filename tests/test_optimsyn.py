@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dpgbench import config
-from dpgbench.compute import forward_flops
-from dpgbench.errors import UserError
-from dpgbench.registry import Registry
+from dpgbench.bench.flops import forward_flops
+from dpgbench.core.errors import UserError
+from dpgbench.plugins.registry import Registry
 
 RUBRICS = ["Write in German.", "Write in French.", "Say it briefly.", ""]
 
@@ -19,9 +19,9 @@ def method(work):
 
 def spying(monkeypatch, seen=None, told=None):
     """The loop's reward function, which notes the prompts in `seen`, or is told that the policy wrote the texts `told`."""
-    from dpgbench import policy
+    from dpgbench.bench import grpo
 
-    inner = policy._Loop.advantages_of
+    inner = grpo._Loop.advantages_of
 
     def advantages_of(self, prompts, completion_ids, **rest):
         if seen is not None:
@@ -31,7 +31,7 @@ def spying(monkeypatch, seen=None, told=None):
                 patch.setattr(self.generator, "texts_of", lambda completion_ids: told)
             return inner(self, prompts, completion_ids, **rest)
 
-    monkeypatch.setattr(policy._Loop, "advantages_of", advantages_of)
+    monkeypatch.setattr(grpo._Loop, "advantages_of", advantages_of)
 
 
 @pytest.mark.parametrize(

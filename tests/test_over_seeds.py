@@ -1,4 +1,4 @@
-"""dpgbench.statistics.over_seeds against numbers worked out by hand, brute force and simulation."""
+"""dpgbench.stats.over_seeds against numbers worked out by hand, brute force and simulation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dpgbench.statistics.over_seeds import mean_interval, paired_difference, smallest_sign_flip_p
+from dpgbench.stats.over_seeds import mean_interval, paired_difference, smallest_sign_flip_p
 
 
 def test_t_interval_equals_the_hand_computed_one():

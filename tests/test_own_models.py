@@ -9,12 +9,13 @@ import time
 import pytest
 from conftest import SMALL
 
-from dpgbench import config, model_files, phrasebook, texts
+from dpgbench import config
 from dpgbench.cli import main
-from dpgbench.errors import UserError
-from dpgbench.registry import Registry
-from dpgbench.runner import run_cell
-from dpgbench.store import RunFolder
+from dpgbench.core.errors import UserError
+from dpgbench.plugins.registry import Registry
+from dpgbench.run.cell import run_cell
+from dpgbench.store.run_folder import RunFolder
+from dpgbench.worlds import model_files, phrasebook, text_files
 
 
 @pytest.fixture
@@ -87,8 +88,8 @@ def test_a_folder_that_is_gone_is_not_asked_for_on_the_hub(folder, tmp_path, mon
 
 def test_a_folder_is_read_once_for_thousands_of_cells(folder, monkeypatch):
     """And again when it was written to; torch is not asked."""
-    read, inner = [], texts.digest
-    monkeypatch.setattr(texts, "digest", lambda path: read.append(path) or inner(path))
+    read, inner = [], text_files.digest
+    monkeypatch.setattr(text_files, "digest", lambda path: read.append(path) or inner(path))
     words = ["task=l2_norm", "method=base", f"scale.generator={folder}", f"seed={','.join(map(str, range(1000)))}"]
     before = time.process_time()
     assert len(config.read(words, sweep=True).cells) == 1000

@@ -12,13 +12,16 @@ from conftest import SMALL
 from test_models import save_gpt2, save_llama
 from transformers import AutoTokenizer
 
-from dpgbench import config, data
+from dpgbench import config
 from dpgbench.api import Options
 from dpgbench.cli import main
-from dpgbench.errors import UserError
-from dpgbench.runner import run_cell
-from dpgbench.store import RunFolder
-from dpgbench.wording import CUE, Room, Wording, lengths
+from dpgbench.core.cell import RunSpec
+from dpgbench.core.errors import UserError
+from dpgbench.run.cell import run_cell
+from dpgbench.store.run_folder import RunFolder
+from dpgbench.worlds import world
+from dpgbench.worlds.corpora import SPLITS
+from dpgbench.worlds.prompts import CUE, Room, Wording, lengths
 
 PASSAGES = [f"Passage {number} is about the number {number * number} and nothing else." for number in range(60)]
 CHAT = "{% for m in messages %}<user>{{ m['content'] }}</user>{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
@@ -48,11 +51,11 @@ def written(tmp_path):
 
 def test_every_kind_of_file_has_the_same_three_splits(written):
     """Disjoint, whole, and the same whatever the format, the order and the repetitions."""
-    found = [{split: passages_of(data.corpus(one), split) for split in data.SPLITS} for one in written]
+    found = [{split: passages_of(world.corpus(one), split) for split in SPLITS} for one in written]
     assert found[0] == found[1] == found[2]
     assert found[0]["train"] | found[0]["dev"] | found[0]["test"] == set(PASSAGES)
     assert [len(found[0][split]) for split in ("train", "dev", "test")] == [54, 3, 3]
-    corpus = data.corpus(written[0])
+    corpus = world.corpus(written[0])
     assert set(corpus.held_out("en", "test", 9)) == found[0]["test"] and corpus.identify_language(PASSAGES[0]) == "en"
 
 
@@ -77,7 +80,7 @@ def test_files_that_will_not_do_are_one_line(content, column, says, tmp_path):
     path = tmp_path / "x.parquet"
     path.write_text("PAR") if content is None else pandas.DataFrame(content).to_parquet(path)
     with pytest.raises(UserError, match=says) as caught:
-        data.corpus(scale(path, corpus_column=column))
+        world.corpus(scale(path, corpus_column=column))
     assert "\n" not in str(caught.value)
 
 
@@ -89,7 +92,7 @@ def test_a_files_content_is_part_of_the_cell_and_its_path_is_not(tmp_path):
     assert specs[0].hash == specs[1].hash != specs[2].hash
     first.write_text("changed")
     with pytest.raises(UserError, match="its content has SHA-256"):
-        data.corpus(specs[0].scale)
+        world.corpus(specs[0].scale)
     for corpus, says in ((f"{tmp_path}/none.txt", "cannot be read"), ("wiki", "scale.corpus=wiki: no such corpus; choose from")):
         with pytest.raises(UserError, match=says):
             config.read([f"scale.corpus={corpus}"], sweep=False)
@@ -103,7 +106,7 @@ def test_settings_that_scales_got_later_change_no_older_cell():
     assert len(before) < len(spec.config["scale"]) - 6
     policy = {key: value for key, value in spec.config["method"]["policy"].items() if key != "rollout_batch"}
     method = {**spec.config["method"], "policy": policy}
-    assert config.RunSpec({**spec.config, "scale": before, "method": method}).hash == spec.hash
+    assert RunSpec({**spec.config, "scale": before, "method": method}).hash == spec.hash
 
 
 @pytest.fixture
@@ -123,15 +126,15 @@ def hub(monkeypatch):
 
 def test_a_data_set_of_the_hub(hub):
     """Rows are drawn by their content's split, repeated ones too; the commit is known; a wrong column says which there are."""
-    corpus = data.corpus(scale("some/texts", corpus_subset="en", corpus_revision="v1"))
-    found = {split: passages_of(corpus, split) for split in data.SPLITS}
+    corpus = world.corpus(scale("some/texts", corpus_subset="en", corpus_revision="v1"))
+    found = {split: passages_of(corpus, split) for split in SPLITS}
     assert hub[0] == {"path": "some/texts", "name": "en", "revision": "v1", "split": "train"}
     assert corpus.revision == "ab" * 20
     assert set.union(*found.values()) == set(PASSAGES) and sum(map(len, found.values())) == len(PASSAGES)
     assert set(corpus.held_out("en", "dev", 100)) == found["dev"] and len(corpus.held_out("en", "train", 4)) == 4
     assert corpus.prompts("test", 5, random.Random(3)) == corpus.prompts("test", 5, random.Random(3))
     with pytest.raises(UserError, match="corpus_column=body: some/texts has text; write one of them"):
-        data.corpus(scale("some/texts", corpus_column="body"))
+        world.corpus(scale("some/texts", corpus_column="body"))
 
 
 def test_a_data_set_that_cannot_be_had_is_one_line(monkeypatch):
@@ -140,7 +143,7 @@ def test_a_data_set_that_cannot_be_had_is_one_line(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(UserError, match=r"scale.corpus=some/texts: cannot be loaded \(Couldn't reach .*\); check name") as caught:
-        data.corpus(scale("some/texts"))
+        world.corpus(scale("some/texts"))
     assert "\n" not in str(caught.value)
 
 
@@ -246,14 +249,14 @@ def test_every_prompt_is_measured_that_may_be_too_long(kind, tokenizers, tmp_pat
     path = tmp_path / "x.txt"
     path.write_text("\n".join(texts))
     one = scale(path, generator="g", max_completion_tokens=20, instruction=None)
-    longest = max(lengths(tokenizer, data.corpus(one, tokenizer).prompts("train", 2000, random.Random(0))))
+    longest = max(lengths(tokenizer, world.corpus(one, tokenizer).prompts("train", 2000, random.Random(0))))
     room = Room(one, tokenizer, longest + 25)
-    data.check_room(one, data.corpus(one, tokenizer), room)
+    world.check_room(one, world.corpus(one, tokenizer), room)
     with pytest.raises(UserError, match="of them what the method says after it"):
-        data.check_room(one, data.corpus(one, tokenizer), room, ["Hm.", "Write in German, and at length."])
+        world.check_room(one, world.corpus(one, tokenizer), room, ["Hm.", "Write in German, and at length."])
     path.write_text("\n".join([*texts, "ein viel längerer Satz " + "ä" * 20]))
     with pytest.raises(UserError, match=r"x\.txt takes"):
-        data.check_room(one, data.corpus(one, tokenizer), room)
+        world.check_room(one, world.corpus(one, tokenizer), room)
 
 
 def test_a_hubs_data_set_without_a_limit_is_one_line(tokenizers, hub, capsys, tmp_path):
@@ -277,7 +280,7 @@ def test_a_hubs_column_that_holds_no_texts_is_refused(rows, says, monkeypatch):
     table = datasets.Dataset.from_dict({"x": rows, "text": ["a", "b", "c"], "id": [1, 2, 3]})
     monkeypatch.setattr(datasets, "load_dataset", lambda **named: table)
     with pytest.raises(UserError, match=re.escape(says)):
-        data.corpus(scale("some/chats", corpus_column="x"))
+        world.corpus(scale("some/chats", corpus_column="x"))
 
 
 def test_rotary_positions_have_an_end_too(tmp_path, capsys):

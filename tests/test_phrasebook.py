@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpgbench.phrasebook import WEIGHTS, Phrasebook, grammar, pretrain
-from dpgbench.phrasebook.grammar import LANGUAGES, ORDERS, SPLITS, TABLES, Idea
-from dpgbench.phrasebook.tokenizer import SPECIAL_TOKENS, build_tokenizer, expected_word_counts, vocabulary
+from dpgbench.worlds.phrasebook import WEIGHTS, Phrasebook, grammar, pretrain
+from dpgbench.worlds.phrasebook.grammar import LANGUAGES, ORDERS, SPLITS, TABLES, Idea
+from dpgbench.worlds.phrasebook.tokenizer import SPECIAL_TOKENS, build_tokenizer, expected_word_counts, vocabulary
 
 MODELS = ("generator", "target")
 

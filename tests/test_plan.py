@@ -8,12 +8,15 @@ import pytest
 from conftest import SMALL
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from dpgbench import adapters, compute, config, model_files, plan
+from dpgbench import config
 from dpgbench.api import Options
+from dpgbench.bench import flops as compute
 from dpgbench.cli import main
-from dpgbench.registry import Registry
-from dpgbench.runner import run_cell
-from dpgbench.store import RunFolder
+from dpgbench.plugins.registry import Registry
+from dpgbench.run import estimate
+from dpgbench.run.cell import run_cell
+from dpgbench.store.run_folder import RunFolder
+from dpgbench.worlds import adapters, model_files
 
 WIDE = dict(vocab_size=211, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2)
 MODELS = {
@@ -29,7 +32,7 @@ MODELS = {
 def test_sizes_from_a_configuration_are_those_of_the_model(name):
     """The numbers that charges are computed from, and every parameter."""
     model = MODELS[name]()
-    found, loaded = plan.shape_of(model.config.to_dict()), compute.shape_of(model)
+    found, loaded = estimate.shape_of(model.config.to_dict()), compute.shape_of(model)
     assert (found.matmul_weights, found.attention_flops_per_pair, found.head) == (
         loaded.matmul_weights, loaded.attention_flops_per_pair, loaded.head,
     )  # fmt: skip
@@ -43,18 +46,18 @@ def test_sizes_of_adapters_are_those_of_the_model(name, targets):
     """All products, A and B, and what no gradient flows back through, as found by letting a token through."""
     lora = Options({"rank": 3, "alpha": 16.0, "targets": targets})
     model = MODELS[name]()
-    found, loaded = plan.shape_of(model.config.to_dict(), lora), compute.shape_of(adapters.adapt(model, lora, seed=0), trains=True)
+    found, loaded = estimate.shape_of(model.config.to_dict(), lora), compute.shape_of(adapters.adapt(model, lora, seed=0), trains=True)
     assert (found.matmul_weights, found.adapters, found.untouched) == (loaded.matmul_weights, loaded.adapters, loaded.untouched)
     assert found.adapters > 0 and found.untouched > 0
-    assert plan.shape_of(model.config.to_dict(), Options({"rank": 3, "alpha": 16.0, "targets": ["nowhere"]})) is None
+    assert estimate.shape_of(model.config.to_dict(), Options({"rank": 3, "alpha": 16.0, "targets": ["nowhere"]})) is None
 
 
 def test_known_models_have_their_published_sizes():
-    sizes = {name: plan.shape_of(config).parameters for name, config in plan.KNOWN.items()}
+    sizes = {name: estimate.shape_of(config).parameters for name, config in estimate.KNOWN.items()}
     assert sizes == {
         "openai-community/gpt2": 124_439_808, "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400, model_files.SMOLLM2: 134_515_008,
     }  # fmt: skip
-    assert plan.shape_of({"model_type": "mamba"}) is None
+    assert estimate.shape_of({"model_type": "mamba"}) is None
 
 
 @pytest.mark.parametrize(
@@ -72,19 +75,19 @@ def test_no_cell_costs_more_than_was_said_and_none_half_of_it(words, tmp_path):
     spec = config.read([f"task={task}", *SMALL, *words], sweep=False).cells[0].spec
     assert run_cell(spec, tmp_path) == "done"
     spent = RunFolder.of(tmp_path, spec).result()["snapshots"][-1]["flops"]
-    assert spent <= plan.estimate(spec, Registry()).flops <= 2 * spent
+    assert spent <= estimate.estimate(spec, Registry()).flops <= 2 * spent
 
 
 def test_every_method_of_ours_has_an_estimate():
     cells = config.read(["task=all", "method=all"], sweep=True).cells
-    assert all(plan.estimate(cell.spec, Registry()) for cell in cells if not cell.skip)
+    assert all(estimate.estimate(cell.spec, Registry()) for cell in cells if not cell.skip)
 
 
 def test_a_budget_is_what_a_cell_costs_at_most():
     """Without a number of steps it is the cost; with one, whichever is less. A model that is not here has no price."""
 
     def flops(*words: str) -> float | None:
-        found = plan.estimate(config.read(["task=l2_norm", *words], sweep=False).cells[0].spec, Registry())
+        found = estimate.estimate(config.read(["task=l2_norm", *words], sweep=False).cells[0].spec, Registry())
         return found and found.flops
 
     assert flops("method=dpg", "steps=null", "budget.flops=1e12") == 1e12
@@ -97,8 +100,8 @@ def test_this_machines_speed_is_measured_in_no_time():
     import time
 
     start = time.perf_counter()
-    assert 1e8 < plan.flops_a_second(64, 256) < 1e13
-    assert time.perf_counter() - start < 4 * plan.CALIBRATION
+    assert 1e8 < estimate.flops_a_second(64, 256) < 1e13
+    assert time.perf_counter() - start < 4 * estimate.CALIBRATION
 
 
 def test_memory_grows_with_what_must_fit():
@@ -106,7 +109,7 @@ def test_memory_grows_with_what_must_fit():
 
     def memory(*words: str) -> float:
         spec = config.read(["scale=paper", "task=l2_norm", *words], sweep=False).cells[0].spec
-        return plan.estimate(spec, Registry()).memory
+        return estimate.estimate(spec, Registry()).memory
 
     plain = memory("completions=128", "max_completion_tokens=16")
     assert plain > (16 * 1_235_814_400 + 4 * 163_037_184)  # weights, gradients and moments; the target with a head of its own

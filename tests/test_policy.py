@@ -9,11 +9,11 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM
 from trl import GRPOTrainer
 
-from dpgbench.compute import shape_of
-from dpgbench.errors import CellError
-from dpgbench.models import positions_from_the_mask
-from dpgbench.policy import advantages, train_policy
-from dpgbench.weight_average import WeightAverage
+from dpgbench.bench.flops import shape_of
+from dpgbench.bench.grpo import advantages, train_policy
+from dpgbench.bench.weight_average import WeightAverage
+from dpgbench.core.errors import CellError
+from dpgbench.worlds.models import positions_from_the_mask
 
 
 def test_advantages_by_hand():
@@ -175,7 +175,7 @@ def test_a_reward_that_raises_stops_the_cell_and_the_consumer_may_stop_early(ben
 def test_entropy_bonus_is_annealed(bench):
     """The coefficient TRL uses goes linearly from the first value towards the last, which it has at the end of the third step."""
     work, used = bench("steps=3", "entropy_bonus=0.4", "entropy_bonus_final=0.0"), []
-    import dpgbench.policy as policy
+    import dpgbench.bench.grpo as policy
 
     original = policy._Loop.on_step_begin
 

@@ -12,11 +12,12 @@ import torch
 from conftest import ROOT, SMALL
 from safetensors.torch import load_file
 
-from dpgbench import config, launch, process_group
-from dpgbench.errors import UserError
-from dpgbench.models import load_generator
-from dpgbench.runner import run_cell
-from dpgbench.store import RunFolder, read_lines
+from dpgbench import config, launch
+from dpgbench.config import validate
+from dpgbench.core.errors import UserError
+from dpgbench.run.cell import run_cell
+from dpgbench.store.run_folder import RunFolder, read_lines
+from dpgbench.worlds.models import load_generator
 
 # Two updates a step, of two forward passes each; the second half of each pass's work is the other process's.
 DPG = ["task=language", "method=dpg", *SMALL[1:-1], "steps=3", "snapshots=3", "minibatch=8", "entropy_bonus=0.05", "averaging=0.5"]
@@ -183,12 +184,12 @@ def test_what_cannot_be_shared_is_refused(monkeypatch, words, says):
         monkeypatch.setenv(name, value)
     said = {word.split("=")[0]: word for word in words}
     with pytest.raises(UserError, match=says):
-        process_group.check(cell(*said.values()), "inline")
+        validate.check_processes(cell(*said.values()), "inline")
     with pytest.raises(UserError, match="launcher=local"):
-        process_group.check(cell(*DPG, *PARTS), "local")
+        validate.check_processes(cell(*DPG, *PARTS), "local")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="ACCELERATE_USE_FSDP=true: every process holds the whole generator"):
-        process_group.check(cell(*DPG, *PARTS), "inline")
+        validate.check_processes(cell(*DPG, *PARTS), "inline")
 
 
 def test_sweeps_are_not_shared(dpgbench, monkeypatch):

@@ -1,4 +1,4 @@
-"""dpgbench.statistics.ranks against a published table, hand counts and simulation."""
+"""dpgbench.stats.ranks against a published table, hand counts and simulation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dpgbench.statistics.ranks import critical_difference, mean_ranks
+from dpgbench.stats.ranks import critical_difference, mean_ranks
 
 
 def scores_of(table):

@@ -12,8 +12,8 @@ import pytest
 from frames import COMMAND, demo_frame, everything_in, row, small_frame
 
 from dpgbench.report import build
-from dpgbench.report.frame import read_frame
-from dpgbench.report.writing import amount, decimals_for, duration, file_names, number, probability
+from dpgbench.report.format import amount, decimals_for, duration, file_names, number, probability
+from dpgbench.report.results import read_frame
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -79,7 +79,7 @@ def test_one_look_per_method_in_the_whole_suite():
 
 def test_no_mean_is_drawn_over_a_hole():
     """Seed 1 has no value at step 2, so the mean and its band exist at step 1 only; the other seed's point stays visible behind."""
-    from dpgbench.report.figures import method_curves
+    from dpgbench.report.task_figures import method_curves
 
     frame = pd.DataFrame([row(method="dpg", seed=s, step=t, flops=t * 1e9, value=0.1 * t + 0.01 * s) for s in (0, 1) for t in (1, 2)])
     frame.loc[3, "metric:acc"] = np.nan

@@ -16,7 +16,7 @@ import pytest
 from frames import COMMAND, demo_frame
 
 from dpgbench.report import build
-from dpgbench.report.frame import read_frame
+from dpgbench.report.results import read_frame
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium executable; on Debian: apt-get install chromium")

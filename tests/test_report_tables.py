@@ -13,8 +13,8 @@ from frames import COMMAND, row, small_frame
 
 from dpgbench.report import build, machine_readable, read_contents
 from dpgbench.report.table import Cell, Column, Row, Table, latex, tex
-from dpgbench.report.tables import reachable_note
-from dpgbench.statistics.over_seeds import paired_difference
+from dpgbench.report.task_tables import reachable_note
+from dpgbench.stats.over_seeds import paired_difference
 
 pytestmark = pytest.mark.filterwarnings("error")
 

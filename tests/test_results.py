@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from conftest import README, ROOT
 
-from dpgbench.collect import read_parquet
 from dpgbench.report import read_contents, table_files
+from dpgbench.store.parquet import read_parquet
 
 SUITES = sorted((ROOT / "results").glob("*.parquet"))
 COMMITTED = [path for path in SUITES if (path.parent / path.stem / "tables").is_dir()]

@@ -8,8 +8,9 @@ import pytest
 from conftest import SMALL
 
 from dpgbench import config
-from dpgbench.runner import run_cell, snapshot_steps
-from dpgbench.store import RunFolder, read_lines
+from dpgbench.run.cell import run_cell
+from dpgbench.run.schedule import snapshot_steps
+from dpgbench.store.run_folder import RunFolder, read_lines
 
 
 @pytest.mark.parametrize(

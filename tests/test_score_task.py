@@ -9,12 +9,14 @@ import sys
 import pytest
 import torch
 
-from dpgbench import config, data, models
-from dpgbench.errors import UserError
-from dpgbench.registry import Registry
-from dpgbench.runner import run_cell
-from dpgbench.store import RunFolder
-from dpgbench.training import loaded
+from dpgbench import config
+from dpgbench.core.errors import UserError
+from dpgbench.metagrad.training import loaded
+from dpgbench.plugins.registry import Registry
+from dpgbench.run.cell import run_cell
+from dpgbench.store.run_folder import RunFolder
+from dpgbench.worlds import models
+from dpgbench.worlds.world import World, corpus
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def tasks():
         spec = config.read([f"task={name}", f"samples={texts}", f"fresh={texts}", *words], sweep=False).cells[0].spec
         target[:] = target or models.load_target(spec.scale)
         task = Registry().load("task", name)(spec.task)
-        task.prepare(data.World(spec.scale, spec.training, data.corpus(spec.scale), *target))
+        task.prepare(World(spec.scale, spec.training, corpus(spec.scale), *target))
         return task
 
     return make
@@ -145,6 +147,6 @@ def test_a_score_of_ones_own_is_a_task(tmp_path):
     assert spec.task.samples == 16
     assert run_cell(spec, tmp_path, own) == "done"
     assert RunFolder.of(tmp_path, spec).result()["headline"] == "questions"
-    (own / "tasks/questions.py").write_text(OWN.replace("dpgbench.score_task", "dpgbench.surrogate"))
+    (own / "tasks/questions.py").write_text(OWN.replace("dpgbench.score_task", "dpgbench.task_support.score_function"))
     with pytest.raises(UserError, match=r"questions.py defines 0 subclasses of dpgbench.api.Task; it must define one"):
         Registry(own).find("task", "questions")

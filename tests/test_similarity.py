@@ -6,23 +6,24 @@ import math
 
 import pytest
 
-from dpgbench import config, policy
-from dpgbench.errors import UserError
-from dpgbench.registry import Registry
+from dpgbench import config
+from dpgbench.bench import grpo
+from dpgbench.core.errors import UserError
+from dpgbench.plugins.registry import Registry
 
 GERMAN, ENGLISH = "der Bauer findet den roten Apfel heute.", "the farmer finds the red apple today."
 
 
 def paid(bench, monkeypatch, texts, *words):
     """What the method pays when the policy writes these four texts, and its bench."""
-    inner = policy._Loop.advantages_of
+    inner = grpo._Loop.advantages_of
 
     def given(self, prompts, completion_ids, **rest):
         with monkeypatch.context() as patch:
             patch.setattr(self.generator, "texts_of", lambda completion_ids: texts)
             return inner(self, prompts, completion_ids, **rest)
 
-    monkeypatch.setattr(policy._Loop, "advantages_of", given)
+    monkeypatch.setattr(grpo._Loop, "advantages_of", given)
     work = bench(*words, "completions=4", "steps=1", "inner_steps=1", "deployment_steps=null")
     list(Registry().load("method", "similarity")(work.options).run(work))
     return work.lines[0]["rollouts"]["rewards"], work

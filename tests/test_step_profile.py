@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, SMALL
 
 from dpgbench import config
-from dpgbench.policy import _Trainer
+from dpgbench.bench.grpo import _Trainer
 
 COMMANDS = re.findall(r"^python benchmarks/step_profile.py (.+)$", (ROOT / "docs" / "performance.md").read_text(), re.MULTILINE)
 

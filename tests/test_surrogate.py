@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from dpgbench.api import Options
-from dpgbench.errors import UserError
-from dpgbench.surrogate import (
+from dpgbench.core.errors import UserError
+from dpgbench.metagrad.training import loaded
+from dpgbench.task_support.score_function import (
     RATIO_LIMIT,
     Remembered,
     Samples,
@@ -24,7 +25,6 @@ from dpgbench.surrogate import (
     sample,
     text_weights,
 )
-from dpgbench.training import loaded
 
 START, END = 0, 1
 

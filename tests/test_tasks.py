@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from dpgbench import config
-from dpgbench.errors import UserError
-from dpgbench.registry import Registry
-from dpgbench.training import loaded
+from dpgbench.core.errors import UserError
+from dpgbench.metagrad.training import loaded
+from dpgbench.plugins.registry import Registry
 
 REGISTRY = Registry()
 

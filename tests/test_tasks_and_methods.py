@@ -1,6 +1,6 @@
 """Contracts every plug-in keeps, the project's and a user's: found by the registry, so a new file is tested without a new test.
 
-The README's example stands for a user's own; `check plugin plugins=DIR` puts the same questions (`dpgbench.plugin_check`) to others.
+The README's example stands for a user's own; `check plugin plugins=DIR` puts the same questions (`dpgbench.run.plugin_check`) to others.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import sys
 import pytest
 from conftest import own_plugins
 
-from dpgbench import config, plugin_check
+from dpgbench import config
 from dpgbench.api import Options, TaskInfo, TaskView
 from dpgbench.cli import main
-from dpgbench.registry import Registry, home
+from dpgbench.core.paths import home
+from dpgbench.plugins.registry import Registry
+from dpgbench.run import plugin_check
 
 PLUGINS = f"plugins={own_plugins()}"
 REGISTRY = Registry(own_plugins())

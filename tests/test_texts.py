@@ -12,12 +12,14 @@ import unicodedata
 import pytest
 from conftest import SMALL
 
-from dpgbench import config, data, models, texts
-from dpgbench.errors import UserError
-from dpgbench.registry import Registry
+from dpgbench import config
+from dpgbench.core.errors import UserError
+from dpgbench.plugins.registry import Registry
+from dpgbench.worlds import models, text_files
+from dpgbench.worlds.world import World, corpus
 
 SENTENCES = [f"der König sieht {number} Häuser" for number in "abcdefghijkl"]
-GERMAN = data.corpus(config.read([], sweep=False).cells[0].spec.scale).held_out("de", "dev", 12)
+GERMAN = corpus(config.read([], sweep=False).cells[0].spec.scale).held_out("de", "dev", 12)
 
 
 def file(folder, name: str, content: str | bytes):
@@ -30,17 +32,17 @@ def prepared(*words: str):
     spec = config.read(words, sweep=False).cells[0].spec
     task = Registry().load("task", spec.task.name)(spec.task)
     target, tokenizer = models.load_target(spec.scale)
-    task.prepare(data.World(spec.scale, spec.training, data.corpus(spec.scale), target, tokenizer))
+    task.prepare(World(spec.scale, spec.training, corpus(spec.scale), target, tokenizer))
     return task
 
 
 def test_txt_and_jsonl_hold_the_same(tmp_path):
     """Blank lines, a byte order mark, Windows line ends and fields beside the text are no part of a text; numbers are the file's own."""
     lines = file(tmp_path, "a.txt", "\ufeffeins zwei\r\n\r\n  drei vier \n")
-    assert texts.read(file(tmp_path, "mac.txt", "eins zwei\r\rdrei vier\r")) == texts.read(lines)
-    assert texts.read(file(tmp_path, "other.txt", "eins\x85zwei\u2028drei\x0bvier")) == [(1, "eins\x85zwei\u2028drei\x0bvier")]
+    assert text_files.read(file(tmp_path, "mac.txt", "eins zwei\r\rdrei vier\r")) == text_files.read(lines)
+    assert text_files.read(file(tmp_path, "other.txt", "eins\x85zwei\u2028drei\x0bvier")) == [(1, "eins\x85zwei\u2028drei\x0bvier")]
     objects = file(tmp_path, "a.jsonl", '{"text": "eins zwei", "id": 7}\n\n{"text": " drei\\u0020vier\\n"}\n{"text": ""}')
-    assert texts.read(lines) == texts.read(objects) == [(1, "eins zwei"), (3, "drei vier")]
+    assert text_files.read(lines) == text_files.read(objects) == [(1, "eins zwei"), (3, "drei vier")]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ def test_txt_and_jsonl_hold_the_same(tmp_path):
 )
 def test_a_bad_file_is_one_line_that_names_where(name, content, message, tmp_path):
     with pytest.raises(UserError, match=re.escape(message)) as caught:
-        texts.read(file(tmp_path, name, content))
+        text_files.read(file(tmp_path, name, content))
     assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -84,7 +86,7 @@ def test_what_is_no_file_is_one_line(tmp_path):
     (tmp_path / "device.txt").symlink_to("/dev/zero")
     names = ("none.txt", "folder.txt", "pipe.txt", "device.txt", "a\0b.txt", "half\ud83d.txt", "none.txt/x.txt", f"{'a' * 300}.txt")
     for name in names:
-        for ask in (texts.read, texts.digest, texts.read_passages):
+        for ask in (text_files.read, text_files.digest, text_files.read_passages):
             with pytest.raises(UserError, match="cannot be read") as caught:
                 ask(f"{tmp_path}/{name}")
             assert "\n" not in str(caught.value)
@@ -94,8 +96,8 @@ def test_what_is_no_file_is_one_line(tmp_path):
 
 def test_halves_are_disjoint_and_do_not_hang_on_the_order():
     shuffled = random.Random(0).sample(SENTENCES, len(SENTENCES))
-    dev, test = texts.split([*shuffled, *SENTENCES])
-    assert (dev, test) == texts.split(SENTENCES) and sorted(dev + test) == sorted(SENTENCES) and len(dev) == len(test)
+    dev, test = text_files.split([*shuffled, *SENTENCES])
+    assert (dev, test) == text_files.split(SENTENCES) and sorted(dev + test) == sorted(SENTENCES) and len(dev) == len(test)
 
 
 def test_the_content_is_in_the_hash_and_the_place_is_not(tmp_path):
@@ -115,8 +117,8 @@ def test_the_content_is_in_the_hash_and_the_place_is_not(tmp_path):
 
 
 def test_a_replay_wants_the_content_it_was_made_for(tmp_path):
-    from dpgbench.runner import run_cell
-    from dpgbench.store import RunFolder
+    from dpgbench.run.cell import run_cell
+    from dpgbench.store.run_folder import RunFolder
 
     path = file(tmp_path, "mine.txt", "\n".join(GERMAN))
     spec = config.read(["task=language", "method=base", f"file='{path}'", *SMALL[3:]], sweep=False).cells[0].spec
@@ -136,7 +138,7 @@ def test_language_measures_a_users_own_texts(tmp_path):
     """Half of the lines are what methods see, the other half is what is measured, last words and all."""
     path = file(tmp_path, "mine.jsonl", "\n".join(json.dumps({"text": text}) for text in GERMAN))
     task = prepared("task=language", "labels=last_word", f"file='{path}'")
-    for batch, half in zip((task.dev, task.test), texts.split(GERMAN), strict=True):
+    for batch, half in zip((task.dev, task.test), text_files.split(GERMAN), strict=True):
         last = [task.world.target_tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]]
         assert last == [text.rstrip(".").split()[-1] for text in half] and len(half) == 6
     with_corpus = prepared("task=language", "labels=last_word")
@@ -203,23 +205,23 @@ def test_uuid_refuses_what_it_cannot_teach(content, message, tmp_path):
 )
 def test_words_are_unicodes(text, words):
     """A mark is part of its letter, however it was typed; of scripts without spaces each letter is a word."""
-    assert texts.words_of(text) == words and texts.count_words(text) == len(words)
+    assert text_files.words_of(text) == words and text_files.count_words(text) == len(words)
 
 
 def test_words_of_spaced_scripts_are_what_they_were():
     """Counted by spaces, and told apart as `re` does: on every language of the phrasebook, and on a page of English prose."""
     from pydoc_data.topics import topics
 
-    from dpgbench.phrasebook import Phrasebook
+    from dpgbench.worlds.phrasebook import Phrasebook
 
     sentences = [text for language in Phrasebook.languages for text in Phrasebook().held_out(language, "dev", 100)]
     for text in [*sentences, "- 3 f . a", *topics.values()]:
-        assert texts.count_words(text) == len(text.split())
-        assert texts.words_of(text) == re.findall(r"\w+(?:['’]\w+)*", text)
-        assert texts.squeezed(text) == "".join(text.split())
+        assert text_files.count_words(text) == len(text.split())
+        assert text_files.words_of(text) == re.findall(r"\w+(?:['’]\w+)*", text)
+        assert text_files.squeezed(text) == "".join(text.split())
 
 
 def test_how_an_accent_was_typed_does_not_count(tmp_path):
     """Composed or with a mark of its own: the same string to teach, and to be like."""
     composed, apart = (unicodedata.normalize(form, "café là") for form in ("NFC", "NFD"))
-    assert composed != apart and texts.squeezed(composed) == texts.squeezed(apart) == "cafélà"
+    assert composed != apart and text_files.squeezed(composed) == text_files.squeezed(apart) == "cafélà"

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dpgbench.compute import counted_flops, forward_flops
-from dpgbench.training import SGD, AdamW, Moments, first_step_dots, gradient_dots, loaded, one_step_values, per_example_loss, train
+from dpgbench.bench.flops import counted_flops, forward_flops
+from dpgbench.metagrad.training import SGD, AdamW, Moments, first_step_dots, gradient_dots, loaded, one_step_values, per_example_loss, train
 
 VOCAB, LENGTH = 23, 7
 

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dpgbench.statistics.over_seeds import paired_difference
-from dpgbench.statistics.verdicts import better_than_all, difference_over_tasks
+from dpgbench.stats.multiple_testing import better_than_all, difference_over_tasks
+from dpgbench.stats.over_seeds import paired_difference
 
 
 def series(*values, first=0):

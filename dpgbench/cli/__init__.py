@@ -8,15 +8,16 @@ import sys
 from collections.abc import Sequence
 
 try:
-    from dpgbench import __version__, process_group
-    from dpgbench.cli import listing, plugins, report, status, sweep
-    from dpgbench.cli.words import Command, inert, reader_gone
+    from dpgbench import __version__
+    from dpgbench.bench import distributed
+    from dpgbench.cli import inspect, plugins, report, status, sweep
+    from dpgbench.cli.arguments import Command, inert, reader_gone
 except ModuleNotFoundError as missing:  # a node whose environment was never installed, or not activated
     print(
         f"dpgbench: {missing.name} is not installed here; activate the environment or `pip install -r requirements.lock`", file=sys.stderr
     )
     sys.exit(2)
-from dpgbench.errors import UserError, did_you_mean
+from dpgbench.core.errors import UserError, did_you_mean
 
 CELLS = """\
   key=value[,value...]   task=, method=, scale=, launcher= choose files (all: every task, every method); any other key sets an option:
@@ -79,7 +80,7 @@ COMMANDS = {
         ("results/runs/language_de.dpg.s0.0123456789", "results/runs/language_de.dpg.s0.0123456789 to=mine"),
     ),
     "list": Command(
-        listing.list_plugins, "[plugins=DIR]", "every method, task, scale and suite",
+        inspect.list_plugins, "[plugins=DIR]", "every method, task, scale and suite",
         "  plugins=DIR            with those in a folder of yours", ("", "plugins=mine"),
     ),
     "new": Command(
@@ -91,7 +92,7 @@ COMMANDS = {
         ("task opening", "method parrot plugins=elsewhere"),
     ),
     "check metagrad": Command(
-        listing.check_metagradients, "[key=value ...]", "can a cell's rewards be trusted? Measured, in words",
+        inspect.check_metagradients, "[key=value ...]", "can a cell's rewards be trusted? Measured, in words",
         f"""{CELLS}
   directions=8           for finite differences: how many
   subsets=32             for the linear datamodelling score: how many halves of the texts
@@ -138,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _answer(words: list[str]) -> int:
     try:
-        return _command(words) if process_group.rank() == 0 else sweep.follow(words)
+        return _command(words) if distributed.rank() == 0 else sweep.follow(words)
     except UserError as error:
         said = str(error)
     except OSError as error:

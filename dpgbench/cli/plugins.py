@@ -5,10 +5,12 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from dpgbench import config, starters
-from dpgbench.arguments import one
-from dpgbench.errors import UserError, did_you_mean
-from dpgbench.registry import Registry, home
+from dpgbench import config
+from dpgbench.config.overrides import one
+from dpgbench.core.errors import UserError, did_you_mean
+from dpgbench.core.paths import home
+from dpgbench.plugins import starters
+from dpgbench.plugins.registry import Registry
 
 KINDS = ("task", "method")
 FOLDER = "mine"  # where `new` writes unless told otherwise
@@ -50,7 +52,7 @@ def check_plugins(words: list[str]) -> int:
         raise UserError(f"check plugin plugins={given['plugins'][0]}: no task and no method there; `new task NAME` writes one")
     from transformers.utils import logging as transformers_logging
 
-    from dpgbench import plugin_check
+    from dpgbench.run import plugin_check
 
     transformers_logging.disable_progress_bar()
     others = [word for word in words if word.partition("=")[0] not in KINDS]

@@ -7,11 +7,12 @@ import shlex
 import sys
 from pathlib import Path
 
-from dpgbench import config, store
-from dpgbench.arguments import one
-from dpgbench.cli.words import full_words, inert, place_of, selector, take_format
-from dpgbench.errors import UserError
-from dpgbench.registry import Registry
+from dpgbench import config
+from dpgbench.cli.arguments import full_words, inert, place_of, selector, take_format
+from dpgbench.config.overrides import one
+from dpgbench.core.errors import UserError
+from dpgbench.plugins.registry import Registry
+from dpgbench.store import run_folder
 
 
 def write_report(words: list[str]) -> int:
@@ -29,10 +30,10 @@ def write_report(words: list[str]) -> int:
         raise UserError(
             f"suite={name}: nothing to report: no run folders of it under {results / 'runs'} and no {parquet}; run `sweep` first"
         )
-    from dpgbench import collect
     from dpgbench.report import build, machine_readable
+    from dpgbench.store import parquet as collect
 
-    store.check_writable(results)
+    run_folder.check_writable(results)
     if has_runs:
         said = shlex.join(
             word for word in request.arguments if not word.startswith(("results=", "launcher", "workers=", "plugins=", "retry="))
@@ -56,7 +57,7 @@ def write_report(words: list[str]) -> int:
 
 def _not_collected(lost: set[str], named: set[str], parquet: Path, results: Path) -> str:
     """Why the parquet stays as it is: collecting the `named` cells anew would lose these finished ones."""
-    from dpgbench.report.writing import plural
+    from dpgbench.report.format import plural
 
     left_out = sum((results / "runs" / cell).exists() for cell in lost - named)
     if left_out:
@@ -74,7 +75,7 @@ def export_cell(words: list[str]) -> int:
     runs = [word for word in words if not word.startswith("to=")]
     if len(runs) != 1 or len(words) > 2:
         raise UserError(f"export {' '.join(words)}: takes one run folder, and to=DIR if you like; write export results/runs/CELL to=mine")
-    from dpgbench.export import export
+    from dpgbench.run.export import export
 
     to = one(config.parse(word for word in words if word not in runs), "to")
     print(f"exported to {inert(str(export(Path(runs[0]), None if to is None else Path(to))))}")

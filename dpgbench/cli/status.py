@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpgbench import config, store
-from dpgbench.cli.words import full_words, inert, place_of, say, show_rows, terminal, without
-from dpgbench.config import Cell, Request
-from dpgbench.standing import OPEN, standings
-from dpgbench.store import State
+from dpgbench import config
+from dpgbench.cli.arguments import full_words, inert, place_of, say, show_rows, terminal, without
+from dpgbench.config.request import Request
+from dpgbench.core.cell import Cell
+from dpgbench.launch.cell_states import OPEN, standings
+from dpgbench.store.run_folder import RunFolder, State
 
 WATCH_SECONDS = 2.0
 
@@ -25,7 +26,7 @@ def show_status(words: list[str]) -> int:
     if nothing_else and not any(word.startswith(("suite=", "name=")) for word in words):
 
         def rows() -> list[tuple[str, tuple[str, str]]]:
-            folders = [store.RunFolder(path) for path in sorted((results / "runs").glob("*")) if path.is_dir()]
+            folders = [RunFolder(path) for path in sorted((results / "runs").glob("*")) if path.is_dir()]
             return [(f.path.name, (s.name, s.detail)) for f, s in zip(folders, standings(folders), strict=True)]
     else:
         request = config.read(full_words(words), sweep=True)
@@ -68,7 +69,7 @@ def watch_rows(rows: Callable[[], list[tuple[str, tuple[str, str]]]], console: C
 
 
 def with_states(request: Request) -> list[tuple[Cell, State]]:
-    folders = [store.RunFolder.of(request.results, cell.spec) for cell in request.cells]
+    folders = [RunFolder.of(request.results, cell.spec) for cell in request.cells]
     return list(zip(request.cells, standings(folders), strict=True))
 
 

@@ -8,15 +8,22 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dpgbench import config, extras, model_files, plan, process_group, store
-from dpgbench.api import Options, RunSpec
-from dpgbench.arguments import for_shell, one
+from dpgbench import config
+from dpgbench.bench import distributed
+from dpgbench.cli.arguments import full_words, place_of, say, selector, show_rows, terminal, warn_of_threads, without
 from dpgbench.cli.status import described, watch_rows, with_states
-from dpgbench.cli.words import full_words, place_of, say, selector, show_rows, terminal, warn_of_threads, without
-from dpgbench.config import Request
-from dpgbench.errors import UserError
-from dpgbench.registry import Registry
-from dpgbench.standing import jobs_of, standings
+from dpgbench.config import optional_packages, validate
+from dpgbench.config.overrides import for_shell, one
+from dpgbench.config.request import Request
+from dpgbench.core.cell import RunSpec
+from dpgbench.core.errors import UserError
+from dpgbench.core.options import Options
+from dpgbench.launch.cell_states import jobs_of, standings
+from dpgbench.plugins.registry import Registry
+from dpgbench.run import estimate
+from dpgbench.store import run_folder
+from dpgbench.store.run_folder import RunFolder
+from dpgbench.worlds import model_files
 
 ENOUGH_SEEDS = 6  # 2^(1-6) = 0.03
 
@@ -27,13 +34,13 @@ def run(words: list[str]) -> int:
     replay = any(word.startswith("spec=") for word in words)
     request = replayed(words) if replay else config.read(words, sweep=False)
     for cell in request.cells:
-        process_group.check(cell.spec, request.launcher.name)
+        validate.check_processes(cell.spec, request.launcher.name)
     return show_plan(request) if dry_run else run_cells(request, save=False)
 
 
 def sweep(words: list[str]) -> int:
     """A grid, or with --dry-run what it would be."""
-    if process_group.size() > 1:
+    if distributed.size() > 1:
         raise UserError("sweep: torchrun's processes work on one cell together; write run, or sweep without torchrun")
     words, dry_run = without("--dry-run", words)
     request = config.read(words, sweep=True)
@@ -45,8 +52,8 @@ def run_cells(request: Request, save: bool) -> int:
     from dpgbench import launch
 
     launch.check(request.launcher)
-    store.check_writable(request.results)
-    extras.check_cells(cell.spec for cell in request.cells if not cell.skip)
+    run_folder.check_writable(request.results)
+    optional_packages.check_cells(cell.spec for cell in request.cells if not cell.skip)
     model_files.check_cells(cell.spec for cell in request.cells if not cell.skip)
     if save:
         _save_words(request)
@@ -67,7 +74,7 @@ def _todo(request: Request, console: Console, *, sweep: bool) -> tuple[list[RunS
             say(console, f"{cell.spec.folder}: {cell.skip}", "skipped", "yellow")
         else:
             cells.append(cell)
-    folders = [store.RunFolder.of(request.results, cell.spec) for cell in cells]
+    folders = [RunFolder.of(request.results, cell.spec) for cell in cells]
     todo, elsewhere, left = [], [], {}
     counts = {"done": 0, "queued": 0}
     for cell, folder, state in zip(cells, folders, standings(folders, settle=True), strict=True):
@@ -97,14 +104,14 @@ def _todo(request: Request, console: Console, *, sweep: bool) -> tuple[list[RunS
 
 def _run_here(request: Request, todo: list[RunSpec], console: Console, *, sweep: bool) -> int:
     """In this process and its workers."""
-    from dpgbench.display import Display
-    from dpgbench.launch import launch, processes
+    from dpgbench.cli.progress import Display
+    from dpgbench.launch import launch, local_sweeps
 
-    plugins, group = request.registry.plugins, process_group.start()
+    plugins, group = request.registry.plugins, distributed.start()
     work = (todo[0].config, request.results, plugins, request.launcher.get("checkpoint_seconds", 60.0)) if todo else None
     if group.size > 1:
         group.broadcast(work)
-    with processes.announced(request.results, request.suite), Display(console, len(todo)) as display:
+    with local_sweeps.announced(request.results, request.suite), Display(console, len(todo)) as display:
         group.last_words = lambda: _tell_failure(request, todo[0], console)
         launch(todo, request.launcher, request.results, plugins, display, group)
     for spec in display.failed:
@@ -114,17 +121,17 @@ def _run_here(request: Request, todo: list[RunSpec], console: Console, *, sweep:
     for spec in display.busy:
         say(console, f"{spec.folder}: another process works on this cell", "busy", "yellow")
     if not sweep and todo and not display.failed and not display.busy:
-        say(console, f"results in {store.RunFolder.of(request.results, todo[0]).path}")
+        say(console, f"results in {RunFolder.of(request.results, todo[0]).path}")
     return 1 if display.failed or display.busy else 0
 
 
 def _tell_failure(request: Request, spec: RunSpec, console: Console) -> None:
-    folder = store.RunFolder.of(request.results, spec)
-    said = store.last_line(folder.path / "error.txt")
+    folder = RunFolder.of(request.results, spec)
+    said = run_folder.last_line(folder.path / "error.txt")
     say(console, _with_file(f"{folder.path}: {said}", folder), "failed", "red")
 
 
-def _with_file(line: str, folder: store.RunFolder) -> str:
+def _with_file(line: str, folder: RunFolder) -> str:
     """Where the whole of a failure's reason is."""
     error = folder.path / "error.txt"
     return f"{line} ({error} has all of it)" if error.exists() else line
@@ -134,9 +141,9 @@ def follow(words: list[str]) -> int:
     """What torchrun's other processes do while the first one does `run`: their share of the cell, in silence; the first tells it all."""
     if words[:1] != ["run"] or {"--dry-run", "-h", "--help"} & set(words):
         return 0
-    from dpgbench.runner import run_cell
+    from dpgbench.run.cell import run_cell
 
-    group = process_group.start()
+    group = distributed.start()
     work = group.broadcast(None)
     if work is not None:
         config, results, plugins, seconds = work
@@ -149,7 +156,7 @@ def follow(words: list[str]) -> int:
 def _submit(request: Request, todo: list[RunSpec], console: Console) -> int:
     """To SLURM; returns at once unless `launcher.wait=true`."""
     from dpgbench.launch import slurm
-    from dpgbench.runner import commit
+    from dpgbench.run.environment import commit
 
     plugins, sweep = request.registry.plugins, request.suite
     for array in slurm.submit(todo, request.launcher, request.results, plugins, sweep, commit()):
@@ -163,18 +170,18 @@ def _submit(request: Request, todo: list[RunSpec], console: Console) -> int:
     watch_rows(lambda: [(cell.spec.folder, described(cell, state)) for cell, state in with_states(request)], console)
     bad = [(cell, state) for cell, state in with_states(request) if not cell.skip and state.name != "done"]
     for cell, state in bad:
-        folder = store.RunFolder.of(request.results, cell.spec)
+        folder = RunFolder.of(request.results, cell.spec)
         say(console, _with_file(f"{folder.path}: {state.detail}", folder), state.name, "red")
     return 1 if bad else 0
 
 
 def cancel_sweep(words: list[str]) -> int:
     """Stop what a sweep started."""
-    from dpgbench.launch import processes, slurm
+    from dpgbench.launch import local_sweeps, slurm
 
     request = config.read(full_words(words), sweep=True)
-    folders = [store.RunFolder.of(request.results, cell.spec) for cell in request.cells]
-    asked, elsewhere = processes.stop(request.results, request.suite)
+    folders = [RunFolder.of(request.results, cell.spec) for cell in request.cells]
+    asked, elsewhere = local_sweeps.stop(request.results, request.suite)
     jobs = jobs_of(folders, request.suite)
     slurm.cancel(jobs)
     for owner in elsewhere:
@@ -185,10 +192,10 @@ def cancel_sweep(words: list[str]) -> int:
 
 def show_plan(request: Request, *, sweep: bool = False) -> int:
     """The grid, where its results would go and what it would cost, without importing torch."""
-    from dpgbench.display import lasting
+    from dpgbench.cli.progress import lasting
 
     console = terminal()
-    folders = [store.RunFolder.of(request.results, cell.spec) for cell in request.cells]
+    folders = [RunFolder.of(request.results, cell.spec) for cell in request.cells]
     states = [described(cell, state) for cell, state in zip(request.cells, standings(folders), strict=True)]
     measured, estimates = _measured_seconds(request, folders, states), _Estimates(request.registry)
     rows, planned, to_run, here, unknown = [], [], 0.0, 0.0, 0
@@ -224,7 +231,7 @@ def show_plan(request: Request, *, sweep: bool = False) -> int:
         say(console, f"no estimate for {unknown} cells: their models are not here yet, or the method cannot tell")
     if planned:
         flops, hours, memory = (sum(p.flops for p in planned), sum(p.gpu_hours for p in planned), max(p.memory for p in planned))
-        gpu = f"{hours:.2g} GPU-hours if a GPU sustains {plan.SUSTAINED:.0e} FLOPs a second (not measured), "
+        gpu = f"{hours:.2g} GPU-hours if a GPU sustains {estimate.SUSTAINED:.0e} FLOPs a second (not measured), "
         say(
             console,
             f"about {flops:.2g} FLOPs in {len(planned)} cells, {gpu if hours > 0.01 else ''}{memory / 1e9:.3g} GB for the largest"
@@ -245,17 +252,17 @@ class _Estimates:
     def __init__(self, registry: Registry):
         self.registry = registry
         self.rates: dict[int, float] = {}  # FLOPs a second by width
-        self._known: dict[str, plan.Estimate | None] = {}
+        self._known: dict[str, estimate.Estimate | None] = {}
 
-    def of(self, spec: RunSpec) -> plan.Estimate | None:
+    def of(self, spec: RunSpec) -> estimate.Estimate | None:
         setting = repr({key: value for key, value in spec.config.items() if key != "seed"})
         if setting not in self._known:
-            self._known[setting] = plan.estimate(spec, self.registry)
+            self._known[setting] = estimate.estimate(spec, self.registry)
         return self._known[setting]
 
-    def seconds(self, spec: RunSpec, found: plan.Estimate) -> float:
+    def seconds(self, spec: RunSpec, found: estimate.Estimate) -> float:
         if found.width not in self.rates:
-            self.rates[found.width] = plan.flops_a_second(found.width, spec.scale.sampling_batch)
+            self.rates[found.width] = estimate.flops_a_second(found.width, spec.scale.sampling_batch)
         return min((found.flops + found.evaluation) / self.rates[found.width], spec.budget.get("seconds", float("inf")))
 
 
@@ -271,7 +278,7 @@ def _say_what_seeds_can_show(request: Request, console: Console) -> None:
         say(console, f"{count} {can}: telling two methods apart at p < 0.05 takes {ENOUGH_SEEDS}, seed=0,1,2,3,4,5", "note", "yellow")
 
 
-def _measured_seconds(request: Request, folders: list[store.RunFolder], states: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
+def _measured_seconds(request: Request, folders: list[RunFolder], states: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
     """Median seconds of the finished cells of each (task, method) of the grid."""
     measured: dict[tuple[str, str], list[float]] = {}
     for cell, folder, (name, _) in zip(request.cells, folders, states, strict=True):
@@ -295,4 +302,4 @@ def replayed(words: list[str]) -> Request:
 def _save_words(request: Request) -> None:
     """So that `report` knows the grid later, without being told again."""
     words = [word for word in request.arguments if not word.startswith(("results=", "retry="))]
-    store.write_atomically(request.results / "runs" / f"{request.suite}.sweep.json", json.dumps(words))
+    run_folder.write_atomically(request.results / "runs" / f"{request.suite}.sweep.json", json.dumps(words))

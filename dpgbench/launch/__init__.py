@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpgbench.api import Options, RunSpec
-from dpgbench.errors import UserError
-from dpgbench.process_group import ALONE, Alone
+from dpgbench.bench.distributed import ALONE, Alone
+from dpgbench.core.cell import RunSpec
+from dpgbench.core.errors import UserError
+from dpgbench.core.options import Options
 
 OnEvent = Callable[[RunSpec, dict[str, Any]], None]
 """Told about {"state": "started" | "done" | "failed" | "busy" | "interrupted"} of a cell and, in between, about its metrics' lines."""

@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dpgbench.api import Options, RunSpec
-from dpgbench.checkpoint import SIGNALS, Stop
+from dpgbench.bench.distributed import ALONE, Alone
+from dpgbench.core.cell import RunSpec
+from dpgbench.core.interrupts import SIGNALS, Stop
+from dpgbench.core.options import Options
 from dpgbench.launch import OnEvent
-from dpgbench.process_group import ALONE, Alone
-from dpgbench.store import RunFolder, read_lines
+from dpgbench.store.run_folder import RunFolder, read_lines
 
 POLL_SECONDS = 0.5
 
@@ -30,7 +31,7 @@ def inline(
     specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: Path | None, on_event: OnEvent, group: Alone = ALONE
 ) -> None:
     """One after the other in this process. With `launcher=debug` the exception of the first cell that fails passes through."""
-    from dpgbench.runner import run_cell
+    from dpgbench.run.cell import run_cell
 
     how = {"checkpoint_seconds": launcher.get("checkpoint_seconds", 60.0), "let_errors_out": launcher.name == "debug", "group": group}
     for spec in specs:
@@ -98,7 +99,7 @@ def death(exit_code: int) -> str:
 def work(spec: RunSpec, results: Path, plugins: Path | None, checkpoint_seconds: float) -> str:
     """What a worker process does for one cell; what it writes to its standard output and error goes into the cell's folder."""
     with Stop.on_signals(), _output_into(RunFolder.of(results, spec).path / "log.txt"):
-        from dpgbench.runner import run_cell
+        from dpgbench.run.cell import run_cell
 
         return run_cell(spec, results, plugins, checkpoint_seconds=checkpoint_seconds)
 

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpgbench import pinned
-from dpgbench.api import Options, RunSpec
-from dpgbench.errors import UserError
-from dpgbench.launch.job import Job
-from dpgbench.store import RunFolder, write_atomically
+from dpgbench.core.cell import RunSpec
+from dpgbench.core.errors import UserError
+from dpgbench.core.options import Options
+from dpgbench.launch.slurm_job import Job
+from dpgbench.store import code_snapshot
+from dpgbench.store.run_folder import RunFolder, write_atomically
 
 RESOURCES = ("gpus", "cpus", "mem_gb", "time_min")
 # A job that is preempted in its first second must not die of the signal before submitit listens: ignored, until it does.
@@ -84,7 +85,7 @@ def submit(specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: 
 
     folder = results.resolve() / "jobs"
     _need_room_for_names(folder)
-    code = pinned.pin(results, plugins, commit)
+    code = code_snapshot.pin(results, plugins, commit)
     groups: dict[str, list[RunSpec]] = {}
     for spec in specs:
         groups.setdefault(json.dumps(_resources(launcher, spec.scale.name, spec.method.name), sort_keys=True), []).append(spec)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from dpgbench.report.across import Across, compute_across
-from dpgbench.report.frame import SuiteResults, read_frame
-from dpgbench.report.summary import means_table, overview_table, phi_table, summary_markdown, versus_tables
+from dpgbench.report.format import file_names
+from dpgbench.report.over_tasks import Across, compute_across
+from dpgbench.report.results import SuiteResults, read_frame
+from dpgbench.report.summary_tables import means_table, overview_table, phi_table, summary_markdown, versus_tables
 from dpgbench.report.table import Table, latex, markdown, records
-from dpgbench.report.tables import gaps, notes_on, task_markdown, task_tables
-from dpgbench.report.verdicts import over_tasks_table, winners_table
-from dpgbench.report.writing import file_names
-from dpgbench.store import write_atomically
+from dpgbench.report.task_tables import gaps, notes_on, task_markdown, task_tables
+from dpgbench.report.winners import over_tasks_table, winners_table
+from dpgbench.store.run_folder import write_atomically
 
 __all__ = ["build", "machine_readable"]
 
@@ -60,9 +60,9 @@ def build(frame: pd.DataFrame, folder: str | Path, *, suite: str, command: str, 
     NaN scores, zero FLOPs, one seed) become notes on the page. ValueError if a non-empty frame lacks a column the report cannot
     do without. Files of an earlier build that this one does not write again are left alone.
     """
-    from dpgbench.report.figures import draw_figures
-    from dpgbench.report.page import render_page
+    from dpgbench.report.html import render_page
     from dpgbench.report.summary_figures import draw_summary_figures
+    from dpgbench.report.task_figures import draw_figures
 
     folder = Path(folder)
     contents = read_contents(frame, suite)

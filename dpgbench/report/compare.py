@@ -11,15 +11,15 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from dpgbench.api import leaves_of
-from dpgbench.collect import read_parquet
-from dpgbench.errors import UserError, did_you_mean
-from dpgbench.report.frame import SuiteResults, TaskResults, natural, read_frame
+from dpgbench.core.errors import UserError, did_you_mean
+from dpgbench.core.options import leaves_of
+from dpgbench.report.format import DASH, and_more, decimals_for, interval, number, plural, probability
+from dpgbench.report.results import SuiteResults, TaskResults, natural, read_frame
 from dpgbench.report.table import Cell, Column, Row, Table, escape, markdown, records, text_cell
-from dpgbench.report.tables import generator_for
-from dpgbench.report.writing import DASH, and_more, decimals_for, interval, number, plural, probability
-from dpgbench.statistics.over_seeds import mean_interval, paired_difference
-from dpgbench.statistics.verdicts import holm
+from dpgbench.report.task_tables import generator_for
+from dpgbench.stats.multiple_testing import holm
+from dpgbench.stats.over_seeds import mean_interval, paired_difference
+from dpgbench.store.parquet import read_parquet
 
 
 def read_side(name: str, results: Path) -> SuiteResults:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.lines import Line2D
 
-from dpgbench.report.across import THRESHOLDS, Across
-from dpgbench.report.canvas import FLOPS_AXIS, INK, DrawnFigure, canvas, cut, flops_scale, line_look
-from dpgbench.report.frame import ORACLE, SuiteResults
-from dpgbench.report.writing import and_more, number, plural
+from dpgbench.report.format import and_more, number, plural
+from dpgbench.report.over_tasks import THRESHOLDS, Across
+from dpgbench.report.plot_style import FLOPS_AXIS, INK, DrawnFigure, canvas, cut, flops_scale, line_look
+from dpgbench.report.results import ORACLE, SuiteResults
 
 
 def draw_summary_figures(results: SuiteResults, across: Across) -> list[DrawnFigure]:

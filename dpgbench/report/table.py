@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from dpgbench.report.writing import DASH
+from dpgbench.report.format import DASH
 
 
 @dataclass(frozen=True)

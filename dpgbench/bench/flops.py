@@ -1,0 +1,165 @@
+"""What a method spends, in FLOPs, tokens and seconds, by phase.
+
+FLOPs are counted from shapes, so they are deterministic. With N the weights of all matrix products (the LM head included, embedding
+look-ups not), H layers of width D and a batch of B sequences of length L, one forward pass costs
+
+    F(B, L) = 2 N B L + 4 H B L^2 D          (products with weights; attention scores and their product with the values)
+
+and training on the batch 3 F. Padding is computed, so it is counted. The same convention as `torch.utils.flop_counter`, which the
+tests hold these formulas against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A causal LM's sizes, which is all that the formulas need."""
+
+    matmul_weights: int
+    """N: the number of weights that multiply activations, once per module (a tied head counts, an embedding look-up does not)."""
+    attention_flops_per_pair: int
+    """4 H D: what one (query, key) pair costs over all layers."""
+    head: int
+    """Weights of the LM head."""
+    parameters: int = 0
+    """All there are, a tied head once; for memory."""
+    untied: int = 0
+    """The same with a head of its own."""
+    vocabulary: int = 0
+    cache_per_token: int = 0
+    """Keys and values kept for one token, over all layers."""
+    adapters: int = 0
+    """Of N, the weights of low-rank adapters, which are then all that is trained; 0: everything is."""
+    untouched: int = 0
+    """With adapters, weights that multiply what no adapter has touched yet, as the first layer's: no gradient flows back through them."""
+    layers: int = 0
+    width: int = 0
+    score_maps: int = 0
+    """Layers times heads: attention scores kept for one pair of tokens, with eager attention."""
+
+    def activations(self, batch: int, length: int, *, checkpointed: bool = False) -> float:
+        """Values kept for a backward pass through all layers: about 17 a token and unit, and scores before and after their softmax.
+
+        A rough count (Korthikanti et al., arXiv 2205.05198, without dropout). Checkpointed: a layer's input each, and one layer.
+        """
+        layer = batch * length * (17.0 * self.width + 2.0 * self.score_maps / max(1, self.layers) * length)
+        return layer + batch * length * self.layers * self.width if checkpointed else layer * self.layers
+
+    def forward_flops(self, batch: int, length: int) -> float:
+        """F(B, L) of the module docstring."""
+        return 2.0 * self.matmul_weights * batch * length + float(self.attention_flops_per_pair) * batch * length**2
+
+    def training_flops(self, batch: int, length: int) -> float:
+        """Forward and backward, 3F: every product has one with its input's gradient and one with its weights'.
+
+        A frozen weight has no gradient of its own, so with a weights of adapters in N, u of N untouched and attention's products, which
+        have no weights, as before, the N part of 3F is 2 (N + (N - u) + a) B L.
+        """
+        if not self.adapters:
+            return 3 * self.forward_flops(batch, length)
+        products = 2.0 * (2 * self.matmul_weights - self.untouched + self.adapters) * batch * length
+        return products + 3.0 * self.attention_flops_per_pair * batch * length**2
+
+    def scoring_flops(self, batch: int, prompt_length: int, new_tokens: int) -> float:
+        """The probabilities of completions: F, but for the head at the prompt's positions, its last one excepted."""
+        return self.forward_flops(batch, prompt_length + new_tokens) - 2.0 * self.head * batch * (prompt_length - 1)
+
+    def update_flops(self, batch: int, prompt_length: int, new_tokens: int) -> float:
+        """A policy update: prompts and completions, but for the head at the prompt's positions, its last one excepted."""
+        head = 2.0 * self.head * batch * (prompt_length - 1)  # never has an adapter
+        return self.training_flops(batch, prompt_length + new_tokens) - (2 if self.adapters else 3) * head
+
+    def step_update_flops(self, policy: Mapping[str, Any], batch: int, prompt_length: int, new_tokens: int) -> float:
+        """All updates of a policy step: one pass over the completions, and what TRL reads beside it.
+
+        It scores them once more where they are not, or not all, the updated model's own: vLLM's probabilities differ from the model's, and
+        from a step's second mini-batch on the model has moved.
+        """
+        update = self.update_flops(batch, prompt_length, new_tokens)
+        scored = policy.get("rollout") == "vllm" or (policy.get("minibatch") or batch) < batch
+        return update + self.scoring_flops(batch, prompt_length, new_tokens) if scored else update
+
+    def sampling_flops(self, batch: int, prompt_length: int, new_tokens: int) -> float:
+        """Sampling with a key-value cache: the prompt once (logits of its last position only), then a token at a time."""
+        if new_tokens == 0:
+            return 0.0
+        prompt = self.forward_flops(batch, prompt_length) - 2.0 * self.head * batch * (prompt_length - 1)
+        steps = new_tokens - 1  # the last token is sampled but never read
+        contexts = steps * prompt_length + steps * (steps + 1) / 2
+        return prompt + 2.0 * self.matmul_weights * batch * steps + float(self.attention_flops_per_pair) * batch * contexts
+
+
+def shape_of(model: nn.Module, *, trains: bool = False) -> Shape:
+    """What a loaded model's charges are computed from; with `trains` those of training too, which takes a model with adapters a token."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    config = model.config
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    products = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    adapters = untouched = 0
+    if trains and not all(weight.requires_grad for weight in model.parameters()):
+        adapters = sum(module.weight.numel() for module in products if module.weight.requires_grad)
+        untouched = _untouched(model, products)
+    weights, head = sum(module.weight.numel() for module in products), model.get_output_embeddings().weight.numel()
+    return Shape(weights, 4 * config.num_hidden_layers * width, head, adapters=adapters, untouched=untouched)
+
+
+def _untouched(model: nn.Module, products: list[nn.Module]) -> int:
+    """Weights whose input needs no gradient, found by letting one token through."""
+    import torch
+
+    found: list[int] = []
+
+    def look(module: nn.Module, inputs: tuple) -> None:
+        if not inputs[0].requires_grad:
+            found.append(module.weight.numel())
+
+    hooks, was_training = [module.register_forward_pre_hook(look) for module in products], model.training
+    try:
+        with torch.enable_grad():
+            model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return sum(found)
+
+
+def forward_flops(model: nn.Module, batch: int, length: int) -> float:
+    """F(B, L) of the module docstring."""
+    return shape_of(model).forward_flops(batch, length)
+
+
+def sampling_flops(model: nn.Module, batch: int, prompt_length: int, new_tokens: int) -> float:
+    """Of `new_tokens` for each of `batch` prompts; see `Shape.sampling_flops`."""
+    return shape_of(model).sampling_flops(batch, prompt_length, new_tokens)
+
+
+def counted_flops(function: Callable[[], Result]) -> tuple[Result, float]:
+    """What `function` returns, and its FLOPs by torch's own counter; for code whose products only it knows, such as a user's signal.
+
+    Counting changes no number that `function` computes.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    aten = torch.ops.aten  # products that add to their result in place, which the counter does not know
+    in_place = {
+        aten.addmm_: lambda total, left, right, *_, **__: 2 * left[0] * left[1] * right[1],
+        aten.baddbmm_: lambda total, left, right, *_, **__: 2 * left[0] * left[1] * left[2] * right[2],
+    }
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        result = function()
+    return result, float(counter.get_total_flops())

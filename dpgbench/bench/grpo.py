@@ -1,0 +1,405 @@
+"""The policy-gradient loop on TRL's GRPOTrainer, shared by every method that trains its generator. The only file that imports trl.
+
+A method differs from the next in one function: rollouts in, one reward per completion out. The advantage of the DPG paper
+(arXiv 2604.08423, section 3) is (reward - group mean) / group std. TRL adds 1e-4 to that divisor, which is far larger than a
+metagradient, so advantages are computed here and handed to TRL as rewards with `scale_rewards="none"`; TRL's own subtraction of the
+group mean then changes nothing, because every scaling here leaves groups with mean zero.
+
+What is sampled, deployed and updated must be one distribution. So prompts become tokens, completions are drawn and texts are read by
+`Generator`, here as for a deployment dataset, and not by TRL, which has ways of its own for each (which tokens end a completion, say).
+TRL pads prompts on the left and gives the model no positions, and a model with learned positions (GPT-2) then counts them from the first
+pad: in an update it would see other positions than in sampling, and other probabilities. `models.positions_from_the_mask` mends that.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import greenlet
+import torch
+from accelerate.utils import pad_across_processes
+from datasets import Dataset
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
+from trl import GRPOConfig, GRPOTrainer
+
+from dpgbench.bench import flops, tracking
+from dpgbench.bench.distributed import ALONE, Alone
+from dpgbench.bench.training_state import numbers_of, restore_optimizer, restore_weights, tensors_of
+from dpgbench.bench.weight_average import WeightAverage
+from dpgbench.bench.workbench import Workbench
+from dpgbench.core.errors import CellError
+from dpgbench.core.exchange import Prompt, Snapshot
+from dpgbench.core.options import Options
+from dpgbench.core.seeds import derive, torch_seeded
+from dpgbench.worlds import adapters
+from dpgbench.worlds.generator import Generator
+from dpgbench.worlds.models import positions_from_the_mask, quiet
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """One step's completions; those of one prompt are adjacent."""
+
+    step: int
+    prompts: list[Prompt]
+    completions: list[str]
+
+
+Reward = Callable[[Rollouts], Sequence[float]]
+
+MOST_STEPS = 10_000  # where only a budget ends a run
+SCHEDULES = {  # of the learning rate: its factor after a share of the run
+    "constant": lambda share: 1.0,
+    "linear": lambda share: max(0.0, 1.0 - share),
+    "cosine": lambda share: (1 + math.cos(math.pi * min(1.0, share))) / 2,
+}
+
+
+def train_policy(
+    bench: Workbench,
+    reward: Reward,
+    *,
+    generator: Generator | None = None,
+    instruction: str | None = None,
+    sample: Callable[[Sequence[Prompt]], list[str]] | None = None,
+) -> Iterator[Snapshot]:
+    """GRPO with one batch-level reward call per step; yields the untrained generator (step 0) and then every step.
+
+    A policy that writes the deployment texts itself needs no more than that. Any other one is `generator`, a copy of the bench's, trained
+    on the same prompts with `instruction` after each; `sample` says how a snapshot writes texts, and is called with the averaged weights
+    in that copy.
+    Ends after `policy.steps`, or before the step that would go over the cell's budget. Learning rate and entropy bonus follow the nearer
+    of the two ends, so that a run which a budget ends has had its whole schedule.
+    Cost per step: sampling, whatever `reward` spends, and 3F of the generator on prompts and completions, less the LM head where there is
+    nothing to predict; with low-rank adapters (`policy.lora`) little more than 2F; with vLLM's rollouts (`policy.rollout`), and with
+    mini-batches, another F.
+    Raises CellError if a reward is not finite or has the wrong count, and whatever `reward` raises: never a batch of zeros.
+    """
+    policy, saved = bench.options.policy, bench.saved
+    generator = generator or bench.generator
+    generator.adapt(adapters.settings(bench.options), bench.seed("lora"))
+    average = WeightAverage(generator.model, policy.averaging)
+    if saved is not None:
+        restore_weights(generator.model, saved.tensors, average.mean)
+
+    def snapshot(step: int) -> Snapshot:
+        def write(prompts: Sequence[Prompt]) -> list[str]:
+            with average.loaded():
+                return sample(prompts) if sample else bench.sample(prompts, "deployment")
+
+        return Snapshot(step, write, weights=average.weights if sample is None else None)
+
+    first = saved.step if saved else 0
+    spending = _Spending(*(saved.numbers["spending"] if saved else ()))
+    yield snapshot(first)
+    if first == (policy.steps or MOST_STEPS) or not spending.leaves_a_step(first, bench.spent_share()):
+        return
+    trackers = list(policy.get("report_to", []))
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        _quiet(),
+        positions_from_the_mask(generator.model),
+        tracking.into(bench.tracking or Path(scratch), trackers),
+    ):
+        loop = _Loop(bench, reward, policy, generator)
+        trainer = _Trainer(
+            model=generator.model,
+            processing_class=generator.tokenizer,
+            args=_trl_settings(bench, policy, generator, scratch),
+            train_dataset=_prompts(bench, policy, instruction, first),
+            reward_funcs=loop.advantages_of,
+            callbacks=[loop],
+        )
+        trainer.remove_callback(PrinterCallback)
+        loop.trainer, trainer.rollout_batch, trainer.generator = trainer, policy.get("rollout_batch"), generator
+        trainer.group, trainer.rollout_seed = bench.group, bench.seed("rollouts")
+        for step in loop.steps():
+            average.update(step)
+            bench.checkpoint(
+                step,
+                lambda: tensors_of(generator.model, average.mean, trainer.optimizer),
+                lambda: {**numbers_of(trainer.optimizer, trainer.lr_scheduler), "spending": [spending.spent, spending.dearest]},
+            )
+            yield snapshot(step)
+            if not spending.leaves_a_step(step, bench.spent_share()):
+                return
+
+
+@dataclass
+class _Spending:
+    """Shares of the budget: what is spent, and what the dearest step was."""
+
+    spent: float = 0.0
+    dearest: float = 0.0
+
+    def leaves_a_step(self, step: int, share: float) -> bool:
+        """Told the share spent after each step: whether another one as dear as the dearest fits."""
+        self.dearest = max(self.dearest, share - self.spent) if step > 1 else share - self.spent
+        self.spent = share
+        return step == 0 or self.spent + self.dearest <= 1
+
+
+def advantages(rewards: torch.Tensor, group_size: int, scaling: str) -> torch.Tensor:
+    """(reward - group mean), divided by the group's std ("group"), the batch's std ("batch") or nothing ("none").
+
+    rewards: (P * G,), groups adjacent, any unit. A group (batch) whose rewards are all equal gets zeros. Standard deviations have
+    ddof=1, as TRL's.
+    """
+    groups = rewards.double().view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    if scaling == "none":
+        return centred.flatten().float()
+    deviation = groups.std(1, keepdim=True) if scaling == "group" else groups.std().expand(len(groups), 1)
+    # Equal rewards differ in the last bits after centring; a divisor of that size would blow them up to advantages of order one.
+    noise = 1e-12 * groups.abs().amax(1, keepdim=True)
+    return torch.where(deviation > noise, centred / deviation, 0.0).flatten().float()
+
+
+class _Loop(TrainerCallback):
+    """Stands between TRL and the bench: seeds each step, turns rewards into advantages, records, and hands steps out one by one."""
+
+    trainer: GRPOTrainer
+
+    def __init__(self, bench: Workbench, reward: Reward, policy: Options, generator: Generator):
+        self.bench, self.reward, self.policy, self.generator = bench, reward, policy, generator
+        self.updates_per_step = policy.completions // (policy.minibatch or policy.completions)
+        self.step = bench.saved.step if bench.saved else 0
+        self.line: dict = {}
+        self.shape = flops.shape_of(generator.model, trains=True)
+        self.__name__ = "advantages"  # TRL names its logs after the reward function
+
+    def steps(self) -> Iterator[int]:
+        """Run the trainer in a greenlet, so that `for step in loop.steps()` pauses it after each step, where its stack stands."""
+        self._outside = greenlet.getcurrent()
+        training = greenlet.greenlet(lambda: self.trainer.train() and None)
+        try:
+            while (step := training.switch()) is not None:
+                yield step
+        finally:
+            if not training.dead:
+                training.throw()  # unwinds the trainer when the consumer stops early
+
+    def advantages_of(
+        self,
+        prompts: list[Prompt],
+        completion_ids: list[list[int]],
+        log_metric: Callable[[str, float], None],
+        **_: object,
+    ) -> list[float]:
+        """TRL's reward function: called once per step, with all its completions or this process's share of them; everybody judges all."""
+        group, texts = self.bench.group, self.generator.texts_of(completion_ids)
+        mine = slice(group.rank * len(texts), (group.rank + 1) * len(texts))
+        prompts, texts, completion_ids = zip(*group.gathered(list(zip(prompts, texts, completion_ids, strict=True))), strict=True)
+        prompts, texts = list(prompts), list(texts)
+        self._charge(prompts, completion_ids)
+        rewards = torch.as_tensor(self.reward(Rollouts(self.step, prompts, texts)), dtype=torch.float64).cpu()
+        rewards = group.broadcast(rewards)  # processes' sums may differ in the last bits
+        if rewards.shape != (len(texts),):
+            raise CellError(
+                f"the reward function returned shape {tuple(rewards.shape)} for {len(texts)} completions; it must return one reward each"
+            )
+        if not rewards.isfinite().all():
+            raise CellError(
+                f"{int((~rewards.isfinite()).sum())} of {len(texts)} rewards are not finite; training on them would be training on noise"
+            )
+        result = advantages(rewards, self.policy.group_size, self.policy.scale_advantages)
+        groups = rewards.view(-1, self.policy.group_size)
+        self.line = {
+            "reward_mean": float(rewards.mean()), "reward_std": float(rewards.std()),
+            "reward_min": float(rewards.min()), "reward_max": float(rewards.max()),
+            "groups_without_signal": int((groups.amax(1) == groups.amin(1)).sum()),
+            "completion_tokens": sum(map(len, completion_ids)) / len(texts),
+            "texts": texts[:: max(1, len(texts) // 4)][:4],
+            "rollouts": {"texts": texts, "rewards": rewards.tolist(), "advantages": result.tolist()},
+        }  # fmt: skip
+        if self.policy.get("report_to"):
+            for name, value in {**self.bench.noted(), **self.line, "flops": self.bench.meter.total_flops}.items():
+                if isinstance(value, int | float):
+                    log_metric(f"dpgbench/{name}", float(value))
+        return result[mine].tolist()
+
+    def on_train_begin(self, args, state, control, **_: object) -> None:
+        """Go on where a checkpoint was made: TRL's own resuming replays prompts from its second epoch on, and pickles."""
+        if (saved := self.bench.saved) is not None:
+            restore_optimizer(self.trainer.optimizer, self.trainer.lr_scheduler, saved.tensors, saved.numbers)
+            state.global_step = self.trainer._globalstep_last_logged = saved.step * self.updates_per_step
+
+    def on_step_begin(self, args, state, control, **_: object) -> None:
+        """Rollouts draw from torch's default generator: give each step its own seed, so that a step does not depend on the ones before."""
+        torch.manual_seed(derive(self.bench.seed("rollouts"), state.global_step))
+        share = max(self.step / (self.policy.steps or MOST_STEPS), min(1.0, self.bench.spent_share()))
+        for group in self.trainer.optimizer.param_groups:
+            group["lr"] = self.policy.lr * SCHEDULES[self.policy.lr_schedule](share)
+        start, final = self.policy.entropy_bonus, self.policy.entropy_bonus_final
+        if start and final is not None:
+            self.trainer.entropy_coef = start + (final - start) * share
+
+    def on_log(self, args, state, control, logs=None, **_: object) -> None:
+        """After each update TRL logs; the update that completes a step completes its record, and the step is handed out."""
+        if "loss" not in logs or state.global_step % self.updates_per_step:
+            return
+        self.step += 1
+        self.bench.record(step=self.step, entropy=logs["entropy"], gradient_norm=float(logs["grad_norm"]), **self.line)
+        self._outside.switch(self.step)
+
+    def _charge(self, prompts: list[Prompt], completion_ids: list[list[int]]) -> None:
+        batch, group = len(prompts), self.policy.group_size
+        of_each = self.generator.tokenize(prompts[::group])["attention_mask"].sum(1).tolist()  # a group shares its prompt
+        lengths = [length for length in of_each for _ in range(group)]
+        for part in _parts(batch, self.policy.get("rollout_batch")):
+            self.bench.charge_generation(
+                len(prompts[part]), max(lengths[part]), max(map(len, completion_ids[part])), generator=self.generator
+            )
+        prompt_length, new_tokens = max(lengths), max(map(len, completion_ids))
+        update = self.shape.step_update_flops(self.policy, batch, prompt_length, new_tokens)
+        self.bench.meter.charge("policy_update", update, trained=sum(map(len, completion_ids)))
+
+
+class _Trainer(GRPOTrainer):
+    """TRL's trainer, with a step's work in parts that do not depend on how many processes share them.
+
+    Completions are sampled in calls of `rollout_batch`, each with a seed of its own; in one call, whose keys and values may outgrow any
+    memory, if there is none. The parts of an update are dealt out as they would follow one another in a single process.
+    """
+
+    generator: Generator
+    rollout_batch: int | None = None
+    rollout_seed: int = 0
+    group: Alone = ALONE
+    _sampling = False
+
+    def _tokenize_prompts(self, prompts):
+        return self.generator.token_ids(prompts), None, {}
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **more):
+        if self.use_vllm:  # which batches by itself
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **more)
+        if self.rollout_batch is None:  # the step's own seed, see `on_step_begin`
+            return self.generator.write(prompt_ids), None
+        parts, completion_ids = _parts(len(prompt_ids), self.rollout_batch), []
+        for number, part in enumerate(parts, start=self.group.rank * len(parts)):
+            with torch_seeded(derive(self.rollout_seed, self.state.global_step, "part", number)):
+                completion_ids += self.generator.write(prompt_ids[part])
+        return completion_ids, None
+
+    def _prepare_inputs(self, generation_batch):
+        """TRL shuffles a process's own rollouts into mini-batches; here those of all processes, so that each is what one would have."""
+        if self.group.size == 1 or not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        place = self._step % self.args.steps_per_generation
+        if place == 0:
+            self._sampling = True
+            rollouts = self._generate_and_score_completions(generation_batch)
+            self._sampling = False
+            self._buffered_inputs = self._dealt(rollouts)
+        return self._buffered_inputs[place]
+
+    def _get_per_token_logps_and_entropies(self, model, *inputs, **more):
+        """TRL asks for what mini-batches are compared with before they are dealt out, and padded as they will be: too early."""
+        if self._sampling and self.group.size > 1:
+            return None, None, None
+        with self.generator.products():
+            return super()._get_per_token_logps_and_entropies(model, *inputs, **more)
+
+    def _dealt(self, mine: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """From every process's rollouts, this process's inputs of each forward pass of the step."""
+        size, rank, gather = self.args.per_device_train_batch_size, self.group.rank, self.accelerator.gather
+        pad = {"prompt_ids": self._tokenizer.pad_token_id, "completion_ids": self._tokenizer.pad_token_id}
+        rows = {
+            name: gather(pad_across_processes(value, dim=1, pad_index=pad.get(name, 0), pad_first=name.startswith("prompt_")))
+            for name, value in mine.items()
+            if value.ndim
+        }
+        order = torch.randperm(len(rows["advantages"]))  # as TRL draws it: the default generator has the step's seed in every process
+        parts = order.to(rows["advantages"].device).split(size)[rank :: self.group.size]
+        whole = {name: value for name, value in mine.items() if not value.ndim}
+        dealt = [{**{name: value[part] for name, value in rows.items()}, **whole} for part in parts]
+        if self.args.gradient_accumulation_steps < len(dealt):  # several updates: the later ones weigh by how far they have come
+            for inputs in dealt:
+                ids, mask = (torch.cat([inputs[f"prompt_{what}"], inputs[f"completion_{what}"]], dim=1) for what in ("ids", "mask"))
+                with torch.no_grad():
+                    before, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, mask, inputs["completion_ids"].shape[1])
+                inputs["old_per_token_logps"] = before
+        return dealt
+
+
+def _parts(count: int, size: int | None) -> list[slice]:
+    """`count` things in runs of `size`; None: all at once."""
+    return [slice(start, start + (size or count)) for start in range(0, count, size or count)]
+
+
+def _prompts(bench: Workbench, policy: Options, instruction: str | None, first: int) -> Dataset:
+    """Each step's prompts from `first` on, drawn when they are asked for: the same at step t however many steps there will be."""
+    per_step, steps = policy.completions // policy.group_size, policy.steps or MOST_STEPS
+
+    @functools.lru_cache(maxsize=2)
+    def of_step(step: int) -> list[Prompt]:
+        prompts = bench.prompts(per_step, "policy", step)
+        return prompts if instruction is None else bench.world.instruct(prompts, instruction)
+
+    def look_up(rows: dict[str, list[int]]) -> dict[str, list[Prompt]]:
+        return {"prompt": [of_step(number // per_step)[number % per_step] for number in rows["number"]]}
+
+    return Dataset.from_dict({"number": range(first * per_step, steps * per_step)}).with_transform(look_up)
+
+
+def _trl_settings(bench: Workbench, policy: Options, generator: Generator, scratch: str) -> GRPOConfig:
+    """The paper's GRPO (no KL term, temperature 1, one pass) in TRL's words."""
+    updated = policy.minibatch or policy.completions
+    forward = policy.micro_batch or updated
+    together = forward * bench.group.size  # rows in a forward pass of all processes
+    on_cpu = not torch.cuda.is_available()
+    if policy.get("rollout") == "vllm":
+        longest = bench.spec.scale.get("max_prompt_tokens")
+        vllm = {
+            "use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": policy.vllm_memory,
+            "vllm_max_model_length": longest and longest + generator.max_completion_tokens,
+            "generation_kwargs": {"stop_token_ids": generator.ends},
+        }  # fmt: skip
+    else:
+        vllm = {}
+    return GRPOConfig(
+        output_dir=scratch, use_cpu=on_cpu, bf16=False,
+        gradient_checkpointing=bool(policy.get("activation_checkpointing")), report_to=list(policy.get("report_to", [])),
+        run_name=bench.spec.folder, disable_tqdm=True, save_strategy="no",
+        logging_steps=1, logging_nan_inf_filter=False, seed=bench.seed("trainer") % 2**31, shuffle_dataset=False, dataloader_num_workers=0,
+        max_steps=(policy.steps or MOST_STEPS) * (policy.completions // updated),
+        per_device_train_batch_size=forward, gradient_accumulation_steps=updated // together,
+        steps_per_generation=policy.completions // together, ddp_find_unused_parameters=False, log_level_replica="error",
+        num_generations=policy.group_size, num_iterations=1, beta=0.0, scale_rewards="none", loss_type=policy.loss_type,
+        temperature=1.0, top_p=1.0, top_k=0, max_completion_length=generator.max_completion_tokens,
+        learning_rate=policy.lr, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=policy.max_grad_norm,
+        entropy_coef=policy.entropy_bonus, **vllm,
+    )  # fmt: skip
+
+
+class _quiet:
+    """TRL, datasets and transformers narrate on standard error; a cell's progress has its own display."""
+
+    LOGGERS = ("trl", "datasets")
+
+    def __enter__(self) -> None:
+        self._verbosity = transformers_logging.get_verbosity()
+        quiet()
+        self._levels = [logging.getLogger(name).level for name in self.LOGGERS]
+        for name in self.LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module=r"transformers\.generation")
+
+    def __exit__(self, *error: object) -> None:
+        self._warnings.__exit__(*error)
+        for name, level in zip(self.LOGGERS, self._levels, strict=True):
+            logging.getLogger(name).setLevel(level)
+        transformers_logging.set_verbosity(self._verbosity)

@@ -1,0 +1,6 @@
+"""From the words on the command line to checked cells."""
+
+from dpgbench.config.overrides import parse
+from dpgbench.config.request import Request, checked_name, files, presets, read, replay, suites
+
+__all__ = ["Request", "checked_name", "files", "parse", "presets", "read", "replay", "suites"]

@@ -1,0 +1,15 @@
+"""Exact metagradients: the derivative of a metric through a whole training run.
+
+metagradients  the public functions; training: the differentiable step, and plain training with it
+optimizers     SGD and AdamW with their vector-Jacobian products
+loss           the per-example loss as a function of a dictionary of parameters
+inputs         what a caller may get wrong, and the sentence that says so
+derivatives    exact ways to pull a cotangent back through the gradient of a step; duals, fused, layer_norm: their parts
+memory         the budget: how many bytes a tape holds, where states are kept
+data_parallel  the same over several processes
+diagnostics    can these metagradients be trusted here? measurements, and a verdict in words
+"""
+
+from dpgbench.metagrad.metagradients import Metagradients, ascend, metagradients, signal_gradients
+
+__all__ = ["Metagradients", "ascend", "metagradients", "signal_gradients"]

@@ -1,0 +1,208 @@
+"""The training of the target model: the loop that plain training and metagradients share, and what one step on one text does.
+
+Everything is a pure function of a dictionary of parameters. The parts live in `dpgbench.metagrad` and can be imported from here:
+the optimizers (SGD, AdamW), the loss (per_example_loss) and `loaded`, which puts parameters into a model for a while.
+
+Shape suffixes: B examples in a batch, N examples in total, L tokens (fixed length).
+Cost unit: F = one forward pass over the batch; a backward pass is 2F, so a training step is 3F.
+Sources: DPG = arXiv 2604.08423.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dpgbench.metagrad import derivatives
+from dpgbench.metagrad.derivatives import Share, StepLoss
+from dpgbench.metagrad.inputs import (
+    Batch,
+    check_batch,
+    check_batches,
+    check_count,
+    check_model,
+    check_precision,
+    check_reduction,
+    check_scalar,
+    device_of,
+    micro_batches,
+    split_weights,
+)
+from dpgbench.metagrad.loss import initial_parameters, loaded, per_example_loss
+from dpgbench.metagrad.optimizers import SGD, AdamW, Moments, Optimizer, Params
+
+__all__ = [
+    "SGD", "AdamW", "Moments", "Optimizer", "Signal", "first_step_dots", "gradient_dots", "loaded", "mean_gradients",
+    "one_step_values", "per_example_loss", "train",
+]  # fmt: skip
+
+Signal = Callable[[nn.Module], Tensor]
+
+
+def mean_gradients(
+    model: nn.Module,
+    params: Params,
+    batch: Batch,
+    weights_B: Tensor,
+    micro_batch: int | None = None,
+    reduction: str = "length",
+    precision: str = "full",
+    activation_checkpointing: bool = False,
+    count: int | None = None,
+) -> Params:
+    """Gradient of (1/count) sum_i w_i l(x_i; phi), accumulated over micro-batches; count: B, or more where B is only a share. Cost 3F."""
+    if len(weights_B) == 0:  # a process with no share of a small batch
+        return {name: torch.zeros_like(theta) for name, theta in params.items()}
+    leaves = {name: theta.detach().requires_grad_() for name, theta in params.items()}
+    total: Sequence[Tensor] | None = None
+    for rows in micro_batches(len(weights_B), micro_batch):
+        with torch.enable_grad():
+            ids_BL, labels_BL = batch.input_ids[rows], batch.labels[rows]
+            loss_B = per_example_loss(model, leaves, ids_BL, labels_BL, reduction, precision, activation_checkpointing)
+            mean = (weights_B[rows] * loss_B).sum() / (count or len(weights_B))
+        parts = torch.autograd.grad(mean, list(leaves.values()), materialize_grads=True)
+        total = parts if total is None else [a + b for a, b in zip(total, parts, strict=True)]
+    return dict(zip(leaves, total, strict=True))
+
+
+def train(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    optimizer: Optimizer,
+    weights: Tensor | None = None,
+    micro_batch: int | None = None,
+    reduction: str = "length",
+    precision: str = "full",
+) -> Params:
+    """phi_T: T optimizer steps from the model's parameters, one per batch; step t minimises (1/|B_t|) sum_i w_i l(x_i; phi_t).
+
+    batches: T dicts of "input_ids" and "labels", (B, L) long, right padded; weights (N,) over the concatenated batches,
+    default ones. Returns name -> tensor (trainable parameters only); the model is left unchanged. `micro_batch` bounds
+    memory and changes nothing beyond rounding; precision="bf16" computes in bfloat16 with float32 parameters. Cost 3F a step.
+    Raises ValueError on malformed batches, weights or micro_batch, active dropout, and non-floating parameters."""
+    check_model(model)
+    params = initial_parameters(model)
+    check_precision(precision, params)
+    steps, weights_N = check_batches(batches, params, weights, micro_batch)
+    state = optimizer.init(params)
+    for step, (batch, weights_B) in enumerate(zip(steps, split_weights(weights_N, steps), strict=True)):
+        gradients = mean_gradients(model, params, batch, weights_B, micro_batch, reduction, precision)
+        with torch.no_grad():
+            params, state = optimizer.update(params, gradients, state, step)
+    return params
+
+
+def one_step_values(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor,
+    signal: Signal,
+    optimizer: Optimizer,
+    reduction: str = "length",
+    chunk: int = 64,
+) -> Tensor:
+    """Phi after one optimizer step from phi_0 on text i alone, for each of N texts: (N,), detached.
+
+    input_ids, labels: (N, L) long. `signal` is called on the model with the stepped parameters inside. Texts run `chunk` at a
+    time through torch.func.vmap, holding about six copies of the parameters per text; where an architecture or a signal
+    cannot be vectorised, one warning names the reason and the rest runs text by text. Cost: 3F over all texts plus N signals.
+    Raises ValueError as `train` does, and on a signal that is not a scalar tensor."""
+    check_reduction(reduction)
+    check_count("chunk", chunk)
+    params, texts = _start(model, input_ids, labels)
+    state = optimizer.init(params)
+
+    def value(ids_L: Tensor, labels_L: Tensor) -> Tensor:
+        stepped, _ = optimizer.update(params, _gradients_of_one(model, params, ids_L, labels_L, reduction), state, 0)
+        with loaded(model, stepped), sdpa_kernel(SDPBackend.MATH):
+            return check_scalar(signal(model))
+
+    return _text_by_text(value, texts, chunk, "one_step_values")
+
+
+def first_step_dots(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor,
+    direction: Params,
+    optimizer: Optimizer,
+    reduction: str = "length",
+    chunk: int = 64,
+) -> Tensor:
+    """<u_i, direction> for each of N texts, u_i the optimizer's first update from phi_0 on text i alone: (N,), detached.
+
+    Weight decay, the same for every text, is left out. direction: by parameter name; a parameter it does not name counts as zero.
+    Vectorised as `one_step_values` is, with about four copies of the parameters per text. Cost 3F over all texts.
+    Raises ValueError as `train` does."""
+    check_reduction(reduction)
+    check_count("chunk", chunk)
+    params, texts = _start(model, input_ids, labels)
+    # From parameters of zero, what the optimizer returns is the update itself: no digits are lost against phi_0, and nothing decays.
+    zeros = {name: torch.zeros_like(theta) for name, theta in params.items()}
+    state = optimizer.init(params)
+
+    def dot(ids_L: Tensor, labels_L: Tensor) -> Tensor:
+        update, _ = optimizer.update(zeros, _gradients_of_one(model, params, ids_L, labels_L, reduction), state, 0)
+        return torch.stack([(update[name] * along).sum() for name, along in direction.items()]).sum()
+
+    return _text_by_text(dot, texts, chunk, "first_step_dots")
+
+
+def gradient_dots(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor,
+    direction: Params,
+    micro_batch: int | None = None,
+    reduction: str = "length",
+    precision: str = "full",
+) -> Tensor:
+    """<grad l_i(phi_0), direction> for each of N texts: (N,), detached. One forward-mode product of the loss vector, no gradient is formed.
+
+    Where a model has no forward mode, or a wrong one (found on two texts, once per model), each text's gradient is formed after all, in
+    full precision.
+
+    direction: by parameter name; a parameter it does not name counts as zero. `micro_batch` and `precision` as in `train`.
+    Cost: 3F when the direction reaches every layer (the products of weights and activations, and both their tangents), less otherwise.
+    Raises ValueError as `train` does."""
+    params, texts = _start(model, input_ids, labels)
+    check_precision(precision, params)
+    loss = StepLoss(model, micro_batch, reduction, precision)
+    share = Share(texts, torch.ones(len(input_ids), device=texts.input_ids.device), 1)
+    if derivatives.forward_mode_fault(loss, params, share, second_order=False):
+        return -first_step_dots(model, input_ids, labels, direction, SGD(lr=1.0), reduction)
+    return derivatives.reverse_over_forward(loss, params, share, dict(direction), second_order=False)[0]
+
+
+def _start(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Params, Batch]:
+    """phi_0 and the texts, both checked; a text may have no label."""
+    check_model(model)
+    params = initial_parameters(model)
+    return params, check_batch({"input_ids": input_ids, "labels": labels}, "input", device_of(params), may_be_unlabelled=True)
+
+
+def _gradients_of_one(model: nn.Module, params: Params, ids_L: Tensor, labels_L: Tensor, reduction: str) -> Params:
+    """Of one text's loss, for use under torch.func.vmap."""
+    return torch.func.grad(lambda p: per_example_loss(model, p, ids_L[None], labels_L[None], reduction)[0])(params)
+
+
+def _text_by_text(function: Callable[[Tensor, Tensor], Tensor], texts: Batch, chunk: int, caller: str) -> Tensor:
+    """A scalar function of one text's input_ids and labels, on all texts, `chunk` at a time through vmap if that works: (N,)."""
+    values: list[Tensor] = []
+    vectorised = torch.func.vmap(function)
+    with torch.no_grad():  # torch.func.grad is not affected; nothing else needs a tape
+        for ids_BL, labels_BL in zip(texts.input_ids.split(chunk), texts.labels.split(chunk), strict=True):
+            if vectorised is not None:
+                try:
+                    values.append(vectorised(ids_BL, labels_BL))
+                    continue
+                except RuntimeError as error:
+                    vectorised = None
+                    reason = str(error).strip().split("\n")[0]
+                    warnings.warn(f"{caller}: vmap failed, going on text by text, slower but the same: {reason}", stacklevel=3)
+            values.append(torch.stack([function(*text) for text in zip(ids_BL, labels_BL, strict=True)]))
+    return torch.cat(values)

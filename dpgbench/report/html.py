@@ -1,0 +1,266 @@
+"""The self-contained HTML page: data shaped for the template, which autoescapes everything that is not `Markup` made here."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+import struct
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+
+from dpgbench.report import task_tables
+from dpgbench.report.format import DASH, and_more, decimals_for, number, plural
+from dpgbench.report.plot_style import FAINT, INK, DrawnFigure
+from dpgbench.report.results import BASE, SuiteResults, TaskResults
+from dpgbench.report.summary_tables import findings
+from dpgbench.report.table import Cell, Column, Row, Table, text_cell
+from dpgbench.stats.over_seeds import mean_interval
+
+if TYPE_CHECKING:
+    from dpgbench.report import Contents
+
+TEMPLATES = Path(__file__).parent / "template"
+TEXTS_SHOWN = 8  # of a method and seed; the parquet has them all
+SEEDS_SHOWN = 3  # pictures and texts of the first ones
+MEASURES_SHOWN = 4  # beside the headline, below a picture
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def render_page(contents: Contents, overall: list[DrawnFigure], figures: dict[str, list[DrawnFigure]], *, command: str, title: str) -> str:
+    """The page as one string: no resource is loaded from anywhere, all images are inside."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    results = contents.results
+    return environment.get_template("page.html").render(
+        title=title,
+        suite=results.name,
+        command=command,
+        css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
+        script=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
+        explanation=_explanation(results),
+        findings=findings(results, contents.across, contents.winners),
+        statuses=list(results.cells_by_status.items()),
+        styles=results.styles,
+        overview=contents.overview,
+        winners=contents.winners,
+        means=contents.means,
+        phi=contents.phi,
+        versus=_versus(contents),
+        overall=[_inline(figure, f"s{position}-") for position, figure in enumerate(overall)],
+        tasks=[
+            _task(task, contents.by_task[task.label], contents.across.rows[task.label], figures[task.label], results, position)
+            for position, task in enumerate(results.tasks)
+        ],
+        versions=_versions(results),
+    )
+
+
+def _explanation(results: SuiteResults) -> str:
+    competing = [label for label, style in results.styles.items() if style.role == "method"]
+    references = [label for label, style in results.styles.items() if style.role != "method"]
+    seeds = results.frame["seed"].nunique()
+    done, total = results.cells_by_status.get("done", 0), sum(results.cells_by_status.values())
+    beside = f" beside the reference{'s' if len(references) > 1 else ''} {' and '.join(references)}" if references else ""
+    return (
+        f"{plural(len(competing), 'way')} of producing training text{beside}, on {plural(len(results.tasks), 'task')} with "
+        f"{plural(seeds, 'seed')}: {done} of {plural(total, 'cell')} finished. Every method ends with a dataset of texts; a fresh copy of "
+        f"the target model is trained on it and scored on data the method never saw. All compute a method spends is charged to it, drawing "
+        f"that dataset included. The seed is the unit: intervals are 95% Student t over seeds, and differences are paired by seed."
+    )
+
+
+def _versus(contents: Contents) -> list[dict]:
+    """Each method against the others, in the order of the ranking; its summary says how often it is ahead."""
+    shown = []
+    for row in contents.overview.rows:
+        label = row.methods[0]
+        if label in contents.versus:
+            ahead = next(cell for cell, column in zip(row.cells, contents.overview.columns, strict=True) if column.name.startswith("ahead"))
+            shown.append({"label": label, "style": contents.results.styles[label], "table": contents.versus[label],
+                          "over_tasks": contents.over_tasks.get(label), "ahead": ahead.text})  # fmt: skip
+    return shown
+
+
+def _task(
+    task: TaskResults,
+    shown: list[Table],
+    rows: list[task_tables.MethodRow],
+    figures: list[DrawnFigure],
+    results: SuiteResults,
+    position: int,
+) -> dict:
+    present = [label for label in results.styles if (task.finals["method_label"] == label).any()]
+    # What a method's texts are compared with stands first.
+    before_first = sorted(present, key=lambda label: results.styles[label].role != BASE)
+    seeds = sorted(int(seed) for seed in task.finals["seed"].unique())
+    more = f"the first {SEEDS_SHOWN} of {len(seeds)} seeds; the parquet has all" if len(seeds) > SEEDS_SHOWN else ""
+    seeds = seeds[:SEEDS_SHOWN]
+    return {
+        "anchor": f"task-{position}", "task": task, "tables": shown, "notes": task_tables.notes_on(task, rows),
+        "figures": [_inline(figure, f"f{position}{kind}-") for kind, figure in zip("ab", figures, strict=False)],
+        "metrics": _all_metrics(task, present), "phases": _phases(task, present), "seeds": seeds, "more_seeds": more,
+        "gallery": [_samples(task, label, results, seeds) for label in before_first],
+        "has_pictures": task.finals["picture"].map(_is_png).any(), "has_texts": task.finals["texts"].map(lambda t: bool(_texts(t))).any(),
+        "gaps": [{"gap": gap, "seeds": and_more(gap.seeds), "short": task_tables.shortened(gap.reason),
+                  "full": gap.reason if task_tables.shortened(gap.reason) != " ".join(gap.reason.split()) else None,
+                  "style": results.styles[gap.method_label]} for gap in task_tables.gaps(task)],
+        "specs": _specs(task, present),
+    }  # fmt: skip
+
+
+def _inline(figure: DrawnFigure, prefix: str) -> dict:
+    return {"svg": _inline_svg(figure.svg, prefix, figure.alt), "caption": figure.caption, "file": figure.file_name}
+
+
+def _samples(task: TaskResults, label: str, results: SuiteResults, seeds: list[int]) -> dict:
+    """One method's picture and texts for every seed of the task; a seed it lacks is shown as such."""
+    rows = task.finals[task.finals["method_label"] == label].set_index("seed")
+    shown = []
+    for seed in seeds:
+        row = rows.loc[seed] if seed in rows.index else None
+        picture = row["picture"] if row is not None else None
+        texts = _texts(row["texts"]) if row is not None else []
+        broken = row is not None and isinstance(picture, bytes) and not _is_png(picture)
+        shown.append({
+            "seed": seed, "finished": row is not None, "picture": _picture(picture) if _is_png(picture) else None, "broken": broken,
+            "texts": texts[:TEXTS_SHOWN], "total": len(texts),
+            "score": number(float(row["value"]), decimals_for(task.finals["value"])) if row is not None else DASH,
+            "measures": _measures(task, row) if row is not None and _is_png(picture) else "",
+        })  # fmt: skip
+    before = "before: the untouched generator" if results.styles[label].role == BASE else ""
+    return {"label": label, "style": results.styles[label], "seeds": shown, "before": before}
+
+
+def _measures(task: TaskResults, row: pd.Series) -> str:
+    """What was measured beside the headline (whether a reader reads the picture, say); changes are differences of these."""
+    names = [name for name in row.index if name.startswith("metric:") and not name.endswith(("_change", "_relative"))]
+    names = [name for name in names if pd.notna(row[name]) and name != f"metric:{task.headline}"]
+    return " · ".join(f"{name.removeprefix('metric:')} {row[name]:.4g}" for name in names[:MEASURES_SHOWN])
+
+
+def _all_metrics(task: TaskResults, present: list[str]) -> Table | None:
+    """Everything measured at the final snapshot: methods x metrics, mean and interval; metrics nobody has are left out."""
+    columns = ["phi", *sorted(column for column in task.finals.columns if column.startswith("metric:"))]
+    columns = [column for column in columns if task.finals[column].notna().any()]
+    if not columns or columns == ["phi"] == [task.headline]:
+        return None
+    body = []
+    for label in present:
+        finals = task.finals[task.finals["method_label"] == label]
+        cells: list[Cell] = [text_cell(label, method=label)]
+        for column in columns:
+            score = mean_interval(finals[column])
+            cell = task_tables.score_cell(score, decimals_for(task.finals[column].groupby(task.finals["method_label"]).mean()))
+            missing = f" (n={score.n})" if score.n and score.missing else ""
+            cells.append(Cell(cell.text + missing, cell.small, cell.value))
+        body.append(Row(tuple(cells), (label,)))
+    heads = (Column("method", numeric=False, best="ascending"), *(Column(column.removeprefix("metric:")) for column in columns))
+    return Table("metrics", f"{task.label}: every metric", "Means at the final snapshot and 95% t intervals.", heads, tuple(body))
+
+
+def _phases(task: TaskResults, present: list[str]) -> list[dict]:
+    """Where each method's FLOPs went: the share of every phase in the sum over its seeds, largest first."""
+    shares = []
+    for label in present:
+        total: Counter[str] = Counter()
+        for text in task.finals.loc[task.finals["method_label"] == label, "flops_by_phase"]:
+            phases = _json(text)
+            if isinstance(phases, dict):
+                total.update({str(k): float(v) for k, v in phases.items() if isinstance(v, (int, float)) and math.isfinite(v) and v > 0})
+        if total:
+            sum_of_all = sum(total.values())
+            largest_first = sorted(total.items(), key=lambda item: (-item[1], item[0]))
+            parts = [{"phase": phase, "share": 100 * value / sum_of_all} for phase, value in largest_first]
+            shares.append({"label": label, "parts": parts})
+    return shares
+
+
+def _specs(task: TaskResults, present: list[str]) -> list[dict]:
+    """The exact configuration of every finished cell, texts that differ in nothing but the line `seed: ...` shown once."""
+    shown = []
+    for label in present:
+        rows = task.finals[task.finals["method_label"] == label]
+        groups: dict[str, list[tuple[int, str, str]]] = {}
+        for seed, cell, spec in zip(rows["seed"], rows["cell"], rows["spec"], strict=True):
+            text = spec if isinstance(spec, str) else ""
+            groups.setdefault(re.sub(r"(?m)^(\s*seed:).*$", r"\1", text), []).append((int(seed), cell, text))
+        for group in groups.values():
+            shown.append({"label": label, "seeds": and_more(seed for seed, _, _ in group), "several": len(group) > 1,
+                          "cells": [cell for _, cell, _ in group], "text": group[0][2].strip() or "no specification recorded"})  # fmt: skip
+    return shown
+
+
+def _versions(results: SuiteResults) -> list[dict]:
+    """Every setting of the environments with its distinct values; how many cells have each where they differ."""
+    finals = results.frame[results.frame["status"] == "done"].drop_duplicates("cell", keep="last")
+    counts: dict[str, Counter[str]] = {}
+    for text in finals["env"].dropna():
+        parsed = _json(text)
+        for key, value in _flat(parsed if isinstance(parsed, dict) else {"unreadable": str(text)}):
+            counts.setdefault(key, Counter())[value] += 1
+    total = len(finals)
+    lines = []
+    for key in sorted(counts):
+        values = sorted(counts[key].items(), key=lambda item: (-item[1], item[0]))
+        same = len(values) == 1 and values[0][1] == total
+        shown = values[0][0] if same else and_more((f"{value} ({plural(count, 'cell')})" for value, count in values), limit=6)
+        lines.append({"key": key, "value": shown, "same": same})
+    return lines
+
+
+def _flat(tree: dict, prefix: str = "") -> list[tuple[str, str]]:
+    pairs = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        pairs += _flat(value, name + ".") if isinstance(value, dict) else [(name, value if isinstance(value, str) else json.dumps(value))]
+    return pairs
+
+
+def _texts(text: object) -> list[str]:
+    """The sample texts; a field that is not a JSON list is shown as the one text it is."""
+    if not isinstance(text, str) or not text:
+        return []
+    parsed = _json(text)
+    return [str(item) for item in parsed] if isinstance(parsed, list) else [text]
+
+
+def _json(text: object) -> object:
+    try:
+        return json.loads(text) if isinstance(text, str) else None
+    except json.JSONDecodeError:
+        return None
+
+
+def _is_png(data: object) -> bool:
+    return isinstance(data, bytes) and data.startswith(PNG_SIGNATURE) and len(data) >= 24
+
+
+def _picture(data: bytes) -> dict:
+    """A data URI; small pictures are enlarged with hard pixel edges, because their pixels are the content."""
+    width, height = struct.unpack(">II", data[16:24])
+    uri = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+    return {"uri": uri, "width": width, "height": height, "small": width <= 120}
+
+
+def _inline_svg(svg: bytes, prefix: str, alt: str) -> Markup:
+    """The figure as an SVG element: ids made unique on the page, methods marked for the filter, ink and paper left to the page."""
+    text = svg.decode("utf-8")
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'<g id="method-(\d+)-\d+"', r'<g data-method="\1"', text)
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\1"', text)
+    text = re.sub(r'(xlink:href="#|url\(#)', rf"\1{prefix}", text)
+    text = text.replace("'DejaVu Sans', sans-serif", "system-ui, sans-serif")
+    text = text.replace("xlink:href", "href").replace(INK, "var(--ink)").replace(FAINT, "var(--rule)")
+    text = re.sub(r"(fill|stroke): #ffffff", r"\1: var(--paper)", text)
+    size = re.search(r'viewBox="([^"]+)"', text)
+    label = Markup('<svg class="plot" viewBox="{}" role="img" aria-label="{}">').format(size.group(1), alt)
+    return Markup(label + Markup(text[text.index(">") + 1 :]))

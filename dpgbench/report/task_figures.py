@@ -1,0 +1,230 @@
+"""The figures of one task: the headline against FLOPs, and where every method ended. The same bytes for the same frame."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from dpgbench.report.format import and_more, decimals_for, number
+from dpgbench.report.plot_style import FLOPS_AXIS, Canvas, DrawnFigure, canvas, cut, flops_scale, line_look
+from dpgbench.report.results import BASE, ORACLE, Style, TaskResults
+from dpgbench.report.task_tables import MethodRow
+from dpgbench.stats.over_seeds import mean_interval
+
+REFERENCE_LINES = {BASE: (0, (6, 3)), ORACLE: (0, (1.2, 2.2))}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One method on one task: every seed's points, and the mean where all of the method's seeds have a value."""
+
+    label: str
+    style: Style
+    by_seed: dict[int, pd.DataFrame]  # columns x, value; sorted by step
+    mean: pd.DataFrame  # columns x, value, low, high; sorted by step
+
+
+def draw_figures(task: TaskResults, styles: dict[str, Style], rows: list[MethodRow]) -> list[DrawnFigure]:
+    """Over FLOPs first, endings second. None where no finished cell has a finite score."""
+    if not np.isfinite(task.snapshots["value"].to_numpy(dtype=float)).any():
+        return []
+    return [_over_flops(task, styles), _endings(task, styles, rows)]
+
+
+def method_curves(task: TaskResults, styles: dict[str, Style]) -> list[Curve]:
+    """The curves over FLOPs in the order of `styles`; a point without a finite value is a hole in them."""
+    curves = []
+    for label, style in styles.items():
+        rows = task.snapshots[task.snapshots["method_label"] == label]
+        if rows.empty:
+            continue
+        rows = rows.assign(x=rows["flops"], value=rows["value"].where(np.isfinite(rows["value"])))
+        if style.role != "method":  # references are levels, not curves: where they ended
+            rows = rows.drop_duplicates("cell", keep="last")
+        seeds = rows["seed"].nunique()
+        means = []
+        for _, at_step in rows.groupby("step") if style.role == "method" else [(0, rows)]:
+            score = mean_interval(at_step["value"])
+            if score.n == seeds:
+                means.append((at_step["x"].mean(), score.mean, score.low, score.high))
+        by_seed = {int(seed): seed_rows.dropna(subset=["value"])[["x", "value"]] for seed, seed_rows in rows.groupby("seed")}
+        curves.append(Curve(label, style, by_seed, pd.DataFrame(means, columns=["x", "value", "low", "high"], dtype=float)))
+    return curves
+
+
+def _over_flops(task: TaskResults, styles: dict[str, Style]) -> DrawnFigure:
+    curves = method_curves(task, styles)
+    remarks: list[str] = []
+    with canvas(4.4) as on:
+        entries = []
+        for curve in curves:
+            draw = _draw_reference if curve.style.role != "method" else _draw_method
+            handle = draw(on, curve, remarks)
+            if handle is not None:
+                entries.append((handle, f"{cut(curve.label)} (n={len(curve.by_seed)})", curve.style))
+        _limit_y(on.axes, curves, remarks)
+        x = np.concatenate([_drawable(points)["x"].to_numpy() for curve in curves for points in curve.by_seed.values()] or [[]])
+        if len(x):
+            flops_scale(on.axes, x.min(), x.max())
+        else:
+            on.axes.set_xticks([])
+            on.axes.text(0.5, 0.5, "no positive FLOPs recorded", transform=on.axes.transAxes, ha="center", va="center")
+        on.axes.set_xlabel(FLOPS_AXIS, labelpad=6)
+        on.axes.set_ylabel(f"{cut(task.headline)} ({task.direction})", labelpad=6)
+        on.axes.grid(False, which="both", axis="x")
+        on.title(task.label)
+        on.legend(entries, 3.9)
+        return on.drawn(f"{task.file_name}_flops", _alt_text(task, curves), _caption(task, curves, remarks))
+
+
+def _draw_method(on: Canvas, curve: Curve, remarks: list[str]) -> Line2D | None:
+    """Seeds faint behind; mean and band where all seeds have a value; a marker with an error bar for a single point."""
+    axes, style, line = on.axes, curve.style, line_look(curve.style)
+    hidden, points = 0, 0
+    for seed_points in curve.by_seed.values():
+        drawable = _drawable(seed_points)
+        hidden += len(seed_points) - len(drawable)
+        points += len(drawable)
+        if len(curve.by_seed) > 1 or curve.mean.empty:
+            # A lone point is a dash, wider than the mean's marker in front of it.
+            single = {"marker": "_", "markersize": 16, "markeredgewidth": 1.4} if len(drawable) == 1 else {}
+            look = {"color": style.color, "alpha": 0.4, "linewidth": 1.0, "zorder": 2, "gid": on.mark(style)}
+            axes.plot(drawable["x"], drawable["value"], **look, **single)
+    if hidden:
+        remarks.append(f"{curve.label}: {hidden} point{'s' if hidden > 1 else ''} without positive FLOPs cannot stand on a log axis.")
+    mean = _drawable(curve.mean)
+    if mean.empty and points:
+        remarks.append(f"{curve.label}: no step at which all its seeds have a value, so no mean is drawn.")
+    if len(mean) == 1:
+        point = mean.iloc[0]
+        if np.isfinite(point["low"]):
+            bars: ErrorbarContainer = axes.errorbar(
+                point["x"], point["value"], yerr=[[point["value"] - point["low"]], [point["high"] - point["value"]]],
+                color=style.color, fmt="none", capsize=4, linewidth=1.5, zorder=4,
+            )  # fmt: skip
+            for artist in (*bars.lines[1], *bars.lines[2]):
+                artist.set_gid(on.mark(style))
+        axes.plot(mean["x"], mean["value"], linestyle="none", zorder=5, gid=on.mark(style), **{**line, "markersize": 8.5})
+        return Line2D([], [], linestyle="none", **{**line, "markersize": 8.5})
+    if len(mean):
+        banded = mean.dropna(subset=["low", "high"])
+        if len(banded):
+            look = {"color": style.color, "alpha": 0.15, "linewidth": 0, "zorder": 1, "gid": on.mark(style)}
+            axes.fill_between(banded["x"], banded["low"], banded["high"], **look)
+        axes.plot(mean["x"], mean["value"], linewidth=2.2, zorder=4, gid=on.mark(style), **line)
+    return Line2D([], [], linewidth=2.2, **line) if points else None
+
+
+def _draw_reference(on: Canvas, curve: Curve, remarks: list[str]) -> Line2D | None:
+    """base and oracle: a level across the whole axis, with its interval as a band."""
+    if curve.mean.empty:
+        remarks.append(f"{curve.label}: a seed has no value, so its level is not drawn.")
+        return None
+    level = curve.mean.iloc[0]
+    look = {"color": curve.style.color, "linestyle": REFERENCE_LINES[curve.style.role], "linewidth": 1.6}
+    if np.isfinite(level["low"]):
+        band = {"color": curve.style.color, "alpha": 0.10, "linewidth": 0, "zorder": 0, "gid": on.mark(curve.style)}
+        on.axes.axhspan(level["low"], level["high"], **band)
+    on.axes.axhline(level["value"], zorder=3, gid=on.mark(curve.style), **look)
+    return Line2D([], [], **look)
+
+
+def _drawable(points: pd.DataFrame) -> pd.DataFrame:
+    finite = points[np.isfinite(points["x"])]
+    return finite[finite["x"] > 0]
+
+
+def _limit_y(axes: Axes, curves: list[Curve], remarks: list[str]) -> None:
+    """Every value is inside; intervals may widen the view by 35% a side: at n=2 (t = 12.7) they would flatten all else."""
+    values = np.concatenate([points["value"].to_numpy() for curve in curves for points in curve.by_seed.values()])
+    bounds = np.concatenate([curve.mean[["low", "high"]].to_numpy().ravel() for curve in curves])
+    low, high, beyond = limits(values, bounds)
+    if low == high:
+        around = 0.05 * abs(high) or 1.0
+        remarks.append("All values are equal.")
+        axes.set_ylim(low - around, high + around)
+        return
+    if beyond:
+        remarks.append("Some intervals reach beyond the axis.")
+    margin = 0.05 * (high - low)
+    axes.set_ylim(low - margin, high + margin)
+
+
+def limits(values: np.ndarray, bounds: np.ndarray) -> tuple[float, float, bool]:
+    """(low, high, whether a bound lies beyond): all values, and the bounds as far as 35% of their spread outside of them."""
+    bounds = bounds[np.isfinite(bounds)]
+    low, high = float(values.min()), float(values.max())
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        return high, high, False
+    room = 0.35 * (high - low)
+    bottom, top = max(min([low, *bounds]), low - room), min(max([high, *bounds]), high + room)
+    return bottom, top, bool(len(bounds) and (bounds.min() < bottom or bounds.max() > top))
+
+
+def _endings(task: TaskResults, styles: dict[str, Style], all_rows: list[MethodRow]) -> DrawnFigure:
+    """A line per method, best on top: the mean and its interval at the final snapshot, seeds faint behind."""
+    rows = [row for row in all_rows if np.isfinite(row.score.mean)]
+    values = {row.label: task.final_values(row.label).dropna() for row in rows}
+    remarks = []
+    with canvas(1.3 + 0.34 * len(rows)) as on:
+        axes = on.axes
+        for position, row in enumerate(rows):
+            style = styles[row.label]
+            look = {"color": style.color, "alpha": 0.45, "s": 60, "linewidths": 1.2, "marker": "|", "zorder": 2, "gid": on.mark(style)}
+            axes.scatter(values[row.label], [position] * len(values[row.label]), **look)
+            if np.isfinite(row.score.low):
+                span = {"color": style.color, "linewidth": 2.0, "zorder": 3, "gid": on.mark(style)}
+                axes.plot([row.score.low, row.score.high], [position] * 2, **span)
+            axes.plot(row.score.mean, position, linestyle="none", zorder=4, gid=on.mark(style), **{**line_look(style), "markersize": 8})
+        low, high, beyond = limits(
+            np.concatenate([*values.values(), [row.score.mean for row in rows]]) if rows else np.zeros(1),
+            np.array([bound for row in rows for bound in (row.score.low, row.score.high)]),
+        )
+        margin = 0.04 * (high - low) or 0.05 * abs(high) or 1.0
+        axes.set_xlim(low - margin, high + margin)
+        axes.set_yticks(range(len(rows)), [cut(row.label, 26) for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(False, axis="y")
+        axes.set_xlabel(f"{cut(task.headline)} ({task.direction})", labelpad=6)
+        on.title("where every method ended")
+        if beyond:
+            remarks.append("Some intervals reach beyond the axis.")
+        unscored = [row.label for row in all_rows if not np.isfinite(row.score.mean)]
+        if unscored:
+            remarks.append(f"Without a finite mean: {and_more(unscored)}.")
+        caption = " ".join(["Mean and 95% t interval at the final snapshot, best on top; ticks: single seeds.", *remarks])
+        decimals = decimals_for(row.score.mean for row in rows)
+        levels = and_more((f"{row.label} {number(row.score.mean, decimals)}" for row in rows), limit=20)
+        return on.drawn(
+            f"{task.file_name}_final", f"{task.label}: {task.headline} at the final snapshot. Means: {levels or 'none'}.", caption
+        )
+
+
+def _alt_text(task: TaskResults, curves: list[Curve]) -> str:
+    """The figure for those who cannot see it: where every method ended."""
+    ends = [(curve.label, curve.mean["value"].iloc[-1]) for curve in curves if len(curve.mean)]
+    decimals = decimals_for(value for _, value in ends)
+    levels = and_more((f"{label} {number(value, decimals)}" for label, value in ends), limit=20)
+    return f"{task.label}: {task.headline} ({task.direction}) over FLOPs (log scale). Last mean of each method: {levels or 'none'}."
+
+
+def _caption(task: TaskResults, curves: list[Curve], remarks: list[str]) -> str:
+    parts = [f"{task.headline}, {task.direction}."]
+    several = any(len(curve.by_seed) > 1 for curve in curves)
+    spread = "Bold: mean over seeds; band or bar: 95% t interval; faint: single seeds."
+    parts.append(spread if several else "One seed per method: no intervals.")
+    roles = {curve.style.role for curve in curves if len(curve.mean)}
+    if BASE in roles:
+        parts.append("Dashed: base, the untouched generator.")
+    if ORACLE in roles:
+        parts.append("Dotted: oracle, which does not compete.")
+    return " ".join([*parts, *remarks])

@@ -1,0 +1,154 @@
+"""The claims of a suite: which method is best on each task, and each method against every other over all tasks at equal FLOPs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from dpgbench.report import task_tables
+from dpgbench.report.format import DASH, amount, and_more, interval, number, plural, probability
+from dpgbench.report.over_tasks import Across
+from dpgbench.report.results import ORACLE, SuiteResults, TaskResults, natural
+from dpgbench.report.table import Cell, Column, Row, Table, text_cell
+from dpgbench.stats.multiple_testing import BetterThanAll, OverTasksDifference, better_than_all, difference_over_tasks, holm
+from dpgbench.stats.over_seeds import PairedDifference, mean_interval, paired_difference
+
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The method with the best mean of final answers on a task, the next best, and the first one's lead over it."""
+
+    label: str
+    next_label: str
+    lead: PairedDifference
+    verdict: BetterThanAll
+    flops: float
+    next_flops: float
+
+
+def winners_table(results: SuiteResults, across: Across) -> Table:
+    """For every task the method whose answer is best on average, and whether it is better than every other's, base's among them."""
+    found = {task.label: winner for task in results.tasks if (winner := _winner(task))}
+    adjusted = dict(zip(found, holm([winner.verdict.p for winner in found.values()]).p, strict=True))
+    body = []
+    for task in results.tasks:
+        head = text_cell(task.label, small=f"{task.headline} {task.arrow}")
+        if task.label not in found:
+            body.append(Row((head, *[Cell(DASH)] * 7)))
+            continue
+        winner, p, decimals = found[task.label], adjusted[task.label], task_tables.table_decimals(across.rows[task.label])
+        score, lead, verdict = mean_interval(task.final_values(winner.label)), winner.lead, winner.verdict
+        hardest = "" if np.isnan(verdict.p) else f"hardest: {verdict.hardest}"
+        body.append(Row((
+            head, text_cell(winner.label, method=winner.label),
+            Cell(number(score.mean, decimals), interval(score.low, score.high, decimals).replace(DASH, ""), score.mean,
+                 {"mean": score.mean, "low": score.low, "high": score.high, "n": score.n}),
+            text_cell(winner.next_label, method=winner.next_label),
+            Cell(number(lead.mean, decimals, sign=True), interval(lead.low, lead.high, decimals, sign=True).replace(DASH, ""), lead.mean,
+                 {"mean": lead.mean, "low": lead.low, "high": lead.high, "n": lead.n}),
+            Cell(amount(winner.flops), f"next: {amount(winner.next_flops)}", winner.flops,
+                 {"best": winner.flops, "next": winner.next_flops}),
+            Cell(str(verdict.n), "", verdict.n, {"n": verdict.n}),
+            Cell(probability(p), f"one task: {probability(verdict.p)}; {hardest}".rstrip("; "), p,
+                 {"holm_p": p, "p": verdict.p, "hardest": verdict.hardest}, bold=bool(p < SIGNIFICANT)),
+        )))  # fmt: skip
+    columns = (
+        Column("task", numeric=False, best="ascending"), Column("best", numeric=False, best="ascending"), Column("mean"),
+        Column("next", numeric=False, best="ascending"), Column("lead"),
+        Column("FLOPs", best="ascending", tip="median of the best method's answers, and of the next one's"),
+        Column("n", tip="the smallest number of paired seeds"),
+        Column("p", best="ascending", tip="better than every other: the largest of its sign-flip p's, Holm-adjusted over tasks"),
+    )  # fmt: skip
+    tests = sum(not np.isnan(p) for p in adjusted.values())
+    caption = (
+        "The method with the best mean of final answers on each task, and its lead over the next best with 95% t interval. p: that it is "
+        "better than every other, base included (the largest of its sign-flip p's, seeds paired), Holm-adjusted over "
+        f"{plural(tests, 'task')}; below 0.05 in bold. An answer is what a method ended with inside its budget; FLOPs are its median cost."
+    )
+    notes = task_tables.reachable_note((winner.verdict.n for winner in found.values()), tests)
+    return Table("winners", f"{results.name}: the best on each task", caption, columns, tuple(body), notes, tuple(_said(found, adjusted)))
+
+
+def _winner(task: TaskResults) -> Winner | None:
+    """None with fewer than two methods to compare."""
+    labels = sorted(task.finals.loc[task.finals["method"] != ORACLE, "method_label"].unique(), key=natural)
+    values = {label: task.sign * task.final_values(label) for label in labels}
+    means = {label: series.mean() for label, series in values.items() if np.isfinite(series.mean())}
+    if len(means) < 2:
+        return None
+    first, second = sorted(means, key=lambda label: -means[label])[:2]
+    differences = {
+        label: paired_difference(values[first], values[label], generator=task_tables.generator_for("winner", task.label, first, label))
+        for label in means
+        if label != first
+    }
+    flops = task.finals.groupby("method_label")["flops"].median()
+    return Winner(first, second, differences[second], better_than_all(differences), float(flops[first]), float(flops[second]))
+
+
+def _said(found: dict[str, Winner], adjusted: dict[str, float]) -> list[str]:
+    """The wins that a test supports, by method, and the tasks where none does."""
+    won: dict[str, list[str]] = {}
+    undecided = []
+    for task, winner in found.items():
+        if adjusted[task] < SIGNIFICANT:
+            won.setdefault(winner.label, []).append(task)
+        else:
+            undecided.append(f"{task} ({winner.label} leads, p {probability(adjusted[task])})")
+    said = [f"Better than every other (adjusted p < 0.05): {label} on {and_more(tasks, 20)}." for label, tasks in sorted(won.items())]
+    return said + ([f"No method is shown to be better than every other on {and_more(undecided, 20)}."] if undecided else [])
+
+
+def over_tasks_table(label: str, results: SuiteResults, across: Across) -> Table | None:
+    """One method against each other over all tasks at equal FLOPs, one test a pair; None where nothing can be put together."""
+    found = {other: _over_tasks(label, other, results, across) for other in results.labels("method") if other != label}
+    found = {other: over for other, over in found.items() if over.difference.n}
+    if not found:
+        return None
+    adjusted = dict(zip(found, holm([over.difference.p for over in found.values()]).p, strict=True))
+    body = []
+    for other, over in sorted(found.items(), key=lambda item: -item[1].difference.mean):
+        d, p = over.difference, adjusted[other]
+        body.append(Row((
+            text_cell(other, method=other),
+            Cell(str(len(over.tasks)), "", len(over.tasks), {"tasks": list(over.tasks)}), Cell(str(d.n), "", d.n, {"n": d.n}),
+            Cell(number(d.mean, 3, sign=True), interval(d.low, d.high, 3, sign=True).replace(DASH, ""), d.mean,
+                 {"mean": d.mean, "low": d.low, "high": d.high}),
+            Cell(probability(d.p), "", d.p, {"p": d.p, "smallest": d.smallest_p}),
+            Cell(probability(p), "", p, {"p": p}, bold=bool(p < SIGNIFICANT)),
+        ), (other,)))  # fmt: skip
+    columns = (
+        Column("against", numeric=False, best="ascending"), Column("tasks"), Column("n"), Column("advantage"),
+        Column("p", best="ascending"), Column("Holm p", best="ascending"),
+    )  # fmt: skip
+    caption = (
+        f"Advantage of {label} in normalised score, each seed's mean over the tasks where the two share FLOPs, at the largest FLOPs both "
+        f"reach there; 95% t interval and sign-flip test over the seeds that all these tasks have, Holm-adjusted over "
+        f"{plural(len(found), 'comparison')}. The anchors of the normalised scores are taken as known."
+    )
+    better, worse = ([other for other in found if adjusted[other] < SIGNIFICANT and found[other].difference.mean * turn > 0]
+                     for turn in (1, -1))  # fmt: skip
+    said = f"Over tasks, adjusted p < 0.05: better than {and_more(better, 20) or 'none'}; worse than {and_more(worse, 20) or 'none'}."
+    notes = list(task_tables.reachable_note((over.difference.n for over in found.values()), len(found)))
+    left = {other: over.left_out for other, over in found.items() if over.left_out}
+    if left:
+        notes.append(
+            "Seeds that some of the tasks lack: " + and_more((f"{other}: {and_more(seeds)}" for other, seeds in left.items()), 6) + "."
+        )
+    return Table(f"over-tasks-{label}", f"{label} over all tasks at equal FLOPs", caption, columns, tuple(body), tuple(notes), (said,))
+
+
+def _over_tasks(label: str, other: str, results: SuiteResults, across: Across) -> OverTasksDifference:
+    advantages: dict[str, pd.Series] = {}
+    for task in across.scaled_tasks:
+        pairs, anchors = across.pairs[task], across.anchors[task]
+        turn, key = (1, (label, other)) if (label, other) in pairs else (-1, (other, label))
+        if key in pairs and pairs[key].difference.n:
+            seeds = pairs[key].by_seed
+            advantages[task] = turn * (seeds["a"] - seeds["b"]) / abs(anchors.ceiling - anchors.base)
+    first, second = sorted((label, other))
+    return difference_over_tasks(advantages, generator=task_tables.generator_for("over tasks", first, second))

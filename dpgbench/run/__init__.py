@@ -1,0 +1,1 @@
+"""One cell from start to finish, its cost beforehand, and its export."""

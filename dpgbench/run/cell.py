@@ -1,0 +1,335 @@
+"""One cell from start to finish: build the bench, let the method work, score its snapshots on held-out data, leave a result."""
+
+from __future__ import annotations
+
+import errno
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dpgbench.api import Task
+from dpgbench.bench.distributed import ALONE, Alone
+from dpgbench.config import optional_packages
+from dpgbench.core.cell import RunSpec
+from dpgbench.core.errors import Busy, CellError, Interrupted, Lost, UserError
+from dpgbench.core.exchange import Snapshot, TaskView
+from dpgbench.core.interrupts import Stop
+from dpgbench.core.seeds import stream
+from dpgbench.plugins import contract
+from dpgbench.plugins.registry import Registry
+from dpgbench.run.environment import environment
+from dpgbench.run.export import keep
+from dpgbench.run.schedule import _schedule
+from dpgbench.store import code_snapshot
+from dpgbench.store.checkpoints import Checkpoints
+from dpgbench.store.run_folder import TRACKERS, RunFolder
+from dpgbench.worlds import model_files
+from dpgbench.worlds.prompts import Room
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Watch = Callable[[dict[str, Any]], None]
+SAMPLE_TEXTS = 12  # deployment texts kept for the report
+OVERRUN = 0.01  # of the budget; a step's price is known when it is paid
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def run_cell(
+    spec: RunSpec,
+    results: Path,
+    plugins: Path | None = None,
+    watch: Watch = lambda event: None,
+    *,
+    checkpoint_seconds: float = 60.0,
+    let_errors_out: bool = False,
+    group: Alone = ALONE,
+) -> str:
+    """Run a cell unless it is done, from its last checkpoint if it has one; in a `group` of several processes all call this.
+
+    Returns "done", "failed" (its `error.txt` says why), "busy" (another process has it) or "interrupted" (asked to stop by SIGTERM or
+    SIGUSR2). `watch` is told about every step, for a progress display. `let_errors_out` lets the exception of a failing cell through
+    as well. An interrupt (Ctrl-C) and a full disk pass through and leave the cell interrupted.
+    """
+    folder = RunFolder.of(results, spec)
+    try:
+        with Stop.on_signals() as stop, group.shared_fate(folder.fail_and_let_go), folder.owned() if group.first else nullcontext():
+            return _run_owned(spec, folder, plugins, watch, checkpoint_seconds, stop, let_errors_out, group)
+    except (Busy, Lost):
+        return "busy"
+    except Interrupted:
+        return "interrupted"
+
+
+def _run_owned(
+    spec: RunSpec,
+    folder: RunFolder,
+    plugins: Path | None,
+    watch: Watch,
+    seconds: float,
+    stop: Stop,
+    let_errors_out: bool,
+    group: Alone,
+) -> str:
+    if group.broadcast(folder.state().name if group.first else None) == "done":
+        return "done"
+    checkpoints = Checkpoints(folder.path, {"hash": folder.hash, "code": code_snapshot.digest(plugins)}, seconds, stop)
+    try:
+        cell = _Cell(spec, folder, Registry(plugins), watch, checkpoints, group)
+        cell.begin()
+        cell.run()
+    except (Interrupted, Lost):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
+        expected = isinstance(error, UserError | CellError)
+        reason = group.why(error) or (f"{type(error).__name__}: {error}" if expected else traceback.format_exc())
+        if group.first:
+            folder.fail(reason)
+        group.fail(reason)
+        if let_errors_out:
+            raise
+        return "failed"
+    return "done"
+
+
+class _Scored(NamedTuple):
+    """A snapshot's line of metrics, its wall-clock price, its deployment texts and the target trained on them."""
+
+    line: dict[str, Any]
+    seconds: float
+    texts: list[str]
+    params: dict[str, Tensor]
+
+
+class _Cell:
+    """The work of `run_cell`, with its parts at hand."""
+
+    def __init__(self, spec: RunSpec, folder: RunFolder, registry: Registry, watch: Watch, checkpoints: Checkpoints, group: Alone = ALONE):
+        optional_packages.check(spec)
+        import torch
+
+        from dpgbench.bench.meter import Meter
+        from dpgbench.bench.workbench import Workbench, matmul_precision
+        from dpgbench.worlds import models
+        from dpgbench.worlds.world import World, corpus
+
+        torch.set_num_threads(spec.scale.threads)
+        torch.set_float32_matmul_precision(matmul_precision(spec.training))
+        models.quiet()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.spec, self.folder, self.watch, self.checkpoints, self.group = spec, folder, watch, checkpoints, group
+        self.started = self._clock = time.perf_counter()
+        self.schedule = _schedule(spec)
+        self.lines: list[dict[str, Any]] = []  # of the scored snapshots
+        self.texts: list[str] = []  # of the last of them, and the target trained on them
+        self.params: dict[str, Tensor] | None = None
+        self.files = {kind: registry.find(kind, spec.config[kind]["name"]).path for kind in ("task", "method")}
+        self.method = registry.make("method", spec.method.name, spec.method)
+        self.task: Task = registry.make("task", spec.task.name, spec.task)
+        generator = models.load_generator(spec.scale)
+        generator.model.to(device)
+        target, tokenizer = models.load_target(spec.scale)
+        self.world = World(spec.scale, spec.training, corpus(spec.scale, generator.tokenizer), target.to(device), tokenizer)
+        context = model_files.find(spec.scale, "generator").context or getattr(generator.model.config, "max_position_embeddings", None)
+        if context is not None:
+            self.world.room = Room(spec.scale, generator.tokenizer, context)
+            self.world.check_room()
+        contract.called(self.files["task"], "prepare", self.task.prepare, self.world)
+        self.meter = Meter()
+        self.bench = Workbench(spec, TaskView(self.task), self.world, generator, self.meter, self._record, self._checkpoint, group)
+        self.bench.tracking = folder.path / TRACKERS
+        # Held-out prompts: one fixed list per seed, whatever the method.
+        self.prompts = self.world.prompts("test", spec.scale.deployment_texts, stream(spec.seed, "deployment prompts"))
+        contract.check_task(registry.find("task", spec.task.name), self.task, self.world.target, self.prompts)
+
+    def begin(self) -> None:
+        """Prepare the folder: afresh, or as it was at the newest checkpoint that is whole."""
+        found = self.checkpoints.newest(self.folder.sizes()) if self.group.first else None
+        step = self.group.broadcast(found and found[0].step)
+        if not self.group.first and step is not None:
+            found = self.checkpoints.of(step)
+        if self.group.first:
+            self.folder.begin(self.environment(), found and found[1]["sizes"])
+        self.group.broadcast("the folder is as it should be")
+        if found is None:
+            return
+        saved, content = found
+        self.started = self._clock - content["seconds"]
+        self.lines, self.texts, self.schedule.passed = content["lines"], content["texts"], content["passed"]
+        self.bench.restore(saved, content["bench"])
+        self.meter.restore(content["meter"])
+
+    def environment(self) -> dict[str, Any]:
+        """What the numbers were made with, the models' revisions among it."""
+        models = {role: model_files.find(self.spec.scale, role).about() for role in model_files.ROLES}
+        return {**environment(), "models": models, "corpus_revision": getattr(self.world.corpus, "revision", None)}
+
+    def _checkpoint(self, step: int, tensors: Callable[[], dict[str, Tensor]], numbers: Callable[[], dict[str, Any]]) -> None:
+        """What `Workbench.checkpoint` does: save if it is time to, and stop here if asked to. The time is nobody's cost."""
+        due, asked = self.group.broadcast((self.checkpoints.due(), self.checkpoints.stop.asked))
+        if not due:
+            return
+        clock = time.perf_counter()
+        self.meter.seconds += clock - self._clock  # the method's time since its last snapshot, up to here
+        if self.group.first:
+            self._save(step, tensors, numbers, clock)
+        self._clock = time.perf_counter()
+        self.started += self._clock - clock
+        self._agree_on_the_account()
+        if asked:
+            raise Interrupted(f"{asked} at step {step}")
+
+    def _save(self, step: int, tensors: Callable[[], dict[str, Tensor]], numbers: Callable[[], dict[str, Any]], clock: float) -> None:
+        content = {
+            "numbers": numbers(), "lines": self.lines, "sizes": self.folder.sizes(), "meter": self.meter.state(),
+            "bench": self.bench.state(), "seconds": clock - self.started, "texts": self.texts, "passed": self.schedule.passed,
+        }  # fmt: skip
+        self.folder.check_owned()
+        self.checkpoints.save(step, tensors(), content)
+
+    def _agree_on_the_account(self) -> None:
+        """What was spent decides what comes next, so it is the first process's account, clock and all, that counts in every process."""
+        meter, reserve = self.group.broadcast((self.meter.state(), self.bench.reserve.state()))
+        if not self.group.first:
+            self.meter.restore(meter)
+            self.bench.reserve.restore(reserve)
+
+    def run(self) -> None:
+        """Let the method work, score the snapshots that are due, and mark the cell done.
+
+        An answer over the budget is none: the method is stopped and the last one within it counts.
+        """
+        snapshot = waiting = None  # waiting: the newest snapshot, if it was not due
+        for snapshot in self._timed(contract.snapshots(self.files["method"], self.method, self.bench)):
+            waiting = snapshot
+            if self.schedule.is_due(snapshot.step, self.bench.spent_share()):
+                waiting = None
+                accepted = self.group.broadcast(self._answer(snapshot) if self.group.first else None)
+                self._agree_on_the_account()
+                if not accepted:
+                    break
+        self.group.broadcast("the method has come to its end in all processes")
+        if self.group.first:
+            self._finish(snapshot, waiting)
+
+    def _finish(self, snapshot: Snapshot | None, waiting: Snapshot | None) -> None:
+        if snapshot is None:
+            raise CellError(f"method {self.spec.method.name} yielded no snapshot; `run` must yield at least one")
+        if waiting is not None:  # it stopped before its schedule did
+            self._answer(waiting)
+        if not self.lines:
+            limits = ", ".join(f"budget.{name}={limit:g}" for name, limit in self.spec.budget.items())
+            raise CellError(
+                f"{limits}: the first answer costs {self.bench.spent_share():.3g} times that; "
+                f"give more, or lower scale.deployment_texts={self.spec.scale.deployment_texts}"
+            )
+        result = {
+            "headline": self.task.headline,
+            "higher_is_better": self.task.higher_is_better,
+            "snapshots": self.lines,
+            "texts": self.texts[:SAMPLE_TEXTS],
+            "seconds_total": round(time.perf_counter() - self.started, 3),
+        }
+        self.folder.finish(result, self._picture())
+
+    def _answer(self, snapshot: Snapshot) -> bool:
+        """Score a snapshot and keep what it gave; False if it is over the budget."""
+        scored = self._score(snapshot)
+        if scored is None:
+            return False
+        keep(self.folder, snapshot, self.prompts, scored.texts)
+        self.lines.append({**scored.line, "seconds": scored.seconds})
+        self.texts, self.params = scored.texts, scored.params
+        return True
+
+    def _timed(self, snapshots: Iterator[Snapshot]) -> Iterator[Snapshot]:
+        """The same snapshots; the time the method takes to come up with each is charged to it."""
+        while True:
+            asked = self.group.broadcast(self.checkpoints.stop.asked)
+            if asked and not self.bench.makes_checkpoints:
+                raise Interrupted(asked)
+            self._clock = time.perf_counter()
+            snapshot = next(snapshots, None)
+            self.meter.seconds += time.perf_counter() - self._clock
+            self._agree_on_the_account()
+            if snapshot is None:
+                return
+            yield snapshot
+
+    def _record(self, line: dict[str, Any]) -> None:
+        """A step of the method: into the metrics file and to whoever watches."""
+        if not self.group.first:
+            return
+        line = {
+            **line,
+            "flops": self.meter.total_flops,
+            "tokens_generated": self.meter.tokens_generated,
+            "tokens_trained": self.meter.tokens_trained,
+        }
+        self._append(line)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        bad = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
+        if bad:
+            where = line.get("step", line.get("snapshot"))
+            raise CellError(f"{bad[0]} is {line[bad[0]]} at step {where}; lower training.lr={self.spec.training.lr}")
+        self.folder.append(line, time.perf_counter() - self.started)
+        self.watch({key: value for key, value in line.items() if key != "rollouts"})
+
+    def _score(self, snapshot: Snapshot) -> _Scored | None:
+        """Draw the deployment dataset (charged), train a fresh target on it and measure that (not charged). None if it is over budget."""
+        from dpgbench.metagrad.training import loaded
+
+        clock = time.perf_counter()
+        with self.meter.deployment() as price:
+            texts = snapshot.sample(self.prompts)
+            price.seconds = time.perf_counter() - clock
+        self.bench.reserve = price
+        if self.bench.spent_share() > 1 + OVERRUN:
+            return None
+        texts = contract.texts_of(self.files["method"], snapshot, texts, len(self.prompts))
+        target = self.world.target
+        params = snapshot.params or self._trained(texts)
+        with loaded(target, params):
+            import torch
+
+            with torch.no_grad():
+                phi = float(self.task.signal(target))
+                measures = self.task.measure(target, texts)
+            if math.isfinite(phi):  # else the training is at fault, and `_append` says so
+                measures = contract.measures(self.files["task"], self.task, measures)
+        total = self.meter + price
+        line = {
+            "snapshot": snapshot.step, "phi": phi, "measures": measures, "flops": total.total_flops, "flops_by_phase": total.flops,
+            "tokens_generated": total.tokens_generated, "tokens_trained": total.tokens_trained,
+        }  # fmt: skip
+        self._append(line)
+        return _Scored(line, round(total.seconds, 3), texts, params)
+
+    def _trained(self, texts: list[str]) -> dict[str, Tensor]:
+        """A fresh target trained on deployment texts."""
+        from dpgbench.bench.workbench import engine_of, optimizer_of
+        from dpgbench.metagrad.training import train
+
+        training = self.spec.training
+        batches, _ = self.bench.batches(texts, "deployment", steps=self.spec.scale.deployment_steps)
+        how = {"micro_batch": training.micro_batch, "reduction": training.reduction, "precision": engine_of(training)["precision"]}
+        return train(self.world.target, batches, optimizer_of(training), **how)
+
+    def _picture(self) -> bytes | None:
+        """What the task draws of the final target, as PNG; None for tasks that do not draw."""
+        if type(self.task).draw is Task.draw:
+            return None
+        from dpgbench.metagrad.training import loaded
+
+        params = self.params or self._trained(self.texts)  # none where the last answer was given before an interruption
+        with loaded(self.world.target, params):
+            return contract.picture(self.files["task"], self.task, self.world.target, self.texts)

@@ -1,0 +1,46 @@
+"""What a cell was computed with and on."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from typing import Any
+
+from dpgbench import __version__
+from dpgbench.core.paths import home
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers were made with: versions, git commit, device."""
+    from importlib.metadata import version
+
+    import torch
+
+    scores = ("alt-profanity-check", "scikit-learn", "lexicalrichness", "py3langid", "rapidfuzz", "zxing-cpp")  # read the texts
+    packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "numpy", *scores)
+    return {
+        "dpgbench": __version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, with "+changes" if the tree is not clean; "" outside a checkout of dpgbench. Of pinned code, what it was."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(home()), *words]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=20).stdout.strip()
+
+    try:
+        if (home() / "COMMIT").exists():
+            return (home() / "COMMIT").read_text(encoding="utf-8")
+        if not (home() / ".git").exists():
+            return ""
+        changed = git("status", "--porcelain", "--", "dpgbench", "methods", "tasks", "configs")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

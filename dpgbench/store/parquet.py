@@ -1,0 +1,144 @@
+"""From run folders to one table: the frame behind `results/<suite>.parquet` and everything the report shows."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpgbench.core.cell import Cell
+from dpgbench.core.errors import UserError
+from dpgbench.core.options import leaves_of
+from dpgbench.store.run_folder import RunFolder, write_atomically
+
+if TYPE_CHECKING:
+    import pandas
+
+SCHEMA = "1"
+
+
+def frame_of(cells: Sequence[Cell], results: Path, descriptions: Mapping[str, str]) -> pandas.DataFrame:
+    """One row per (cell, snapshot), and one for each cell without a result, with the reason.
+
+    `descriptions` says in a line what each task is.
+    Raises UserError on a damaged cell.
+    """
+    import pandas
+
+    labels = _labels(cells)
+    rows: list[dict[str, Any]] = []
+    for cell in cells:
+        task_label, method_label = labels[cell.spec.folder]
+        row = {
+            "cell": cell.spec.folder, "task": cell.spec.task.name, "task_label": task_label,
+            "task_description": descriptions.get(cell.spec.task.name, ""), "method": cell.spec.method.name,
+            "method_label": method_label, "seed": cell.spec.seed,
+        }  # fmt: skip
+        folder = RunFolder.of(results, cell.spec)
+        state = folder.state()
+        if cell.skip or state.name != "done":
+            if state.name == "damaged":
+                folder.result()  # says what is wrong and how to mend it
+            reason = cell.skip or state.detail or ("not run yet" if state.name == "missing" else None)
+            rows.append(
+                {**row, "status": "skipped" if cell.skip else "missing" if state.name == "interrupted" else state.name, "reason": reason}
+            )
+            continue
+        rows += _snapshot_rows(row, folder)
+    frame = pandas.DataFrame(rows)
+    measures = sorted(column for column in frame.columns if column.startswith("metric:"))
+    return frame.reindex(columns=[*COLUMNS, *measures, *BLOBS])
+
+
+COLUMNS = [
+    "cell", "task", "task_label", "task_description", "method", "method_label", "seed", "status", "reason",
+    "step", "flops", "flops_by_phase", "tokens_generated", "tokens_trained", "seconds", "phi", "headline", "higher_is_better",
+]  # fmt: skip
+BLOBS = ["texts", "picture", "spec", "env"]
+
+
+def _snapshot_rows(row: dict[str, Any], folder: RunFolder) -> list[dict[str, Any]]:
+    result = folder.result()
+    rows = [
+        {
+            **row, "status": "done", "step": snapshot["snapshot"], "flops": snapshot["flops"],
+            "flops_by_phase": json.dumps(snapshot["flops_by_phase"]), "tokens_generated": snapshot["tokens_generated"],
+            "tokens_trained": snapshot["tokens_trained"], "seconds": snapshot["seconds"], "phi": snapshot["phi"],
+            "headline": result["headline"], "higher_is_better": result["higher_is_better"],
+            **{f"metric:{name}": value for name, value in snapshot["measures"].items()},
+        }
+        for snapshot in result["snapshots"]
+    ]  # fmt: skip
+    picture = folder.path / "picture.png"
+    rows[-1] |= {
+        "texts": json.dumps(result["texts"], ensure_ascii=False),
+        "picture": picture.read_bytes() if picture.exists() else None,
+        "spec": (folder.path / "spec.yaml").read_text(encoding="utf-8"),
+        "env": (folder.path / "env.json").read_text(encoding="utf-8"),
+    }
+    return rows
+
+
+def write_parquet(frame: pandas.DataFrame, path: Path, *, suite: str, title: str, command: str) -> None:
+    """The frame and what a page needs besides, atomically."""
+    import io
+
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pandas(frame, preserve_index=False)
+    about = {"schema": SCHEMA, "suite": suite, "title": title, "command": command}
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"dpgbench": json.dumps(about).encode()})
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table, buffer, compression="zstd")
+    write_atomically(path, buffer.getvalue())
+
+
+def read_parquet(path: Path) -> tuple[pandas.DataFrame, dict[str, str]]:
+    """The frame and {"suite", "title", "command"}. Raises UserError if the file is not one of ours."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+        about = json.loads((table.schema.metadata or {}).get(b"dpgbench", b"{}"))
+    except (OSError, pyarrow.ArrowInvalid, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}); restore it or run the suite again") from None
+    if about.get("schema") != SCHEMA:
+        raise UserError(
+            f"{path}: written with schema {about.get('schema')}, this dpgbench reads {SCHEMA}; run `report` where its run folders are"
+        )
+    return table.to_pandas(), about
+
+
+def finished_in(path: Path) -> set[str]:
+    """The finished cells a parquet holds, so that collecting anew never loses one; empty if there is none that can be read."""
+    try:
+        frame, _ = read_parquet(path)
+    except UserError:
+        return set()
+    return set(frame.cell[frame.status == "done"])
+
+
+def _labels(cells: Sequence[Cell]) -> dict[str, tuple[str, str]]:
+    """What to call each cell's task and method. Settings that vary within one label (a sweep over policy.lr, say) are spelled out."""
+    by_label: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for cell in cells:
+        by_label[cell.spec.task.label, cell.spec.method.label][cell.spec.folder] = _flat(cell.spec.config)
+    labels = {}
+    for (task_label, method_label), settings in by_label.items():
+        keys = sorted({key for values in settings.values() for key in values})
+        varying = [key for key in keys if len({repr(values.get(key)) for values in settings.values()}) > 1 and not key.endswith("_sha256")]
+        for folder, values in settings.items():
+
+            def suffix(belongs: bool, values: dict[str, Any] = values, varying: list[str] = varying) -> str:
+                return "".join(f" {key.rpartition('.')[2]}={values.get(key)}" for key in varying if key.startswith("task.") is belongs)
+
+            labels[folder] = task_label + suffix(True), method_label + suffix(False)
+    return labels
+
+
+def _flat(config: Any) -> dict[str, Any]:
+    return leaves_of({section: config[section] for section in ("task", "method", "training", "scale")})

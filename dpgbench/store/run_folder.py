@@ -1,0 +1,259 @@
+"""Run folders: what a cell leaves behind, and in which state it is. Everything is read from files; nothing is remembered elsewhere.
+
+results/runs/<task>.<method>.s<seed>.<hash>/
+    spec.yaml       the resolved configuration; `run spec=...` replays it
+    env.json        versions, git commit, device
+    metrics.jsonl   one line per step and per snapshot, append-only, the same in every run of the cell (no clock in it)
+    timings.jsonl   wall-clock seconds of the same lines
+    rollouts.jsonl  every step's texts, raw rewards and advantages, for methods that train a policy
+    result.json     the outcome; written last, by rename: it marks the cell done
+    picture.png     what the task drew, if it draws
+    error.txt       why the cell failed, if it did
+    log.txt         what a worker process wrote to its standard output and error
+    lock.<n>        who works on the cell (lock.py); lock.<n>.free: who did
+    checkpoint.<step>.safetensors   where an interrupted cell goes on from (checkpoint.py)
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from dpgbench.core.cell import RunSpec
+from dpgbench.core.errors import Busy, UserError
+from dpgbench.store import checkpoints, lock
+
+SCHEMA = 1
+TRACKERS = "tracking"  # the folder of trackers' files, where a policy reports to some
+GROWING = ("metrics.jsonl", "timings.jsonl", "rollouts.jsonl")  # appended to, line by line
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a cell stands, and one line of why or how far.
+
+    done, failed (and stays so until it is asked for again), running, stale (its owner died), interrupted (stopped on request or by
+    a kill that nobody was there to see), missing (never started), damaged (its files contradict each other). Stale, interrupted and
+    missing cells are what a sweep runs.
+    """
+
+    name: str
+    detail: str = ""
+
+
+class RunFolder:
+    """One cell's folder."""
+
+    def __init__(self, path: Path, spec: RunSpec | None = None):
+        """`spec` is needed for running the cell, not for reading what it left."""
+        self.path, self.spec = path, spec
+        self.hash = path.name.rpartition(".")[2]
+        self._lock: lock.Lock | None = None
+
+    @classmethod
+    def of(cls, results: Path, spec: RunSpec) -> RunFolder:
+        """The folder of a cell under a results folder."""
+        return cls(results / "runs" / spec.folder, spec)
+
+    def state(self) -> State:
+        """Read from the files alone; costs a few file system calls."""
+        result, error = self.path / "result.json", self.path / "error.txt"
+        if result.exists():
+            problem = self._problem_with(result)
+            return State("damaged", problem) if problem else State("done")
+        held = lock.look(self.path)
+        if held.alive:
+            return State("running", self.progress())
+        if error.exists():
+            return State("failed", last_line(error))
+        if held.owner is not None:
+            return State("stale", f"{self.progress()}; its owner ({held.owner}) died, heartbeat {held.age:.0f} s ago")
+        if (self.path / "metrics.jsonl").exists():
+            return State("interrupted", f"{self.progress()}, {checkpoints.where_to_go_on(self.path)}")
+        return State("missing")
+
+    def progress(self) -> str:
+        """How far a cell got, from the last line of its metrics."""
+        steps = [line["step"] for line in read_lines(self.path / "metrics.jsonl", last_bytes=16384) if "step" in line]
+        return f"step {steps[-1]}" if steps else "starting"
+
+    def result(self) -> dict[str, Any]:
+        """The outcome of a finished cell. Raises UserError if the file is damaged."""
+        path = self.path / "result.json"
+        problem = self._problem_with(path)
+        if problem:
+            raise UserError(f"{self.path}: {problem}; delete the folder and run the cell again")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _problem_with(self, result: Path) -> str:
+        try:
+            content = json.loads(result.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            return "result.json is not valid JSON (a damaged file)"
+        except OSError as error:
+            return f"result.json cannot be read ({error.strerror})"
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA or "snapshots" not in content:
+            return "result.json was written by another version of dpgbench"
+        if content.get("hash") != self.hash:
+            return f"result.json belongs to another cell (hash {content.get('hash')}, not {self.hash})"
+        lines = count_lines(self.path / "metrics.jsonl")
+        return "" if lines == content["lines"] else f"metrics.jsonl has {lines} whole lines where the finished run wrote {content['lines']}"
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Hold the cell for this process. Raises Busy if another process works on it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        taken = lock.Lock(self.path)
+        taken.take()
+        self._lock = taken
+        try:
+            yield
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        held, self._lock = self._lock, None
+        if held is not None:
+            held.release()
+
+    def begin(self, env: dict[str, Any], sizes: dict[str, int] | None = None) -> None:
+        """Start the cell afresh, removing what an interrupted run left; or go on where its growing files had `sizes` bytes."""
+        self.check_owned()
+        for name in ("result.json", "error.txt", "picture.png", *(GROWING if sizes is None else ())):
+            (self.path / name).unlink(missing_ok=True)
+        for partial in self.path.glob(".*.safetensors.*.partial"):  # what a killed owner was writing
+            partial.unlink(missing_ok=True)
+        if sizes is None:
+            checkpoints.remove(self.path)
+            shutil.rmtree(self.path / TRACKERS, ignore_errors=True)
+        for name, size in (sizes or {}).items():
+            if (self.path / name).exists():
+                os.truncate(self.path / name, size)
+        write_atomically(self.path / "spec.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(self.spec.config))))
+        write_atomically(self.path / "env.json", json.dumps(env, indent=1))
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the growing files, for a checkpoint to go back to."""
+        return {name: (self.path / name).stat().st_size for name in GROWING if (self.path / name).exists()}
+
+    def check_owned(self) -> None:
+        """Raises Lost if the cell was taken over; every write asks first."""
+        if self._lock is not None:
+            self._lock.check()
+
+    def append(self, line: dict[str, Any], seconds: float) -> None:
+        """One line of progress; what it has under "rollouts" goes to a file of its own."""
+        self.check_owned()
+        rollouts = line.get("rollouts")
+        line = {key: value for key, value in line.items() if key != "rollouts"}
+        if rollouts is not None:
+            _append(self.path / "rollouts.jsonl", {"step": line["step"], **rollouts})
+        _append(self.path / "metrics.jsonl", line)
+        _append(
+            self.path / "timings.jsonl", {**{key: line[key] for key in ("step", "snapshot") if key in line}, "seconds": round(seconds, 3)}
+        )
+
+    def finish(self, result: dict[str, Any], picture: bytes | None) -> None:
+        """Mark the cell done."""
+        self.check_owned()
+        if picture is not None:
+            write_atomically(self.path / "picture.png", picture)
+        lines = count_lines(self.path / "metrics.jsonl")
+        write_atomically(self.path / "result.json", json.dumps({"schema": SCHEMA, "hash": self.hash, "lines": lines, **result}))
+        checkpoints.remove(self.path)
+
+    def fail(self, reason: str) -> None:
+        """Mark the cell failed; the last line of `reason` is what lists show."""
+        self.check_owned()
+        write_atomically(self.path / "error.txt", reason.rstrip() + "\n")
+
+    def fail_and_let_go(self, reason: str) -> None:
+        """`fail` for an owner whose process ends right after, from another thread than the one that waits; nothing unless it is owned."""
+        if self._lock is not None:
+            self.fail(reason)
+            self._let_go()
+
+    def fail_unless_owned(self, reason: str) -> str:
+        """For a process that saw the owner die: "failed", or how the cell stands by now ("done", "busy")."""
+        try:
+            with self.owned():
+                if self.state().name in ("done", "damaged"):
+                    return "done"
+                self.fail(reason)
+                return "failed"
+        except Busy:
+            return "busy"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write to a temporary name, flush to disk, rename: a reader sees the old file or the new one, never a part.
+
+    No two writers share the temporary name: threads share a pid, and so do hosts that share a file system.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_writable(results: Path) -> None:
+    """Raises UserError if the results folder cannot take files, before any computing is done."""
+    runs = results / "runs"
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        probe = runs / f".probe.{uuid.uuid4().hex}"  # another process may ask at the same time
+        write_atomically(probe, b"0" * 65536)
+        probe.unlink()
+    except OSError as error:
+        fix = "free some space there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose a folder you may write to"
+        raise UserError(f"results={results}: cannot write there ({error.strerror}); {fix}, or give another with results=DIR") from None
+
+
+def read_lines(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file, or those in its last bytes; lines cut short (by a kill, by the window) are left out."""
+    try:
+        with open(path, "rb") as file:
+            if last_bytes is not None:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - last_bytes))
+            content = file.read()
+    except FileNotFoundError:
+        return []
+    lines = []
+    for line in content.split(b"\n"):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def count_lines(path: Path) -> int:
+    """The number of whole lines; 0 if there is no file."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def last_line(path: Path) -> str:
+    """The last line of a text file that is not empty."""
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")

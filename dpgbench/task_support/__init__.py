@@ -1,0 +1,1 @@
+"""What several tasks share: Phi of a score, pictures in weights."""
