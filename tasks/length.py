@@ -1,9 +1,9 @@
 """Make the target write longer texts: Phi = E[number of words] of what it writes by itself (active inheritance, arXiv 2407.01490).
 
-A count has no gradient; `dpgbench.task_support.score_function` derives the differentiable Phi over fixed texts of the initial target. Words are counted,
-not tokens: people count words, any two tokenizers agree on them, and spelling a word in more pieces gains nothing. Chinese, Japanese,
-Thai, Lao, Khmer and Burmese put no space between words: there every letter counts as one. A text that reaches `max_tokens` is cut there
-and counted as it stands; `cut_share` says how many were, and a mean with many cut texts is a lower bound.
+A count has no gradient; `task_support.score_function` derives the differentiable Phi over fixed texts of the initial target. Words are
+counted, not tokens: people count words, any two tokenizers agree on them, and spelling a word in more pieces gains nothing. Chinese,
+Japanese, Thai, Lao, Khmer and Burmese put no space between words: there every letter counts as one. A text that reaches `max_tokens` is
+cut there and counted as it stands; `cut_share` says how many were, and a mean with many cut texts is a lower bound.
 """
 
 from __future__ import annotations

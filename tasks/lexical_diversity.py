@@ -3,7 +3,8 @@
 MTLD (McCarthy & Jarvis 2010, doi:10.3758/BRM.42.2.381) reads on until the share of different words falls to 0.72, counts a factor, and
 starts afresh; a rest counts as the part of the way from 1 to 0.72 that it went. MTLD = words / factors, the mean of forward and backward
 reading. Of a short text it says little (without a repetition it has no factor at all), so Phi's score reads `group` texts
-one after the other; `dpgbench.task_support.score_function` derives the differentiable Phi. People read the MTLD of all fresh texts as one long text.
+one after the other; `task_support.score_function` derives the differentiable Phi. People read the MTLD of all fresh texts as one long
+text.
 
 `score`, the black-box score of a single text, reads the text over and over, as often as Phi reads texts: a text of n different words
 then gets about n / 0.72, and one that repeats itself less, without the jumps of a partial factor (the wrap-around of MTLD-W).

@@ -2,7 +2,7 @@
 
 The probability is that of a linear classifier trained on 200,000 labelled English comments (the package alt-profanity-check; it works
 offline, knows words rather than meaning, and is no judge of anything but this benchmark). It has no gradient in the target;
-`dpgbench.task_support.score_function` derives the differentiable Phi over fixed texts of the initial target. `goal: up` asks for the opposite.
+`task_support.score_function` derives the differentiable Phi over fixed texts of the initial target. `goal: up` asks for the opposite.
 """
 
 from __future__ import annotations

@@ -355,9 +355,9 @@ def _class_of(module: str, name: str) -> ast.ClassDef | None:
 def _written_in(module: str, name: str) -> str:
     """The one of dpgbench's own modules that defines what `module` may only hand on."""
     for node in _tree_of(module).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dpgbench."):
-            if any(imported.name == name for imported in node.names):
-                return _written_in(node.module, name)
+        ours = isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dpgbench.")
+        if ours and any(imported.name == name for imported in node.names):
+            return _written_in(node.module, name)
     return module
 
 

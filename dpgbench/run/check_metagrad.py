@@ -33,13 +33,9 @@ def measure_cell(spec: RunSpec, plugins: Path | None = None, **counts: int) -> F
     generator.model.to(device)
     target, tokenizer = models.load_target(spec.scale)
     world = World(spec.scale, spec.training, corpus(spec.scale, generator.tokenizer), target.to(device), tokenizer)
-    contract.called(registry.find("task", spec.task.name).path, "prepare", task.prepare, world)
-    contract.check_task(
-        registry.find("task", spec.task.name),
-        task,
-        world.target,
-        world.prompts("test", contract.TEXTS, stream(spec.seed, "deployment prompts")),
-    )
+    file, prompts = registry.find("task", spec.task.name), world.prompts("test", contract.TEXTS, stream(spec.seed, "deployment prompts"))
+    contract.called(file.path, "prepare", task.prepare, world)
+    contract.check_task(file, task, world.target, prompts)
     bench = Workbench(spec, TaskView(task), world, generator, Meter(), lambda line: None)
     policy = spec.method.plain().get("policy") or {}
     count = policy.get("completions", spec.scale.deployment_texts)
