@@ -243,7 +243,8 @@ def test_many_at_once_ask_whether_they_may_write_and_write_the_same_name(tmp_pat
     """Processes that start together, and threads of one, which share a pid: nobody takes another's temporary file away."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from dpgbench.store.run_folder import check_writable, write_atomically
+    from dpgbench.core.files import write_atomically
+    from dpgbench.store.run_folder import check_writable
 
     def write(number: int) -> None:
         check_writable(tmp_path)

@@ -17,6 +17,7 @@ from dpgbench.config.overrides import for_shell, one
 from dpgbench.config.request import Request
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError
+from dpgbench.core.files import write_atomically
 from dpgbench.core.options import Options
 from dpgbench.launch.cell_states import jobs_of, standings
 from dpgbench.plugins.registry import Registry
@@ -302,4 +303,4 @@ def replayed(words: list[str]) -> Request:
 def _save_words(request: Request) -> None:
     """So that `report` knows the grid later, without being told again."""
     words = [word for word in request.arguments if not word.startswith(("results=", "retry="))]
-    run_folder.write_atomically(request.results / "runs" / f"{request.suite}.sweep.json", json.dumps(words))
+    write_atomically(request.results / "runs" / f"{request.suite}.sweep.json", json.dumps(words))

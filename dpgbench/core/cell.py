@@ -10,16 +10,14 @@ from typing import Any
 
 from dpgbench.core.options import Options
 
-# What a cell's hash leaves out. Settings that cost time and memory, or say who watches, change no number.
-NOT_IN_NUMBERS = {
+# What a cell's hash leaves out: settings that cost time and memory, or say who watches, and change no number.
+SETTINGS_WITHOUT_EFFECT = {
     "training": ("memory_budget", "checkpoint", "offload"),
     "scale": ("keep_generator",),
     "policy": ("activation_checkpointing", "vllm_memory", "report_to"),
 }
-
-
-# A setting that came after the first stored cells, at the value that stands for what those did: they keep their hash.
-CAME_LATER = {
+# Settings that were added when there were stored cells, at the value that stands for what those did, which keep their hash.
+ADDED_SETTINGS = {
     "training": {"precision": "full"},
     "scale": dict.fromkeys(
         ("generator_revision", "target_revision", "max_prompt_tokens", "corpus_subset", "corpus_column", "corpus_revision")
@@ -27,8 +25,6 @@ CAME_LATER = {
     "method": {"lora": None},
     "policy": {"rollout": "transformers", "lora": None, "rollout_batch": None},
 }
-
-
 # How a generator's texts are drawn and updated: raised where that changed what stored cells had. 2: no dropout, every end token, the full
 # distribution, prompts padded on the left, float32 weights in training. The embedded generator's texts were those all along.
 SAMPLER = 2
@@ -60,7 +56,7 @@ class RunSpec:
 
     @property
     def budget(self) -> dict[str, float]:
-        """The limits there are, by the names of `compute.Budget`."""
+        """The limits there are, by the names of `meter.Budget`."""
         return self.config.get("budget", {})
 
     @property
@@ -80,10 +76,10 @@ class RunSpec:
         if (self.config["scale"]["generator"], relevant["scale"]["generator_dtype"]) != ("phrasebook", "float32"):
             relevant["scale"]["sampler"] = SAMPLER
         sections = {**relevant, "policy": relevant["method"].get("policy") or {}}
-        for section, settings in NOT_IN_NUMBERS.items():
+        for section, settings in SETTINGS_WITHOUT_EFFECT.items():
             for setting in settings:
                 sections[section].pop(setting, None)
-        for section, settings in CAME_LATER.items():
+        for section, settings in ADDED_SETTINGS.items():
             for setting, before in settings.items():
                 if sections[section].get(setting) == before:
                     sections[section].pop(setting, None)

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from dpgbench.core.files import write_atomically
 from dpgbench.store.lock import Owner
-from dpgbench.store.run_folder import write_atomically
 
 
 @contextmanager

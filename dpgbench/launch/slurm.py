@@ -22,10 +22,11 @@ from typing import Any
 
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError
+from dpgbench.core.files import write_atomically
 from dpgbench.core.options import Options
 from dpgbench.launch.slurm_job import Job
 from dpgbench.store import code_snapshot
-from dpgbench.store.run_folder import RunFolder, write_atomically
+from dpgbench.store.run_folder import RunFolder
 
 RESOURCES = ("gpus", "cpus", "mem_gb", "time_min")
 # A job that is preempted in its first second must not die of the signal before submitit listens: ignored, until it does.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from dpgbench.core.files import write_atomically
 from dpgbench.report.format import file_names
 from dpgbench.report.over_tasks import Across, compute_across
 from dpgbench.report.results import SuiteResults, read_frame
@@ -14,7 +15,6 @@ from dpgbench.report.summary_tables import means_table, overview_table, phi_tabl
 from dpgbench.report.table import Table, latex, markdown, records
 from dpgbench.report.task_tables import gaps, notes_on, task_markdown, task_tables
 from dpgbench.report.winners import over_tasks_table, winners_table
-from dpgbench.store.run_folder import write_atomically
 
 __all__ = ["build", "machine_readable"]
 

@@ -19,9 +19,7 @@ A cell keeps what its last scored snapshot was made with and of, beside its resu
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +29,8 @@ from omegaconf import OmegaConf
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError
 from dpgbench.core.exchange import Prompt, Snapshot
-from dpgbench.store.run_folder import RunFolder, read_lines, write_atomically
+from dpgbench.core.files import replacing, write_atomically
+from dpgbench.store.run_folder import RunFolder, read_lines
 from dpgbench.worlds import adapters
 
 if TYPE_CHECKING:
@@ -52,12 +51,8 @@ def keep(folder: RunFolder, snapshot: Snapshot, prompts: Sequence[Prompt], texts
 def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
+    with replacing(path) as partial:
         save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def export(run: Path, to: Path | None = None) -> Path:
@@ -77,8 +72,7 @@ def export(run: Path, to: Path | None = None) -> Path:
     if to.exists():
         raise UserError(f"{to}: there is something already; delete it, or give another folder with to=DIR")
     spec = RunSpec(OmegaConf.to_container(OmegaConf.load(run / "spec.yaml")))
-    partial = to.with_name(f".{to.name}.{uuid.uuid4().hex}.partial")
-    try:
+    with replacing(to) as partial:
         (partial / "dataset").mkdir(parents=True)
         if (run / WEIGHTS).exists():
             _write_generator(spec, run / WEIGHTS, partial / "generator")
@@ -88,9 +82,6 @@ def export(run: Path, to: Path | None = None) -> Path:
         shutil.copy(run / "spec.yaml", partial / "spec.yaml")
         env = json.loads((run / "env.json").read_text(encoding="utf-8"))
         (partial / "README.md").write_text(_readme(spec, folder.result(), env, (run / WEIGHTS).exists()), encoding="utf-8")
-        partial.rename(to)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return to
 
 

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import time
-import uuid
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpgbench.core.errors import CellError
+from dpgbench.core.files import replacing
 from dpgbench.core.interrupts import Stop
 
 if TYPE_CHECKING:
@@ -112,17 +112,12 @@ class Checkpoints:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         about = json.dumps({**content, "identity": self.identity, "step": step, "checksum": _checksum(tensors)})
         path = path_of(self.folder, step)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         try:
-            save_file(tensors, partial, metadata={"dpgbench": about})
-            with open(partial, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
+            with replacing(path) as partial:
+                save_file(tensors, partial, metadata={"dpgbench": about})
         except SafetensorError as error:  # hides the system's errors, a full disk among them, in its text
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error from None
-        finally:
-            partial.unlink(missing_ok=True)
         remove(self.folder, keep=KEPT)
         self._last = time.monotonic()
         self._took = self._last - start

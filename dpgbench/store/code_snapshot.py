@@ -12,16 +12,16 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from dpgbench.core.errors import UserError
+from dpgbench.core.files import replacing
 from dpgbench.core.paths import home
 
 PARTS = ("dpgbench", "methods", "tasks", "configs")
 # Rooms whose code makes no number of a cell: what decides which cells there are, where they run and how results are shown.
-NOT_IN_NUMBERS = ("cli", "config", "launch", "report", "stats", "configs", "bundled/configs")
+ROOMS_WITHOUT_EFFECT = ("cli", "config", "launch", "report", "stats", "configs", "bundled/configs")
 SKIPPED = {"__pycache__", ".git", ".venv", "results", "runs", ".pytest_cache", ".ruff_cache"}
 
 
@@ -40,7 +40,7 @@ def _digest(files: dict[str, Path]) -> str:
 def _code(plugins: Path | None) -> dict[str, Path]:
     def counts(name: str) -> bool:
         inside = name.removeprefix("dpgbench/")
-        return name.endswith(".py") and not inside.startswith(tuple(f"{room}/" for room in NOT_IN_NUMBERS))
+        return name.endswith(".py") and not inside.startswith(tuple(f"{room}/" for room in ROOMS_WITHOUT_EFFECT))
 
     return {name: path for name, path in _everything(plugins).items() if counts(name)}
 
@@ -78,19 +78,11 @@ def pin(results: Path, plugins: Path | None, commit: str) -> Path:
     if there.is_dir():
         verify(there)
         return there
-    partial = there.with_name(f".{name}.{uuid.uuid4().hex}.partial")
-    try:
+    with replacing(there, first_wins=True) as partial:  # another sweep may be first with the same content
         for inside, path in files.items():
             (partial / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, partial / inside)
         (partial / "COMMIT").write_text(commit, encoding="utf-8")
-        try:
-            partial.rename(there)
-        except OSError:
-            if not there.is_dir():  # else another sweep was first with the same content
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return there
 
 

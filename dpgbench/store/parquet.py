@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from dpgbench.core.cell import Cell
 from dpgbench.core.errors import UserError
+from dpgbench.core.files import write_atomically
 from dpgbench.core.options import leaves_of
-from dpgbench.store.run_folder import RunFolder, write_atomically
+from dpgbench.store.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import pandas

@@ -31,6 +31,7 @@ from omegaconf import OmegaConf
 
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import Busy, UserError
+from dpgbench.core.files import write_atomically
 from dpgbench.store import checkpoints, lock
 
 SCHEMA = 1
@@ -193,23 +194,6 @@ class RunFolder:
                 return "failed"
         except Busy:
             return "busy"
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write to a temporary name, flush to disk, rename: a reader sees the old file or the new one, never a part.
-
-    No two writers share the temporary name: threads share a pid, and so do hosts that share a file system.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_writable(results: Path) -> None:

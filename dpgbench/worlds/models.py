@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dpgbench.core.errors import UserError
+from dpgbench.core.files import replacing
 from dpgbench.core.options import Options
 from dpgbench.worlds import model_files
 from dpgbench.worlds.generator import Generator, ends_of
@@ -181,15 +181,9 @@ def _convert_smollm2() -> None:
     settings = {key: value for key, value in quantised.config.to_dict().items() if key != "quantization_config"}
     plain = LlamaForCausalLM(LlamaConfig(**settings))
     plain.load_state_dict(quantised.state_dict())
-    partial = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}.partial")
-    plain.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(partial)
-    try:
-        partial.rename(cache)
-    except OSError:  # another process was first
-        import shutil
-
-        shutil.rmtree(partial)
+    with replacing(cache, first_wins=True) as partial:  # another process may be first
+        plain.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(partial)
 
 
 def quiet() -> None:
