@@ -7,7 +7,8 @@ from omegaconf import OmegaConf
 
 from dpgbench import config
 from dpgbench.api import Options
-from dpgbench.config.request import GROUPS, _Composer
+from dpgbench.config.compose import Composer
+from dpgbench.config.values import GROUPS
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError
 from dpgbench.core.paths import home
@@ -169,7 +170,7 @@ def test_every_choice_of_files_is_what_hydra_composes():
     from hydra import compose, initialize_config_dir
 
     registry = Registry()
-    composer = _Composer(registry)
+    composer = Composer(registry)
     files = {group: list(config.files(registry, group)) for group in GROUPS}
     choices = [("language", "dpg", scale, launcher) for scale in files["scale"] for launcher in files["launcher"]]
     choices += [(task, "dpg", "tiny", "inline") for task in files["task"]] + [

@@ -13,7 +13,7 @@ from dpgbench.report.over_tasks import Across, compute_across
 from dpgbench.report.results import SuiteResults, read_frame
 from dpgbench.report.summary_tables import means_table, overview_table, phi_table, summary_markdown, versus_tables
 from dpgbench.report.table import Table, latex, markdown, records
-from dpgbench.report.task_tables import gaps, notes_on, task_markdown, task_tables
+from dpgbench.report.task_tables import gaps, notes_on, tables_of_task, task_markdown
 from dpgbench.report.winners import over_tasks_table, winners_table
 
 __all__ = ["build", "machine_readable"]
@@ -43,7 +43,7 @@ def read_contents(frame: pd.DataFrame, suite: str) -> Contents:
     results = read_frame(frame, suite)
     across = compute_across(results)
     by_task = {
-        task.label: task_tables(task, across.rows[task.label], across.pairs[task.label], across.anchors.get(task.label))
+        task.label: tables_of_task(task, across.rows[task.label], across.pairs[task.label], across.anchors.get(task.label))
         for task in results.tasks
     }
     versus = versus_tables(results, across)

@@ -289,7 +289,7 @@ def _reach_cell(curves: pd.DataFrame, level: float, higher_is_better: bool) -> C
     return Cell(("≤ " if at_first else "") + amount(found.median), count, found.median, facts)
 
 
-def task_tables(
+def tables_of_task(
     task: TaskResults, rows: list[MethodRow], pairs: Mapping[tuple[str, str], MatchedComparison], anchors: Anchors | None
 ) -> list[Table]:
     """The tables of a task that have a row."""
