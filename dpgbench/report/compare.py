@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from dpgbench.report.results import SuiteResults, TaskResults, natural, read_fra
 from dpgbench.report.table import Cell, Column, Row, Table, escape, markdown, records, text_cell
 from dpgbench.report.task_tables import generator_for
 from dpgbench.stats.multiple_testing import holm
-from dpgbench.stats.over_seeds import mean_interval, paired_difference
+from dpgbench.stats.over_seeds import Interval, mean_interval, paired_difference
 from dpgbench.store.parquet import read_parquet
 
 
@@ -65,13 +66,13 @@ def compare(a: SuiteResults, b: SuiteResults) -> Table:
             continue
         methods_a, methods_b = (set(task.finals["method_label"]) for task in (task_a, task_b))
         found += [_change(task_a, task_b, method) for method in sorted(methods_a & methods_b, key=natural)]
-    tested = sum(change["tested"] for change in found)
-    adjusted = holm([change["p"] for change in found])
+    tested = sum(change.tested for change in found)
+    adjusted = holm([change.p for change in found])
     rows = []
     for change, holm_p in zip(found, adjusted.p, strict=True):
         rows.append(_row(change, holm_p, _verdict(change, tested)))
-        if change["settings"]:
-            notes.append(f"{change['task']}, {change['method']}: {and_more(change['settings'], 4)}.")
+        if change.settings:
+            notes.append(f"{change.task}, {change.method}: {and_more(change.settings, 4)}.")
     for one, other, where in ((a, b, a.name), (b, a, b.name)):
         only = sorted(_keys(one) - _keys(other))
         if only:
@@ -103,63 +104,90 @@ def _keys(side: SuiteResults) -> set[tuple[str, str]]:
     return {(task.label, method) for task in side.tasks for method in task.finals["method_label"]}
 
 
-def _change(task_a: TaskResults, task_b: TaskResults, method: str) -> dict:
+@dataclass(frozen=True)
+class _Change:
+    """One method's final values on one task, side b minus side a."""
+
+    task: str
+    method: str
+    sign: int
+    """1 where higher is better, -1 where lower is."""
+    sides: tuple[Interval, Interval]
+    mean: float
+    error: float
+    """Standard error of the mean change; NaN with one seed."""
+    degrees: float
+    """Of freedom of the t distribution; 0 where nothing can be told."""
+    p: float
+    seeds: int
+    count: str
+    """How many seeds, as it is shown."""
+    same: bool
+    """The same seeds with the same values."""
+    settings: list[str]
+    flops: float
+    """Ratio of the medians."""
+    decimals: int
+
+    @property
+    def tested(self) -> bool:
+        return not self.same and self.degrees > 0 and bool(np.isfinite(self.error))
+
+    def bounds(self, level: float) -> tuple[float, float]:
+        """The t interval of the mean change; NaN where there is none."""
+        if not self.tested:
+            return np.nan, np.nan
+        half = float(scipy_stats.t.ppf(0.5 + level / 2, self.degrees) * self.error)
+        return self.mean - half, self.mean + half
+
+
+def _change(task_a: TaskResults, task_b: TaskResults, method: str) -> _Change:
+    """Paired by seed where two or more are shared, else Welch's."""
     values_a, values_b = task_a.final_values(method), task_b.final_values(method)
     paired = paired_difference(values_b, values_a, generator=generator_for("compare", task_a.label, method))
-    means = mean_interval(values_a), mean_interval(values_b)
+    sides = mean_interval(values_a), mean_interval(values_b)
     same = bool(values_a.index.equals(values_b.index) and values_a.equals(values_b))
-    change = {
-        "task": task_a.label, "method": method, "sign": task_a.sign, "a": means[0], "b": means[1], "same": same, "p": np.nan,
-        "settings": _settings(task_a, task_b, method), "flops": _flops(task_b, method) / _flops(task_a, method),
-        "decimals": decimals_for([*values_a.dropna(), *values_b.dropna()]), "error": np.nan, "degrees": 0,
-    }  # fmt: skip
+    mean, error, degrees, p = sides[1].mean - sides[0].mean, np.nan, 0.0, np.nan
+    seeds, count = min(side.n for side in sides), f"{sides[0].n} and {sides[1].n}, unpaired"
     if paired.n > 1:
-        pairs = (values_b - values_a).dropna()
-        change |= {"n": f"{paired.n}", "mean": paired.mean, "degrees": paired.n - 1, "p": np.nan if same else paired.p}
-        change |= {"error": float(pairs.std(ddof=1)) / np.sqrt(paired.n), "seeds": paired.n}
-    else:
-        n_a, n_b = means[0].n, means[1].n
-        change |= {"n": f"{n_a} and {n_b}, unpaired", "mean": means[1].mean - means[0].mean, "seeds": min(n_a, n_b)}
-        if min(n_a, n_b) > 1:
-            parts = [float(values.var(ddof=1)) / len(values) for values in (values_a.dropna(), values_b.dropna())]
-            spread = sum(part**2 / (n - 1) for part, n in zip(parts, (n_a, n_b), strict=True))
-            change |= {"error": np.sqrt(sum(parts)), "degrees": sum(parts) ** 2 / spread if spread else n_a + n_b - 2}
-    change["tested"] = not same and change["degrees"] > 0 and np.isfinite(change["error"])
-    return change
+        mean, degrees, p, seeds, count = paired.mean, paired.n - 1, np.nan if same else paired.p, paired.n, f"{paired.n}"
+        error = float((values_b - values_a).dropna().std(ddof=1)) / np.sqrt(paired.n)
+    elif seeds > 1:
+        parts = [float(values.var(ddof=1)) / len(values) for values in (values_a.dropna(), values_b.dropna())]
+        spread = sum(part**2 / (side.n - 1) for part, side in zip(parts, sides, strict=True))
+        error, degrees = np.sqrt(sum(parts)), sum(parts) ** 2 / spread if spread else sides[0].n + sides[1].n - 2
+    return _Change(
+        task=task_a.label, method=method, sign=task_a.sign, sides=sides, mean=mean, error=error, degrees=degrees, p=p, seeds=seeds,
+        count=count, same=same, settings=_settings(task_a, task_b, method), flops=_flops(task_b, method) / _flops(task_a, method),
+        decimals=decimals_for([*values_a.dropna(), *values_b.dropna()]),
+    )  # fmt: skip
 
 
-def _bounds(change: dict, level: float) -> tuple[float, float]:
-    if change["same"] or not change["degrees"] or not np.isfinite(change["error"]):
-        return np.nan, np.nan
-    half = float(scipy_stats.t.ppf(0.5 + level / 2, change["degrees"]) * change["error"])
-    return change["mean"] - half, change["mean"] + half
-
-
-def _verdict(change: dict, tested: int) -> str:
-    if change["same"]:
+def _verdict(change: _Change, tested: int) -> str:
+    if change.same:
         return "same numbers"
-    if not change["tested"]:
-        return "cannot tell: needs two seeds a side" if change["seeds"] < 2 else "cannot tell: not finite"
-    low, high = _bounds(change, 1 - 0.05 / tested)
+    if not change.tested:
+        return "cannot tell: needs two seeds a side" if change.seeds < 2 else "cannot tell: not finite"
+    low, high = change.bounds(1 - 0.05 / tested)
     if low <= 0 <= high:
         return "within noise"
-    return "beyond noise, better" if change["mean"] * change["sign"] > 0 else "beyond noise, worse"
+    return "beyond noise, better" if change.mean * change.sign > 0 else "beyond noise, worse"
 
 
-def _row(change: dict, holm_p: float, verdict: str) -> Row:
-    decimals = change["decimals"]
-    low, high = _bounds(change, 0.95)
-    sides = [Cell(number(side.mean, decimals), "", side.mean, {"mean": side.mean, "n": side.n}) for side in (change["a"], change["b"])]
-    settings = f"{len(change['settings'])} differ" if change["settings"] else "same"
+def _row(change: _Change, holm_p: float, verdict: str) -> Row:
+    decimals = change.decimals
+    low, high = change.bounds(0.95)
+    sides = [Cell(number(side.mean, decimals), "", side.mean, {"mean": side.mean, "n": side.n}) for side in change.sides]
+    settings = f"{len(change.settings)} differ" if change.settings else "same"
     return Row((
-        text_cell(change["task"]), text_cell(change["method"], method=change["method"]),
-        Cell(change["n"], "", float(change["seeds"]), {"n": change["seeds"]}), *sides,
-        Cell(number(change["mean"], decimals, sign=True), interval(low, high, decimals, sign=True).replace(DASH, ""), change["mean"],
-             {"mean": change["mean"], "low": low, "high": high}),
-        Cell(probability(change["p"]), "", change["p"], {"p": change["p"]}), Cell(probability(holm_p), "", holm_p, {"p": holm_p}),
-        Cell(DASH if np.isnan(change["flops"]) else f"{change['flops']:.3g}", "", change["flops"], {"ratio": change["flops"]}),
-        text_cell(settings, numbers={"differ": list(change["settings"])}), text_cell(verdict),
-    ), (change["method"],))  # fmt: skip
+        text_cell(change.task), text_cell(change.method, method=change.method),
+        Cell(change.count, "", float(change.seeds), {"n": change.seeds}), *sides,
+        Cell(number(change.mean, decimals, sign=True), interval(low, high, decimals, sign=True).replace(DASH, ""), change.mean,
+             {"mean": change.mean, "low": low, "high": high}),
+        Cell(probability(change.p), "", change.p, {"p": change.p}), Cell(probability(holm_p), "", holm_p, {"p": holm_p}),
+        Cell(DASH if np.isnan(change.flops) else f"{change.flops:.3g}", "", change.flops, {"ratio": change.flops}),
+        text_cell(settings, numbers={"differ": list(change.settings)}), text_cell(verdict),
+    ), (change.method,))  # fmt: skip
 
 
 def _flops(task: TaskResults, method: str) -> float:
