@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dpgbench.core.cell import RunSpec
+from dpgbench.core.paths import PACKAGE
 from dpgbench.store import code_snapshot
 from dpgbench.store.run_folder import RunFolder
 
@@ -79,6 +80,6 @@ class Job:
     def _use_pinned_code(self) -> None:
         """The package this process runs must be the pinned one, unchanged."""
         code_snapshot.verify(Path(self.code))
-        here = Path(code_snapshot.__file__).resolve().parents[1]
+        here = PACKAGE.parent
         if here != Path(self.code):
             raise RuntimeError(f"this job runs the code in {here} and not what was pinned in {self.code}; is PYTHONPATH set on the node?")

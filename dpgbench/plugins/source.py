@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpgbench.core.errors import did_you_mean
+from dpgbench.core.paths import PACKAGE
 
 Kind = Literal["method", "task"]
 UNTRACKED = re.compile(r"\b(setattr|getattr|hasattr|vars|__dict__|__getattr__|__slots__)\b")
@@ -363,5 +364,5 @@ def _written_in(module: str, name: str) -> str:
 
 @functools.cache
 def _tree_of(module: str) -> ast.Module:
-    path = Path(__file__).parents[1].joinpath(*module.split(".")[1:]).with_suffix(".py")
+    path = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
     return ast.parse(path.read_text(encoding="utf-8") if path.is_file() else "")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dpgbench.core.errors import UserError
 from dpgbench.core.files import replacing
-from dpgbench.core.paths import home
+from dpgbench.core.paths import PACKAGE, home
 
 PARTS = ("dpgbench", "methods", "tasks", "configs")
 # Rooms whose code makes no number of a cell: what decides which cells there are, where they run and how results are shown.
@@ -47,10 +47,9 @@ def _code(plugins: Path | None) -> dict[str, Path]:
 
 def _everything(plugins: Path | None) -> dict[str, Path]:
     """All files a job needs, by their name in the copy."""
-    package = Path(__file__).resolve().parents[1]
-    files = {f"dpgbench/{name}": path for name, path in _walk(package)}
+    files = {f"dpgbench/{name}": path for name, path in _walk(PACKAGE)}
     for part in PARTS[1:]:
-        if home() != package / "bundled":  # an installed wheel carries them inside the package
+        if home() != PACKAGE / "bundled":  # an installed wheel carries them inside the package
             files |= {f"{part}/{name}": path for name, path in _walk(home() / part)}
     if plugins is not None:
         for part in PARTS[1:]:
