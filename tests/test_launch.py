@@ -213,11 +213,11 @@ def test_pinned_code_is_a_copy_that_shows_when_it_was_changed(tmp_path, plugins)
 
     there = code_snapshot.pin(tmp_path, plugins, "abc")
     assert code_snapshot.pin(tmp_path, plugins, "abc") == there and (there / "COMMIT").read_text() == "abc"
-    assert (there / "dpgbench" / "phrasebook" / "weights").exists() or list((there / "dpgbench" / "phrasebook").rglob("*.safetensors"))
+    assert list((there / "dpgbench" / "worlds" / "phrasebook").rglob("*.safetensors"))
     before = code_snapshot.digest(plugins)
     (plugins / "methods" / "parrot.py").write_text((plugins / "methods" / "parrot.py").read_text() + "\n# changed\n")
     assert code_snapshot.pin(tmp_path, plugins, "abc") != there and code_snapshot.digest(plugins) != before
-    (there / "dpgbench" / "seeds.py").write_text("# changed")
+    (there / "dpgbench" / "core" / "seeds.py").write_text("# changed")
     with pytest.raises(UserError, match="changed since it was pinned"):
         code_snapshot.verify(there)
 
