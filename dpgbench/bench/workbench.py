@@ -20,6 +20,7 @@ from dpgbench.core.options import Options
 from dpgbench.core.seeds import derive, stream, torch_seeded
 from dpgbench.metagrad import Metagradients, ascend, metagradients, signal_gradients
 from dpgbench.metagrad.loss import initial_parameters
+from dpgbench.metagrad.settings import EngineSettings
 from dpgbench.metagrad.training import SGD, AdamW, first_step_dots, gradient_dots, loaded, one_step_values, train
 from dpgbench.store.checkpoints import Saved
 from dpgbench.worlds.generator import Generator
@@ -41,19 +42,22 @@ def optimizer_of(training: Options, name: str | None = None, lr: float | None = 
     return AdamW(lr, tuple(training.betas), training.eps, training.eps_root, training.weight_decay)
 
 
-def engine_of(training: Options) -> dict[str, Any]:
+def engine_settings(training: Options, *, data_parallel: bool = False) -> EngineSettings:
     """The metagradient engine's settings as configured; cells stored before there were any get the defaults.
 
     To the engine tf32 is full precision: how a GPU multiplies float32 numbers is the process's setting, not a step's (`matmul_precision`).
     """
     given = training.plain()
     precision = given.get("precision", "full")
-    return {
-        "precision": "full" if precision == "tf32" else precision,
-        "memory_budget": given.get("memory_budget"),
-        "checkpoint": given.get("checkpoint") or "all",
-        "offload": given.get("offload"),
-    }
+    return EngineSettings(
+        reduction=training.reduction,
+        precision="full" if precision == "tf32" else precision,
+        micro_batch=training.micro_batch,
+        memory_budget=given.get("memory_budget"),
+        checkpoint=given.get("checkpoint") or "all",
+        offload=given.get("offload"),
+        data_parallel=data_parallel,
+    )
 
 
 def matmul_precision(training: Options) -> str:
@@ -91,6 +95,7 @@ class Workbench:
         self.budget = Budget(**spec.budget)
         self.reserve = Meter()
         self.optimizer = optimizer_of(spec.training)
+        self.engine = engine_settings(spec.training, data_parallel=group.size > 1)
         self._signal_flops: float | None = None
         self._signal_gradient: dict[str, Tensor] | None = None
         self._charged: set[str] = set()  # what is paid once per cell
@@ -211,9 +216,8 @@ class Workbench:
         batches, order = self.batches(texts, *names)
 
         def differentiate() -> Metagradients:
-            how = {"micro_batch": training.micro_batch, "reduction": training.reduction, **engine_of(training)}
-            how["data_parallel"] = self.group.size > 1
-            return metagradients(self.world.target, batches, self.task.signal, optimizer=optimizer_of(training, optimizer, lr), **how)
+            learner = optimizer_of(training, optimizer, lr)
+            return metagradients(self.world.target, batches, self.task.signal, learner, **self.engine.for_metagradients())
 
         shapes = tuple(tuple(batch["input_ids"].shape) for batch in batches)
         if shapes in self._metagradient_flops:
@@ -243,8 +247,7 @@ class Workbench:
         """
         training, target = self.spec.training, self.world.target
         batches, _ = self.batches(texts, *names)
-        how = {"micro_batch": training.micro_batch, "reduction": training.reduction, "precision": engine_of(training)["precision"]}
-        params = train(target, batches, self.optimizer, **how)
+        params = train(target, batches, self.optimizer, **self.engine.for_training())
         with loaded(target, params), torch.no_grad():
             value = float(self.task.signal(target))
         trained = _labels_in(batches)
@@ -267,9 +270,8 @@ class Workbench:
     def one_step_utilities(self, texts: Sequence[str]) -> list[float]:
         """For each text alone: Phi of a fresh target after one step on that text. Cost: 3F and one Phi per text."""
         encoded = self.world.encode(texts)
-        ids, labels, reduction = encoded["input_ids"], encoded["labels"], self.spec.training.reduction
-        how = {"reduction": reduction, "chunk": self._texts_at_once()}
-        values = one_step_values(self.world.target, ids, labels, self.task.signal, self.optimizer, **how)
+        ids, labels, reduction = encoded["input_ids"], encoded["labels"], self.engine.reduction
+        values = one_step_values(self.world.target, ids, labels, self.task.signal, self.optimizer, reduction, self._texts_at_once())
         forward = compute.forward_flops(self.world.target, *ids.shape)
         self.meter.charge("scoring", 3 * forward + len(texts) * self._signal_cost(), trained=int((labels != -100).sum()))
         return values.tolist()
@@ -281,20 +283,19 @@ class Workbench:
         is judged alone and at phi_0, whatever T is. Cost: 3F in either case, and once per cell Phi's gradient at phi_0, counted.
         Raises CellError if a value is not finite.
         """
-        training, target = self.spec.training, self.world.target
+        target = self.world.target
         if self._signal_gradient is None:
-            found, flops = compute.counted_flops(lambda: signal_gradients(target, initial_parameters(target), self.task.signal)[1])
-            self._signal_gradient = {name: slope for name, slope in found.items() if slope is not None}
+            slopes, flops = compute.counted_flops(lambda: signal_gradients(target, initial_parameters(target), self.task.signal)[1])
+            self._signal_gradient = {name: slope for name, slope in slopes.items() if slope is not None}
             if "signal gradient" not in self._charged:  # a run that goes on computes it again and has paid already
                 self.meter.charge("scoring", flops)
                 self._charged.add("signal gradient")
         encoded = self.world.encode(texts)
         arguments = (target, encoded["input_ids"], encoded["labels"], self._signal_gradient)
         if optimizer_aware:
-            values = first_step_dots(*arguments, self.optimizer, reduction=training.reduction, chunk=self._texts_at_once())
+            values = first_step_dots(*arguments, self.optimizer, reduction=self.engine.reduction, chunk=self._texts_at_once())
         else:
-            precision = engine_of(training)["precision"]
-            values = -gradient_dots(*arguments, micro_batch=training.micro_batch, reduction=training.reduction, precision=precision)
+            values = -gradient_dots(*arguments, **self.engine.for_training())
         labelled = int((encoded["labels"] != -100).sum())
         self.meter.charge("scoring", 3 * compute.forward_flops(target, *encoded["input_ids"].shape), trained=labelled)
         if not bool(values.isfinite().all()):

@@ -296,13 +296,10 @@ class _Cell:
 
     def _trained(self, texts: list[str]) -> dict[str, Tensor]:
         """A fresh target trained on deployment texts."""
-        from dpgbench.bench.workbench import engine_of, optimizer_of
         from dpgbench.metagrad.training import train
 
-        training = self.spec.training
         batches, _ = self.bench.batches(texts, "deployment", steps=self.spec.scale.deployment_steps)
-        how = {"micro_batch": training.micro_batch, "reduction": training.reduction, "precision": engine_of(training)["precision"]}
-        return train(self.world.target, batches, optimizer_of(training), **how)
+        return train(self.world.target, batches, self.bench.optimizer, **self.bench.engine.for_training())
 
     def _picture(self) -> bytes | None:
         """What the task draws of the final target, as PNG; None for tasks that do not draw."""

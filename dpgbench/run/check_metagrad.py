@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dpgbench.bench.meter import Meter
-from dpgbench.bench.workbench import Workbench, engine_of
+from dpgbench.bench.workbench import Workbench
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError
 from dpgbench.core.exchange import TaskView
@@ -26,9 +26,8 @@ def measure_cell(spec: RunSpec, plugins: Path | None = None, **counts: int) -> F
     group = policy.get("group_size", 1)
     prompts = [prompt for prompt in bench.prompts(count // group, "check") for _ in range(group)]
     batches, _ = bench.batches(bench.sample(prompts, "check"), "check")
-    training, seed = spec.training, derive(spec.seed, "check") % 2**31
-    how = {"reduction": training.reduction, "micro_batch": training.micro_batch, **engine_of(training)}
+    seed = derive(spec.seed, "check") % 2**31
     try:
-        return measure(cell.world.target, batches, cell.task.signal, bench.optimizer, seed=seed, **how, **counts)
+        return measure(cell.world.target, batches, cell.task.signal, bench.optimizer, seed=seed, settings=bench.engine, **counts)
     except ValueError as error:
         raise UserError(str(error)) from None
