@@ -177,10 +177,10 @@ class _Cell:
 
     def _agree_on_the_account(self) -> None:
         """What was spent decides what comes next, so it is the first process's account, clock and all, that counts in every process."""
-        meter, reserve = self.group.broadcast((self.meter.state(), self.bench.reserve.state()))
+        meter, reserve = self.group.broadcast((self.meter.state(), self.bench.account.reserve.state()))
         if not self.group.first:
             self.meter.restore(meter)
-            self.bench.reserve.restore(reserve)
+            self.bench.account.reserve.restore(reserve)
 
     def run(self) -> None:
         """Let the method work, score the snapshots that are due, and mark the cell done.
@@ -272,7 +272,7 @@ class _Cell:
         with self.meter.deployment() as price:
             texts = snapshot.sample(self.prompts)
             price.seconds = time.perf_counter() - clock
-        self.bench.reserve = price
+        self.bench.account.reserve = price
         if self.bench.spent_share() > 1 + OVERRUN:
             return None
         texts = contract.texts_of(self.files["method"], snapshot, texts, len(self.prompts))

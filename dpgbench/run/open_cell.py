@@ -41,7 +41,7 @@ def open_cell(spec: RunSpec, registry: Registry) -> OpenCell:
     """
     import torch
 
-    from dpgbench.bench.workbench import matmul_precision
+    from dpgbench.bench.engine import matmul_precision
     from dpgbench.worlds import models
 
     torch.set_num_threads(spec.scale.threads)
