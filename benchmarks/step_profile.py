@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from dpgbench import config, metagrad
-from dpgbench.bench import grpo, workbench
+from dpgbench.bench import differentiating, grpo
 from dpgbench.metagrad import training
 from dpgbench.run import cell
 from dpgbench.worlds import models
@@ -30,7 +30,7 @@ from dpgbench.worlds import models
 PARTS = {  # name: (where the function is looked up, its name)
     "sampling": (grpo._Trainer, "_generate_single_turn"),
     "rewards": (grpo._Loop, "advantages_of"),
-    "  of which metagradients": (workbench, "metagradients"),
+    "  of which metagradients": (differentiating, "metagradients"),
     "    of which training the target": (metagrad._Run, "segment"),
     "    of which Phi": (metagrad, "signal_gradients"),
     "    of which the reverse pass": (metagrad._Run, "reverse"),

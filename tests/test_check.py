@@ -11,6 +11,7 @@ from test_metagrad import held_out
 from test_training import assert_unchanged, snapshot, tiny_batch, tiny_gpt2
 
 from dpgbench.metagrad import diagnostics
+from dpgbench.metagrad.settings import EngineSettings
 from dpgbench.metagrad.training import SGD, AdamW, loaded, train
 
 GOOD = diagnostics.Findings(32, 1, -3.0, 1.0, 1e-8, 1.0, 0.99, 1.0, 0.2, 1e-4, 1e-4, 1.5, ("tape",))
@@ -58,12 +59,7 @@ def test_saturation_is_the_share_of_sign():
 
 def test_metasmoothness_of_a_rough_run_is_lower():
     """A huge learning rate throws the parameters about: the score falls, and stays within [-1, 1]."""
-    smooth, rough = (
-        diagnostics.metasmoothness(
-            tiny_gpt2(), batches(4), SGD(lr), torch.Generator().manual_seed(0), {"micro_batch": None, "reduction": "length"}
-        )
-        for lr in (0.01, 100.0)
-    )
+    smooth, rough = (diagnostics.metasmoothness(tiny_gpt2(), batches(4), SGD(lr), torch.Generator().manual_seed(0)) for lr in (0.01, 100.0))
     assert -1 <= rough < smooth - 0.2 and smooth > 0.95
 
 
@@ -87,9 +83,8 @@ def test_lds_by_hand():
 
 
 def test_bf16_is_compared_with_full_precision():
-    found = diagnostics.measure(
-        tiny_gpt2().float(), batches(), held_out, AdamW(1e-3, eps_root=1e-4), directions=3, subsets=3, precision="bf16"
-    )
+    model, settings = tiny_gpt2().float(), EngineSettings(precision="bf16")
+    found = diagnostics.measure(model, batches(), held_out, AdamW(1e-3, eps_root=1e-4), directions=3, subsets=3, settings=settings)
     assert 0.9 < found.bf16_correlation < 1
 
 

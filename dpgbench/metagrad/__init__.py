@@ -5,6 +5,7 @@ optimizers     SGD and AdamW with their vector-Jacobian products
 loss           the per-example loss as a function of a dictionary of parameters
 inputs         what a caller may get wrong, and the sentence that says so
 derivatives    exact ways to pull a cotangent back through the gradient of a step; duals, fused, layer_norm: their parts
+settings       how a run is computed, in one value
 memory         the budget: how many bytes a tape holds, where states are kept
 data_parallel  the same over several processes
 diagnostics    can these metagradients be trusted here? measurements, and a verdict in words

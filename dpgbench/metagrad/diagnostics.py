@@ -18,14 +18,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from scipy import stats
 from torch import Tensor, nn
 
 from dpgbench.metagrad.metagradients import metagradients, signal_gradients
+from dpgbench.metagrad.settings import DEFAULTS, EngineSettings
 from dpgbench.metagrad.training import AdamW, Optimizer, Params, Signal, loaded, mean_gradients, train
 
 FD_STEP = 2e-4  # in the weights; AdamW's curvature sits at gradients near sqrt(eps_root), so larger steps measure something else
@@ -91,49 +91,45 @@ def measure(
     seed: int = 0,
     directions: int = 8,
     subsets: int = 32,
-    reduction: str = "length",
-    micro_batch: int | None = None,
-    precision: str = "full",
-    **engine: Any,
+    settings: EngineSettings = DEFAULTS,
 ) -> Findings:
-    """All of it. `engine`: further arguments of `metagradients`. The model is left unchanged.
+    """All of it, computed as `settings` say. The model is left unchanged.
 
     Cost: 4 `directions` training runs and a metagradient in float64, `subsets` + 5 training runs, four metagradients.
     Raises ValueError as `metagradients` does, and on fewer than 3 directions or subsets."""
     for name, count in (("directions", directions), ("subsets", subsets)):
         if count < 3:
             raise ValueError(f"{name}={count}: a correlation needs 3 or more; pass {name}=8")
-    how = {"micro_batch": micro_batch, "reduction": reduction}
-    outcome, cost = _cost(model, batches, signal, optimizer, {**how, "precision": precision, **engine})
+    full = replace(settings, precision="full")
+    outcome, cost = _cost(model, batches, signal, optimizer, settings)
     rewards_N = outcome.rewards.double()
     generator = torch.Generator().manual_seed(seed)
 
     double = copy.deepcopy(model).double()
-    exact_N = metagradients(double, batches, signal, optimizer, **how, **engine).rewards
+    exact_N = metagradients(double, batches, signal, optimizer, **full.for_metagradients()).rewards
     directions_DN = torch.randn(directions, len(exact_N), generator=generator, dtype=torch.float64).to(exact_N.device)
     predicted = (directions_DN @ exact_N).tolist()
-    along = [lambda h, d=d: _phi(double, batches, signal, optimizer, 1 + h * d, how) for d in directions_DN]
+    along = [lambda h, d=d: _phi(double, batches, signal, optimizer, 1 + h * d, full) for d in directions_DN]
     differences = [_richardson(function, FD_STEP) for function in along]
 
     def phi(weights_N: Tensor) -> float:
-        return _phi(model, batches, signal, optimizer, weights_N, {**how, "precision": precision})
+        return _phi(model, batches, signal, optimizer, weights_N, settings)
 
-    said, happened = [], []
+    half_predictions, half_values = [], []
     for _ in range(subsets):  # half of the examples left out, the others at weight 2: the mean weight stays 1
         half_N = torch.zeros(len(rewards_N), dtype=torch.float64)
         half_N[torch.randperm(len(rewards_N), generator=generator)[: len(rewards_N) // 2]] = 2
         half_N = half_N.to(rewards_N.device)
-        said.append(float(rewards_N @ (half_N - 1)))
-        happened.append(phi(half_N))
+        half_predictions.append(float(rewards_N @ (half_N - 1)))
+        half_values.append(phi(half_N))
 
     saturation = suggested = eps_root = None
     if isinstance(optimizer, AdamW):
-        saturation, suggested = _saturation(model, batches, signal, optimizer, outcome.params, how)
+        saturation, suggested = _saturation(model, batches, signal, optimizer, outcome.params, settings)
         eps_root = optimizer.eps_root
     bf16 = None
-    if precision == "bf16":
-        full = metagradients(model, batches, signal, optimizer, **how, **engine).rewards
-        bf16 = _pearson(full, rewards_N)
+    if settings.precision == "bf16":
+        bf16 = _pearson(metagradients(model, batches, signal, optimizer, **full.for_metagradients()).rewards, rewards_N)
     return Findings(
         examples=len(rewards_N),
         steps=len(batches),
@@ -141,8 +137,8 @@ def measure(
         fd_correlation=_pearson(torch.tensor(predicted), torch.tensor(differences)),
         fd_error=max(abs(p - d) for p, d in zip(predicted, differences, strict=True)) / max(map(abs, differences)),
         rounding=_pearson(exact_N, rewards_N),
-        lds=float(stats.spearmanr(said, happened).statistic),
-        metasmoothness=metasmoothness(model, batches, optimizer, generator, {**how, "precision": precision}),
+        lds=float(stats.spearmanr(half_predictions, half_values).statistic),
+        metasmoothness=metasmoothness(model, batches, optimizer, generator, settings),
         saturation=saturation,
         eps_root=eps_root,
         suggested_eps_root=suggested,
@@ -153,7 +149,11 @@ def measure(
 
 
 def metasmoothness(
-    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], optimizer: Optimizer, generator: torch.Generator, how
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    optimizer: Optimizer,
+    generator: torch.Generator,
+    settings: EngineSettings = DEFAULTS,
 ) -> float:
     """Do phi_T's coordinates go on in the same direction when the weights do? From -1 to 1; linear is 1.
 
@@ -161,7 +161,7 @@ def metasmoothness(
     s_j = sign(phi_j(2h) - phi_j(h)) sign(phi_j(h) - phi_j(0)). Cost: 3 training runs. Source: arXiv 2503.13751, definition 2."""
     count = sum(len(batch["labels"]) for batch in batches)
     signs_N = (torch.randint(0, 2, (count,), generator=generator) * 2 - 1).double()
-    runs = [train(model, batches, optimizer, weights=1 + h * SMOOTHNESS_STEP * signs_N, **how) for h in (0, 1, 2)]
+    runs = [train(model, batches, optimizer, weights=1 + h * SMOOTHNESS_STEP * signs_N, **settings.for_training()) for h in (0, 1, 2)]
     agreed = moved = 0.0
     for start, middle, end in zip(*(params.values() for params in runs), strict=True):
         size = (end - start).abs().double()
@@ -171,7 +171,7 @@ def metasmoothness(
 
 
 def _saturation(
-    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], signal: Signal, optimizer: AdamW, params: Params, how: Mapping[str, Any]
+    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], signal: Signal, optimizer: AdamW, params: Params, settings: EngineSettings
 ) -> tuple[float, float]:
     """How much of AdamW's first step cannot be moved by its gradient, and the eps_root at which half of it could.
 
@@ -181,8 +181,8 @@ def _saturation(
     from dpgbench.metagrad.loss import initial_parameters
 
     start = initial_parameters(model)
-    (first, *_), weights_N = check_batches(batches, start, None, how["micro_batch"])
-    gradients = mean_gradients(model, start, first, weights_N[: len(first.labels)], how["micro_batch"], how["reduction"])
+    (first, *_), weights_N = check_batches(batches, start, None, settings.micro_batch)
+    gradients = mean_gradients(model, start, first, weights_N[: len(first.labels)], settings.micro_batch, settings.reduction)
     _, cotangents = signal_gradients(model, params, signal)
     live = [name for name, cotangent in cotangents.items() if cotangent is not None]
     squares = torch.cat([gradients[name].double().square().flatten() for name in live])
@@ -196,8 +196,8 @@ def _saturation(
     return saturation, 10.0 ** round(math.log10(median))
 
 
-def _phi(model: nn.Module, batches, signal: Signal, optimizer: Optimizer, weights_N: Tensor, how: Mapping[str, Any]) -> float:
-    params = train(model, batches, optimizer, weights=weights_N, **how)
+def _phi(model: nn.Module, batches, signal: Signal, optimizer: Optimizer, weights_N: Tensor, settings: EngineSettings) -> float:
+    params = train(model, batches, optimizer, weights=weights_N, **settings.for_training())
     with torch.no_grad(), loaded(model, params):
         return float(signal(model))
 
@@ -208,16 +208,15 @@ def _richardson(function: Callable[[float], float], h: float) -> float:
     return (4 * narrow - wide) / 3
 
 
-def _cost(model, batches, signal, optimizer, options: Mapping[str, Any]):
+def _cost(model, batches, signal, optimizer, settings: EngineSettings):
     """The metagradients, and the median of three ratios of their seconds to training's."""
-    plain = {key: options[key] for key in ("micro_batch", "reduction", "precision")}
     ratios = []
-    outcome = metagradients(model, batches, signal, optimizer, **options)  # warm
+    outcome = metagradients(model, batches, signal, optimizer, **settings.for_metagradients())  # warm
     for _ in range(3):
         start = time.perf_counter()
-        train(model, batches, optimizer, **plain)
+        train(model, batches, optimizer, **settings.for_training())
         middle = time.perf_counter()
-        outcome = metagradients(model, batches, signal, optimizer, **options)
+        outcome = metagradients(model, batches, signal, optimizer, **settings.for_metagradients())
         ratios.append((time.perf_counter() - middle) / (middle - start))
     return outcome, statistics.median(ratios)
 

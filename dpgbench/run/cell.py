@@ -18,17 +18,16 @@ from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import Busy, CellError, Interrupted, Lost, UserError
 from dpgbench.core.exchange import Snapshot, TaskView
 from dpgbench.core.interrupts import Stop
-from dpgbench.core.seeds import stream
 from dpgbench.plugins import contract
 from dpgbench.plugins.registry import Registry
 from dpgbench.run.environment import environment
 from dpgbench.run.export import keep
+from dpgbench.run.open_cell import open_cell
 from dpgbench.run.schedule import _schedule
 from dpgbench.store import code_snapshot
 from dpgbench.store.checkpoints import Checkpoints
 from dpgbench.store.run_folder import TRACKERS, RunFolder
 from dpgbench.worlds import model_files
-from dpgbench.worlds.prompts import Room
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,41 +113,22 @@ class _Cell:
 
     def __init__(self, spec: RunSpec, folder: RunFolder, registry: Registry, watch: Watch, checkpoints: Checkpoints, group: Alone = ALONE):
         optional_packages.check(spec)
-        import torch
-
         from dpgbench.bench.meter import Meter
-        from dpgbench.bench.workbench import Workbench, matmul_precision
-        from dpgbench.worlds import models
-        from dpgbench.worlds.world import World, corpus
+        from dpgbench.bench.workbench import Workbench
 
-        torch.set_num_threads(spec.scale.threads)
-        torch.set_float32_matmul_precision(matmul_precision(spec.training))
-        models.quiet()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         self.spec, self.folder, self.watch, self.checkpoints, self.group = spec, folder, watch, checkpoints, group
         self.started = self._clock = time.perf_counter()
         self.schedule = _schedule(spec)
         self.lines: list[dict[str, Any]] = []  # of the scored snapshots
         self.texts: list[str] = []  # of the last of them, and the target trained on them
         self.params: dict[str, Tensor] | None = None
-        self.files = {kind: registry.find(kind, spec.config[kind]["name"]).path for kind in ("task", "method")}
         self.method = registry.make("method", spec.method.name, spec.method)
-        self.task: Task = registry.make("task", spec.task.name, spec.task)
-        generator = models.load_generator(spec.scale)
-        generator.model.to(device)
-        target, tokenizer = models.load_target(spec.scale)
-        self.world = World(spec.scale, spec.training, corpus(spec.scale, generator.tokenizer), target.to(device), tokenizer)
-        context = model_files.find(spec.scale, "generator").context or getattr(generator.model.config, "max_position_embeddings", None)
-        if context is not None:
-            self.world.room = Room(spec.scale, generator.tokenizer, context)
-            self.world.check_room()
-        contract.called(self.files["task"], "prepare", self.task.prepare, self.world)
+        opened = open_cell(spec, registry)
+        self.task, self.world, self.prompts = opened.task, opened.world, opened.prompts
+        self.files = {"task": opened.task_file.path, "method": registry.find("method", spec.method.name).path}
         self.meter = Meter()
-        self.bench = Workbench(spec, TaskView(self.task), self.world, generator, self.meter, self._record, self._checkpoint, group)
+        self.bench = Workbench(spec, TaskView(self.task), self.world, opened.generator, self.meter, self._record, self._checkpoint, group)
         self.bench.tracking = folder.path / TRACKERS
-        # Held-out prompts: one fixed list per seed, whatever the method.
-        self.prompts = self.world.prompts("test", spec.scale.deployment_texts, stream(spec.seed, "deployment prompts"))
-        contract.check_task(registry.find("task", spec.task.name), self.task, self.world.target, self.prompts)
 
     def begin(self) -> None:
         """Prepare the folder: afresh, or as it was at the newest checkpoint that is whole."""
@@ -197,10 +177,10 @@ class _Cell:
 
     def _agree_on_the_account(self) -> None:
         """What was spent decides what comes next, so it is the first process's account, clock and all, that counts in every process."""
-        meter, reserve = self.group.broadcast((self.meter.state(), self.bench.reserve.state()))
+        meter, reserve = self.group.broadcast((self.meter.state(), self.bench.account.reserve.state()))
         if not self.group.first:
             self.meter.restore(meter)
-            self.bench.reserve.restore(reserve)
+            self.bench.account.reserve.restore(reserve)
 
     def run(self) -> None:
         """Let the method work, score the snapshots that are due, and mark the cell done.
@@ -292,7 +272,7 @@ class _Cell:
         with self.meter.deployment() as price:
             texts = snapshot.sample(self.prompts)
             price.seconds = time.perf_counter() - clock
-        self.bench.reserve = price
+        self.bench.account.reserve = price
         if self.bench.spent_share() > 1 + OVERRUN:
             return None
         texts = contract.texts_of(self.files["method"], snapshot, texts, len(self.prompts))
@@ -316,13 +296,10 @@ class _Cell:
 
     def _trained(self, texts: list[str]) -> dict[str, Tensor]:
         """A fresh target trained on deployment texts."""
-        from dpgbench.bench.workbench import engine_of, optimizer_of
         from dpgbench.metagrad.training import train
 
-        training = self.spec.training
         batches, _ = self.bench.batches(texts, "deployment", steps=self.spec.scale.deployment_steps)
-        how = {"micro_batch": training.micro_batch, "reduction": training.reduction, "precision": engine_of(training)["precision"]}
-        return train(self.world.target, batches, optimizer_of(training), **how)
+        return train(self.world.target, batches, self.bench.optimizer, **self.bench.engine.for_training())
 
     def _picture(self) -> bytes | None:
         """What the task draws of the final target, as PNG; None for tasks that do not draw."""

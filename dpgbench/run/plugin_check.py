@@ -27,9 +27,9 @@ from dpgbench.plugins import contract
 from dpgbench.plugins.registry import Registry
 from dpgbench.plugins.source import Kind, PluginFile
 from dpgbench.run.cell import run_cell
+from dpgbench.run.open_cell import open_world, prepared_task
 from dpgbench.store.run_folder import RunFolder, last_line
-from dpgbench.worlds import models
-from dpgbench.worlds.world import World, corpus
+from dpgbench.worlds.world import World
 
 # Every part of a run, two policy updates. T=2 everywhere: a recipe's own T may be more than the texts here.
 SMALL = ("steps=2", "completions=16", "group_size=4", "deployment_texts=16", "snapshots=2", "inner_steps=2", "deployment_steps=null")
@@ -54,9 +54,7 @@ class Prepared:
     @classmethod
     def of(cls, registry: Registry, spec: RunSpec, world: World) -> Prepared:
         """Raises UserError as `contract.called` does."""
-        file = registry.find("task", spec.task.name)
-        task = registry.make("task", file.name, spec.task)
-        contract.called(file.path, "prepare", task.prepare, world)
+        file, task = prepared_task(spec, registry, world)
         return cls(registry, file, spec, world, task)
 
     def phi(self, params: Params) -> float:
@@ -75,11 +73,6 @@ class Prepared:
         """A target a few steps away from phi_0."""
         batch = self.world.encode(self.world.held_out("en", "dev", 8))
         return train(self.world.target, [batch] * 2, AdamW(lr=1e-3, eps_root=1e-7))
-
-
-def world_of(spec: RunSpec) -> World:
-    """The scale's target with a cell's settings."""
-    return World(spec.scale, spec.training, corpus(spec.scale), *models.load_target(spec.scale))
 
 
 # ---- a task
@@ -265,7 +258,7 @@ def answers(registry: Registry, kind: Kind, name: str, words: Sequence[str] = ()
     if kind == "task":
         try:
             cell = spec_of(f"task={name}")
-            subject = Prepared.of(registry, cell.spec, world_of(cell.spec))
+            subject = Prepared.of(registry, cell.spec, open_world(cell.spec))
         except UserError as error:
             yield Answer(name, "prepare", False, str(error))
             return
