@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpgbench.core.options import Options
+from dpgbench.core.settings import Scale, Training
 
 # What a cell's hash leaves out: settings that cost time and memory, or say who watches, and change no number.
 SETTINGS_WITHOUT_EFFECT = {
@@ -47,12 +48,12 @@ class RunSpec:
         return Options(self.config["method"])
 
     @property
-    def training(self) -> Options:
-        return Options(self.config["training"])
+    def training(self) -> Training:
+        return Training(self.config["training"])
 
     @property
-    def scale(self) -> Options:
-        return Options(self.config["scale"])
+    def scale(self) -> Scale:
+        return Scale(self.config["scale"])
 
     @property
     def budget(self) -> dict[str, float]:
