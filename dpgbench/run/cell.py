@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpgbench.api import Task
-from dpgbench.bench.distributed import ALONE, Alone
+from dpgbench.bench.distributed import SINGLE_PROCESS, SingleProcess
 from dpgbench.config import optional_packages
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import Busy, CellError, Interrupted, Lost, UserError
@@ -48,7 +48,7 @@ def run_cell(
     *,
     checkpoint_seconds: float = 60.0,
     let_errors_out: bool = False,
-    group: Alone = ALONE,
+    group: SingleProcess = SINGLE_PROCESS,
 ) -> str:
     """Run a cell unless it is done, from its last checkpoint if it has one; in a `group` of several processes all call this.
 
@@ -74,7 +74,7 @@ def _run_owned(
     seconds: float,
     stop: Stop,
     let_errors_out: bool,
-    group: Alone,
+    group: SingleProcess,
 ) -> str:
     if group.broadcast(folder.state().name if group.first else None) == "done":
         return "done"
@@ -111,7 +111,15 @@ class _Scored(NamedTuple):
 class _Cell:
     """The work of `run_cell`, with its parts at hand."""
 
-    def __init__(self, spec: RunSpec, folder: RunFolder, registry: Registry, watch: Watch, checkpoints: Checkpoints, group: Alone = ALONE):
+    def __init__(
+        self,
+        spec: RunSpec,
+        folder: RunFolder,
+        registry: Registry,
+        watch: Watch,
+        checkpoints: Checkpoints,
+        group: SingleProcess = SINGLE_PROCESS,
+    ):
         optional_packages.check(spec)
         from dpgbench.bench.meter import Meter
         from dpgbench.bench.workbench import Workbench
@@ -132,16 +140,16 @@ class _Cell:
 
     def begin(self) -> None:
         """Prepare the folder: afresh, or as it was at the newest checkpoint that is whole."""
-        found = self.checkpoints.newest(self.folder.sizes()) if self.group.first else None
-        step = self.group.broadcast(found and found[0].step)
+        newest = self.checkpoints.newest(self.folder.sizes()) if self.group.first else None
+        step = self.group.broadcast(newest and newest[0].step)
         if not self.group.first and step is not None:
-            found = self.checkpoints.of(step)
+            newest = self.checkpoints.of(step)
         if self.group.first:
-            self.folder.begin(self.environment(), found and found[1]["sizes"])
+            self.folder.begin(self.environment(), newest and newest[1]["sizes"])
         self.group.broadcast("the folder is as it should be")
-        if found is None:
+        if newest is None:
             return
-        saved, content = found
+        saved, content = newest
         self.started = self._clock - content["seconds"]
         self.lines, self.texts, self.schedule.passed = content["lines"], content["texts"], content["passed"]
         self.bench.restore(saved, content["bench"])
