@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dpgbench.api import Options, Task
 from dpgbench.core.errors import UserError, did_you_mean
+from dpgbench.core.labels import IGNORED_LABEL
 from dpgbench.worlds.text_files import read, split
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Language(Task):
 
         logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
         labels = batch["labels"][:, 1:]
-        kept = labels != -100
+        kept = labels != IGNORED_LABEL
         return cross_entropy(logits[kept], labels[kept], reduction="none"), logits[kept].argmax(-1) == labels[kept]
 
     def _encoded(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -104,8 +105,8 @@ class Language(Task):
         batch = self.world.encode(texts)
         for row, text in enumerate(texts):
             context = len(tokenizer(text.rsplit(maxsplit=1)[0])["input_ids"])
-            batch["labels"][row, :context] = -100
-            batch["labels"][row, len(tokenizer(text)["input_ids"]) :] = -100  # nor is the end of the text a word
+            batch["labels"][row, :context] = IGNORED_LABEL
+            batch["labels"][row, len(tokenizer(text)["input_ids"]) :] = IGNORED_LABEL  # nor is the end of the text a word
         return batch
 
     def _length(self, text: str) -> int:

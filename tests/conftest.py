@@ -58,9 +58,7 @@ def bench(tmp_path):
     """A cell's workbench on the tiny scale, its lines collected in `bench.lines`."""
 
     from dpgbench import config
-    from dpgbench.plugins.registry import Registry
-    from dpgbench.run.cell import _Cell
-    from dpgbench.store.checkpoints import Checkpoints
+    from dpgbench.run.cell import RunContext, _Cell
     from dpgbench.store.run_folder import RunFolder
 
     def make(*words: str):
@@ -68,7 +66,7 @@ def bench(tmp_path):
         spec = config.read(list(said.values()), sweep=False).cells[0].spec
         folder = RunFolder.of(tmp_path, spec)
         folder.path.mkdir(parents=True, exist_ok=True)
-        cell = _Cell(spec, folder, Registry(), lambda event: None, Checkpoints(folder.path, {}))
+        cell = _Cell(spec, RunContext(folder))
         cell.bench.lines = []
         cell.bench._record = cell.bench.lines.append
         return cell.bench

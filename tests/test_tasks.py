@@ -51,7 +51,7 @@ def test_a_patch_reads_the_picture_it_paints(name, worlds):
 
 
 def test_the_picture_of_sixseven(worlds):
-    """DESIGN section 2, S."""
+    """Its rows of signs: # where a weight is to rise."""
     lit = ["".join("#" if sign > 0 else "-" for sign in row) for row in prepared(worlds, "task=sixseven").patch.signs.tolist()]
     assert lit == ["####---", "---###-", "-#####-", "---###-", "-#-###-", "---####"]
 

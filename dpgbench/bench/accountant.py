@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpgbench.bench import flops as compute
-from dpgbench.bench.distributed import ALONE, Alone
+from dpgbench.bench.distributed import SINGLE_PROCESS, SingleProcess
 from dpgbench.bench.meter import Budget, Meter
 from dpgbench.core.exchange import TaskView
+from dpgbench.core.labels import IGNORED_LABEL
 from dpgbench.metagrad import Metagradients, signal_gradients
 from dpgbench.metagrad.loss import initial_parameters
 from dpgbench.worlds.generator import Generator
@@ -23,7 +24,7 @@ class Accountant:
     """Charges in F, one forward pass of the target over the texts at hand, or as torch counted them where only the engine or the task
     knows what is computed. `reserve` is what a deployment dataset costs, as far as the harness knows yet."""
 
-    def __init__(self, target: nn.Module, task: TaskView, meter: Meter, budget: Budget, group: Alone = ALONE):
+    def __init__(self, target: nn.Module, task: TaskView, meter: Meter, budget: Budget, group: SingleProcess = SINGLE_PROCESS):
         self.target, self.task, self.meter, self.budget, self.group = target, task, meter, budget, group
         self.reserve = Meter()
         self._paid: set[str] = set()  # once per cell, also where a run that goes on computes it again
@@ -121,4 +122,4 @@ class Accountant:
 
 def _labels_in(batches: Sequence[Mapping[str, Tensor]]) -> int:
     """Real labels of all batches: one number to wait for, not one a batch."""
-    return int(sum((batch["labels"] != -100).sum() for batch in batches))
+    return int(sum((batch["labels"] != IGNORED_LABEL).sum() for batch in batches))

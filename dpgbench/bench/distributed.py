@@ -33,7 +33,7 @@ def size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= set(os.environ) else 1
 
 
-class Alone:
+class SingleProcess:
     """One process: everything is its own."""
 
     rank, size, first = 0, 1, True
@@ -61,7 +61,7 @@ class Alone:
         """After the last cell, if nothing failed."""
 
 
-class Together(Alone):
+class Torchrun(SingleProcess):
     """torchrun's processes. Exchanges of objects go through gloo, tensors on GPUs through NCCL."""
 
     def __init__(self) -> None:
@@ -153,9 +153,9 @@ class Together(Alone):
         os._exit(1)
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcess()
 
 
-def start() -> Alone:
+def start() -> SingleProcess:
     """The group this process belongs to; under torchrun, waits for the others."""
-    return Together() if size() > 1 else ALONE
+    return Torchrun() if size() > 1 else SINGLE_PROCESS

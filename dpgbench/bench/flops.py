@@ -120,11 +120,11 @@ def _untouched(model: nn.Module, products: list[nn.Module]) -> int:
     """Weights whose input needs no gradient, found by letting one token through."""
     import torch
 
-    found: list[int] = []
+    sizes: list[int] = []
 
     def look(module: nn.Module, inputs: tuple) -> None:
         if not inputs[0].requires_grad:
-            found.append(module.weight.numel())
+            sizes.append(module.weight.numel())
 
     hooks, was_training = [module.register_forward_pre_hook(look) for module in products], model.training
     try:
@@ -134,7 +134,7 @@ def _untouched(model: nn.Module, products: list[nn.Module]) -> int:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    return sum(found)
+    return sum(sizes)
 
 
 def forward_flops(model: nn.Module, batch: int, length: int) -> float:

@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
 from dpgbench.bench import flops, tracking
-from dpgbench.bench.distributed import ALONE, Alone
+from dpgbench.bench.distributed import SINGLE_PROCESS, SingleProcess
 from dpgbench.bench.training_state import numbers_of, restore_optimizer, restore_weights, tensors_of
 from dpgbench.bench.weight_average import WeightAverage
 from dpgbench.bench.workbench import Workbench
@@ -274,7 +274,7 @@ class _Trainer(GRPOTrainer):
     generator: Generator
     rollout_batch: int | None = None
     rollout_seed: int = 0
-    group: Alone = ALONE
+    group: SingleProcess = SINGLE_PROCESS
     _sampling = False
 
     def _tokenize_prompts(self, prompts):

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from dpgbench.core.exchange import Prompt
+from dpgbench.core.labels import IGNORED_LABEL
 from dpgbench.worlds.adapters import trained
 from dpgbench.worlds.generator import Generator
 
@@ -39,7 +40,7 @@ def finetune(
                 logits = generator.model(**inputs).logits[:, :-1]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a bfloat16 generator's loss needs more digits
             loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-            count = int((labels != -100).sum())
+            count = int((labels != IGNORED_LABEL).sum())
             optimizer.zero_grad()
             (loss / max(1, count)).backward()
             clip_grad_norm_(weights, MAX_GRAD_NORM)
@@ -62,10 +63,10 @@ def pairs(generator: Generator, prompts: Sequence[Prompt], completions: Sequence
     asked = generator.tokenize(prompts)
     written = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in completions]
     written = [torch.tensor([*tokens, end][:room]) for tokens in written]
-    labels = torch.nn.utils.rnn.pad_sequence(written, batch_first=True, padding_value=-100)
-    ids = torch.cat([asked["input_ids"], labels.masked_fill(labels == -100, tokenizer.pad_token_id)], dim=1)
-    mask = torch.cat([asked["attention_mask"], (labels != -100).long()], dim=1)
+    labels = torch.nn.utils.rnn.pad_sequence(written, batch_first=True, padding_value=IGNORED_LABEL)
+    ids = torch.cat([asked["input_ids"], labels.masked_fill(labels == IGNORED_LABEL, tokenizer.pad_token_id)], dim=1)
+    mask = torch.cat([asked["attention_mask"], (labels != IGNORED_LABEL).long()], dim=1)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    labels = torch.cat([torch.full_like(asked["input_ids"], -100), labels], dim=1)
+    labels = torch.cat([torch.full_like(asked["input_ids"], IGNORED_LABEL), labels], dim=1)
     device = generator.model.device
     return {name: tensor.to(device) for name, tensor in inputs.items()}, labels.to(device)

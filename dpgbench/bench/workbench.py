@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpgbench.bench.accountant import Accountant
 from dpgbench.bench.differentiating import Differentiating
-from dpgbench.bench.distributed import ALONE, Alone
+from dpgbench.bench.distributed import SINGLE_PROCESS, SingleProcess
 from dpgbench.bench.drawing import Drawing
 from dpgbench.bench.meter import Budget, Meter
 from dpgbench.core.cell import RunSpec
@@ -44,7 +44,7 @@ class Workbench:
         meter: Meter,
         record: Callable[[dict[str, Any]], None],
         checkpoint: Checkpoint = lambda step, tensors, numbers: None,
-        group: Alone = ALONE,
+        group: SingleProcess = SINGLE_PROCESS,
     ):
         self.spec, self.task, self.world, self.generator, self.meter = spec, task, world, generator, meter
         self.options = spec.method

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpgbench.bench.distributed import ALONE, Alone
+from dpgbench.bench.distributed import SINGLE_PROCESS, SingleProcess
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError
 from dpgbench.core.options import Options
@@ -34,7 +34,12 @@ def check(launcher: Options) -> None:
 
 
 def launch(
-    specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: Path | None, on_event: OnEvent, group: Alone = ALONE
+    specs: Sequence[RunSpec],
+    launcher: Options,
+    results: Path,
+    plugins: Path | None,
+    on_event: OnEvent,
+    group: SingleProcess = SINGLE_PROCESS,
 ) -> None:
     """Run every cell of `specs` here and return when they are through; one that fails, or whose process dies, does not stop the others.
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dpgbench.bench.distributed import ALONE, Alone
+from dpgbench.bench.distributed import SINGLE_PROCESS, SingleProcess
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.interrupts import SIGNALS, Stop
 from dpgbench.core.options import Options
@@ -28,7 +28,12 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str
 
 
 def inline(
-    specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: Path | None, on_event: OnEvent, group: Alone = ALONE
+    specs: Sequence[RunSpec],
+    launcher: Options,
+    results: Path,
+    plugins: Path | None,
+    on_event: OnEvent,
+    group: SingleProcess = SINGLE_PROCESS,
 ) -> None:
     """One after the other in this process. With `launcher=debug` the exception of the first cell that fails passes through."""
     from dpgbench.run.cell import run_cell

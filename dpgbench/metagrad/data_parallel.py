@@ -15,7 +15,7 @@ from dpgbench.metagrad.inputs import Batch
 from dpgbench.metagrad.optimizers import Cotangents, Params
 
 
-class Alone:
+class WholeBatch:
     """One process: the whole batch is its share and every sum is already complete."""
 
     def rows(self, count: int) -> slice:
@@ -31,7 +31,7 @@ class Alone:
         return torch.cat(list(rewards))
 
 
-class Together(Alone):
+class ShardedBatch(WholeBatch):
     """The processes of torch.distributed's default group (torchrun). Raises ValueError when there is none."""
 
     def __init__(self) -> None:

@@ -59,8 +59,8 @@ class StepLoss:
 
     def __call__(self, params: Params, batch: Batch) -> Tensor:
         """(B,) losses."""
-        how = (self.reduction, self.precision, self.activation_checkpointing)
-        return per_example_loss(self.model, params, batch.input_ids, batch.labels, *how)
+        options = (self.reduction, self.precision, self.activation_checkpointing)
+        return per_example_loss(self.model, params, batch.input_ids, batch.labels, *options)
 
     @property
     def kind(self) -> tuple:

@@ -147,8 +147,8 @@ def _softmax(input: Tensor, dim: int, _stacklevel: int = 3, dtype: torch.dtype |
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
     """torch's scaled_dot_product_attention out of the rules above. Every query must see a key."""
     if dropout_p or all(value_and_tangent(tensor)[1] is None for tensor in (query, key, value)):
-        how = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-        return F.scaled_dot_product_attention(query, key, value, **how)
+        options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        return F.scaled_dot_product_attention(query, key, value, **options)
     if enable_gqa:
         key, value = (tensor.repeat_interleave(query.shape[-3] // tensor.shape[-3], -3) for tensor in (key, value))
     scores = _matmul(query, key.mT) * (query.shape[-1] ** -0.5 if scale is None else scale)

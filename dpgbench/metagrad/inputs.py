@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dpgbench.core.labels import IGNORED_LABEL
 from dpgbench.metagrad.optimizers import Params, check_number
 
-IGNORE = -100  # the transformers convention: a label that is not learned
 REDUCTIONS = ("length", "tokens")
 PRECISIONS = ("full", "bf16")
 
@@ -58,8 +58,8 @@ def check_scalar(value: Any) -> Tensor:
 def check_batch(batch: Mapping[str, Tensor], name: str, device: torch.device, may_be_unlabelled: bool = False) -> Batch:
     """One batch, moved to the device. Raises ValueError naming what is wrong with it."""
     if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= set(batch):
-        found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(f"{name} is {found}: it must be a dict with input_ids and labels; pass both as (B, L) long tensors")
+        given = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(f"{name} is {given}: it must be a dict with input_ids and labels; pass both as (B, L) long tensors")
     ids, labels = batch["input_ids"], batch["labels"]
     if ids.shape != labels.shape:
         raise ValueError(f"{name}: input_ids {tuple(ids.shape)} and labels {tuple(labels.shape)} must have one shape; align the labels")
@@ -67,8 +67,8 @@ def check_batch(batch: Mapping[str, Tensor], name: str, device: torch.device, ma
         raise ValueError(f"{name} has shape {tuple(ids.shape)}: it must be (B, L) with B >= 1 and L >= 2; drop it or pad it")
     if ids.dtype != torch.long or labels.dtype != torch.long:
         raise ValueError(f"{name}: dtypes {ids.dtype}, {labels.dtype} must both be torch.int64; call .long()")
-    if not may_be_unlabelled and not bool((labels[:, 1:] != IGNORE).any()):
-        raise ValueError(f"{name}: all labels after the first are {IGNORE}: one must be real, the first is never predicted; drop it")
+    if not may_be_unlabelled and not bool((labels[:, 1:] != IGNORED_LABEL).any()):
+        raise ValueError(f"{name}: all labels after the first are {IGNORED_LABEL}: one must be real, the first is never predicted; drop it")
     return Batch(ids.to(device), labels.to(device))
 
 

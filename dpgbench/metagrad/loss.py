@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dpgbench.core.labels import IGNORED_LABEL
 from dpgbench.metagrad.fused import cross_entropy, faster_activations
-from dpgbench.metagrad.inputs import IGNORE, check_reduction
+from dpgbench.metagrad.inputs import check_reduction
 from dpgbench.metagrad.layer_norm import faster_layer_norms
 from dpgbench.metagrad.optimizers import Params
 
@@ -98,11 +99,11 @@ def per_example_loss(
     if logits_BLV.dtype in (torch.float16, torch.bfloat16):
         logits_BLV = logits_BLV.float()
     # The last position predicts nothing; an ignored target for it is cheaper than a copy of all the other logits.
-    targets_BL = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    loss_BL = cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten(), IGNORE).view(targets_BL.shape)
+    targets_BL = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    loss_BL = cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten(), IGNORED_LABEL).view(targets_BL.shape)
     if reduction == "length":
         return loss_BL.sum(1) / (labels.shape[1] - 1)
-    return loss_BL.sum(1) / (targets_BL != IGNORE).sum(1).clamp(min=1)
+    return loss_BL.sum(1) / (targets_BL != IGNORED_LABEL).sum(1).clamp(min=1)
 
 
 def _autocast(precision: str, device: torch.device):

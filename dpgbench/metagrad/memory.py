@@ -130,9 +130,9 @@ class Store(AbstractContextManager):
         save_file({str(index): leaf.contiguous() for index, leaf in enumerate(whole)}, path)
 
         def back() -> Any:
-            found = load_file(path)
+            tensors = load_file(path)
             path.unlink()
-            return tree_unflatten([found[str(index)].to(device) for index, device in enumerate(devices)], structure)
+            return tree_unflatten([tensors[str(index)].to(device) for index, device in enumerate(devices)], structure)
 
         return back
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dpgbench.metagrad import derivatives
-from dpgbench.metagrad.data_parallel import Alone, Together
+from dpgbench.metagrad.data_parallel import ShardedBatch, WholeBatch
 from dpgbench.metagrad.derivatives import Share, StepLoss, Tape
 from dpgbench.metagrad.inputs import (
     Batch,
@@ -108,7 +108,7 @@ def metagradients(
     steps, weights_N = check_batches(batches, params, weights, micro_batch)
     length = segment_length(checkpoint, len(steps))
     budget = math.inf if mode == "tape" else budget_bytes(memory_budget, device_of(params))
-    group = Together() if data_parallel else Alone()
+    group = ShardedBatch() if data_parallel else WholeBatch()
     group.check_agreement(steps, weights_N, params)
     shares = [_share(group, batch, weights_B) for batch, weights_B in zip(steps, split_weights(weights_N, steps), strict=True)]
     loss = StepLoss(model, micro_batch, reduction, precision, activation_checkpointing)
@@ -204,7 +204,7 @@ class _Run:
     loss: StepLoss
     optimizer: Optimizer
     shares: Sequence[Share]
-    group: Alone
+    group: WholeBatch
     store: Store
     mode: str
     budget: float
@@ -271,8 +271,8 @@ class _Run:
 
     def _gradients(self, step: int, params: Params) -> Params:
         share, loss = self.shares[step], self.loss
-        how = (loss.micro_batch, loss.reduction, loss.precision, loss.activation_checkpointing)
-        return mean_gradients(loss.model, params, share.batch, share.weights_B, *how, count=share.count)
+        options = (loss.micro_batch, loss.reduction, loss.precision, loss.activation_checkpointing)
+        return mean_gradients(loss.model, params, share.batch, share.weights_B, *options, count=share.count)
 
     # ---- backwards
 
@@ -313,7 +313,7 @@ class _Run:
         return fault is not None
 
 
-def _share(group: Alone, batch: Batch, weights_B: Tensor) -> Share:
+def _share(group: WholeBatch, batch: Batch, weights_B: Tensor) -> Share:
     rows = group.rows(len(weights_B))
     return Share(Batch(batch.input_ids[rows], batch.labels[rows]), weights_B[rows], len(weights_B))
 
@@ -327,9 +327,9 @@ def _detached_sum(tapes: Sequence[Tape]) -> Params:
 
 def _runs(modes: Sequence[str]) -> str:
     """ "step 0 forward, steps 1-3 tape" for the log."""
-    said, start = [], 0
+    runs, start = [], 0
     for step in range(1, len(modes) + 1):
         if step == len(modes) or modes[step] != modes[start]:
-            said.append(f"{f'step {start}' if step - start == 1 else f'steps {start}-{step - 1}'} {modes[start]}")
+            runs.append(f"{f'step {start}' if step - start == 1 else f'steps {start}-{step - 1}'} {modes[start]}")
             start = step
-    return ", ".join(said)
+    return ", ".join(runs)

@@ -8,11 +8,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpgbench.api import Task
-from dpgbench.bench.distributed import ALONE, Alone
+from dpgbench.bench.distributed import SINGLE_PROCESS, SingleProcess
 from dpgbench.config import optional_packages
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import Busy, CellError, Interrupted, Lost, UserError
@@ -48,7 +49,7 @@ def run_cell(
     *,
     checkpoint_seconds: float = 60.0,
     let_errors_out: bool = False,
-    group: Alone = ALONE,
+    group: SingleProcess = SINGLE_PROCESS,
 ) -> str:
     """Run a cell unless it is done, from its last checkpoint if it has one; in a `group` of several processes all call this.
 
@@ -59,28 +60,31 @@ def run_cell(
     folder = RunFolder.of(results, spec)
     try:
         with Stop.on_signals() as stop, group.shared_fate(folder.fail_and_let_go), folder.owned() if group.first else nullcontext():
-            return _run_owned(spec, folder, plugins, watch, checkpoint_seconds, stop, let_errors_out, group)
+            return _run_owned(spec, RunContext(folder, plugins, watch, checkpoint_seconds, stop, group), let_errors_out)
     except (Busy, Lost):
         return "busy"
     except Interrupted:
         return "interrupted"
 
 
-def _run_owned(
-    spec: RunSpec,
-    folder: RunFolder,
-    plugins: Path | None,
-    watch: Watch,
-    seconds: float,
-    stop: Stop,
-    let_errors_out: bool,
-    group: Alone,
-) -> str:
+@dataclass(frozen=True)
+class RunContext:
+    """What a run is given beside the cell's settings: where it writes, whose plug-ins it may use, who is told, and who else takes part."""
+
+    folder: RunFolder
+    plugins: Path | None = None
+    watch: Watch = lambda event: None
+    checkpoint_seconds: float = 60.0
+    stop: Stop = field(default_factory=Stop)
+    group: SingleProcess = SINGLE_PROCESS
+
+
+def _run_owned(spec: RunSpec, context: RunContext, let_errors_out: bool) -> str:
+    folder, group = context.folder, context.group
     if group.broadcast(folder.state().name if group.first else None) == "done":
         return "done"
-    checkpoints = Checkpoints(folder.path, {"hash": folder.hash, "code": code_snapshot.digest(plugins)}, seconds, stop)
     try:
-        cell = _Cell(spec, folder, Registry(plugins), watch, checkpoints, group)
+        cell = _Cell(spec, context)
         cell.begin()
         cell.run()
     except (Interrupted, Lost):
@@ -111,37 +115,42 @@ class _Scored(NamedTuple):
 class _Cell:
     """The work of `run_cell`, with its parts at hand."""
 
-    def __init__(self, spec: RunSpec, folder: RunFolder, registry: Registry, watch: Watch, checkpoints: Checkpoints, group: Alone = ALONE):
+    def __init__(self, spec: RunSpec, context: RunContext):
         optional_packages.check(spec)
         from dpgbench.bench.meter import Meter
         from dpgbench.bench.workbench import Workbench
 
-        self.spec, self.folder, self.watch, self.checkpoints, self.group = spec, folder, watch, checkpoints, group
+        self.spec, self.folder, self.watch, self.group = spec, context.folder, context.watch, context.group
+        identity = {"hash": self.folder.hash, "code": code_snapshot.digest(context.plugins)}
+        self.checkpoints = Checkpoints(self.folder.path, identity, context.checkpoint_seconds, context.stop)
         self.started = self._clock = time.perf_counter()
         self.schedule = _schedule(spec)
         self.lines: list[dict[str, Any]] = []  # of the scored snapshots
         self.texts: list[str] = []  # of the last of them, and the target trained on them
         self.params: dict[str, Tensor] | None = None
+        registry = Registry(context.plugins)
         self.method = registry.make("method", spec.method.name, spec.method)
         opened = open_cell(spec, registry)
         self.task, self.world, self.prompts = opened.task, opened.world, opened.prompts
         self.files = {"task": opened.task_file.path, "method": registry.find("method", spec.method.name).path}
         self.meter = Meter()
-        self.bench = Workbench(spec, TaskView(self.task), self.world, opened.generator, self.meter, self._record, self._checkpoint, group)
-        self.bench.tracking = folder.path / TRACKERS
+        self.bench = Workbench(
+            spec, TaskView(self.task), self.world, opened.generator, self.meter, self._record, self._checkpoint, self.group
+        )
+        self.bench.tracking = self.folder.path / TRACKERS
 
     def begin(self) -> None:
         """Prepare the folder: afresh, or as it was at the newest checkpoint that is whole."""
-        found = self.checkpoints.newest(self.folder.sizes()) if self.group.first else None
-        step = self.group.broadcast(found and found[0].step)
+        newest = self.checkpoints.newest(self.folder.sizes()) if self.group.first else None
+        step = self.group.broadcast(newest and newest[0].step)
         if not self.group.first and step is not None:
-            found = self.checkpoints.of(step)
+            newest = self.checkpoints.of(step)
         if self.group.first:
-            self.folder.begin(self.environment(), found and found[1]["sizes"])
+            self.folder.begin(self.environment(), newest and newest[1]["sizes"])
         self.group.broadcast("the folder is as it should be")
-        if found is None:
+        if newest is None:
             return
-        saved, content = found
+        saved, content = newest
         self.started = self._clock - content["seconds"]
         self.lines, self.texts, self.schedule.passed = content["lines"], content["texts"], content["passed"]
         self.bench.restore(saved, content["bench"])

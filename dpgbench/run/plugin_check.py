@@ -66,8 +66,8 @@ class Prepared:
         leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
         with loaded(self.world.target, leaves):
             value = contract.called(self.file.path, "signal", self.task.signal, self.world.target)
-            found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        return dict(zip(leaves, found, strict=True))
+            slopes = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(leaves, slopes, strict=True))
 
     def trained(self) -> Params:
         """A target a few steps away from phi_0."""
@@ -134,8 +134,8 @@ def following_it_helps(subject: Prepared) -> str:
     def read(params: Params) -> tuple[float, float]:
         phi = subject.phi(params)
         with loaded(subject.world.target, params), torch.no_grad():
-            found = contract.called(subject.file.path, "measure", task.measure, subject.world.target, texts)
-        return phi, {"phi": phi, **contract.measures(subject.file.path, task, found)}[task.headline]
+            measures = contract.called(subject.file.path, "measure", task.measure, subject.world.target, texts)
+        return phi, {"phi": phi, **contract.measures(subject.file.path, task, measures)}[task.headline]
 
     phi, headline = read(params)
     for _ in range(STEPS):
@@ -196,10 +196,10 @@ def says_what_it_is(file: PluginFile) -> str:
 def runs(spec: RunSpec, plugins: Path | None) -> str:
     """The cell runs to its end, every FLOP it spent has a phase, and texts are kept."""
     with tempfile.TemporaryDirectory() as folder:
-        found = RunFolder.of(Path(folder), spec)
+        cell = RunFolder.of(Path(folder), spec)
         if run_cell(spec, Path(folder), plugins) != "done":
-            raise Broken(last_line(found.path / "error.txt"))
-        result = found.result()
+            raise Broken(last_line(cell.path / "error.txt"))
+        result = cell.result()
     paid = result["snapshots"][-1]
     if paid["flops"] != sum(paid["flops_by_phase"].values()):
         raise Broken(f"it spent {paid['flops']:.3g} FLOPs and its phases add up to {sum(paid['flops_by_phase'].values()):.3g}")

@@ -45,6 +45,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from dpgbench.core.errors import UserError, did_you_mean
+from dpgbench.core.labels import IGNORED_LABEL
 from dpgbench.core.options import Options
 from dpgbench.core.seeds import derive
 
@@ -60,7 +61,6 @@ Score = Callable[[Sequence[str]], Sequence[float]]
 Reading = Callable[[list[str]], dict[str, float]]
 """What people read off a list of fresh texts, by name."""
 
-IGNORE = -100  # the transformers convention: a label that does not count
 FORMS = ("ratio", "log")
 RATIO_LIMIT = 10.0  # ours: of the ratio p_phi / p_phi0 of one text
 SAMPLED_AT_ONCE = 1024
@@ -84,7 +84,7 @@ def log_probabilities(model: nn.Module, samples: Samples) -> Tensor:
     from torch.nn.functional import cross_entropy
 
     logits = model(input_ids=samples.input_ids, use_cache=False).logits[:, :-1]
-    return -cross_entropy(logits.transpose(1, 2), samples.labels[:, 1:], ignore_index=IGNORE, reduction="none").sum(1)
+    return -cross_entropy(logits.transpose(1, 2), samples.labels[:, 1:], ignore_index=IGNORED_LABEL, reduction="none").sum(1)
 
 
 def leave_one_out(scores: Tensor) -> Tensor:
@@ -146,8 +146,8 @@ def sample(model: nn.Module, tokenizer: PreTrainedTokenizerBase, count: int, max
     ended = torch.isin(ids[:, 1:], ends)
     chosen = ended.cumsum(1) - ended.long() == 0  # no end token before this one
     labels = ids.clone()
-    labels[:, 0] = IGNORE
-    labels[:, 1:][~chosen] = IGNORE
+    labels[:, 0] = IGNORED_LABEL
+    labels[:, 1:][~chosen] = IGNORED_LABEL
     width = 1 + int(chosen.sum(1).max())
     written = [row[1:][kept] for row, kept in zip(ids, chosen & ~ended, strict=True)]
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)

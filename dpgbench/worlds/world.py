@@ -8,6 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from dpgbench.core.exchange import Prompt
+from dpgbench.core.labels import IGNORED_LABEL
 from dpgbench.core.options import Options
 from dpgbench.worlds import text_files
 from dpgbench.worlds.corpora import Corpus, Topics
@@ -47,27 +48,27 @@ def check_room(scale: Options, corpus: Corpus, room: Room, instructions: Sequenc
         if limit + more > room.most:
             raise room.too_long(limit + more, more)
         return
-    said = [text for text in (scale.get("instruction"), longest) if text is not None]
-    prompts = corpus.longest(room.most - 2 * sum(lengths(room.tokenizer, said)))
+    appended = [text for text in (scale.get("instruction"), longest) if text is not None]
+    prompts = corpus.longest(room.most - 2 * sum(lengths(room.tokenizer, appended)))
     while part := list(islice(prompts, 256)):
         before = part
-        for text in said:
+        for text in appended:
             before, part = part, [corpus.instruct(prompt, text) for prompt in part]
         room.check(part, before if instructions else None)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:
-    """Texts as training examples of the target (DESIGN: the text alone, EOS appended, cut and padded to `max_length`).
+    """Texts as training examples of the target: the text alone, EOS appended, cut and padded to `max_length`.
 
     The tokenizer is one that adds no end by itself, as `models.load_target` gives it.
-    Returns {"input_ids": (N, L) long, "labels": (N, L) long}. Pad positions carry label -100; the EOS is a real label, also where a
+    Returns {"input_ids": (N, L) long, "labels": (N, L) long}. Pad positions carry `IGNORED_LABEL`; the EOS is a real label, also where a
     model pads with its EOS token. A text that is cut loses its EOS: it did not end there.
     """
     import torch
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     input_ids = torch.full((len(texts), max_length), pad, dtype=torch.long)
-    labels = torch.full((len(texts), max_length), -100, dtype=torch.long)
+    labels = torch.full((len(texts), max_length), IGNORED_LABEL, dtype=torch.long)
     written = tokenizer(list(texts))["input_ids"] if texts else []  # one call: one for each text takes a tenth of a small step
     for row, ids in enumerate(written):
         tokens = torch.tensor([*ids, tokenizer.eos_token_id][:max_length])

@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
+from dpgbench.core.labels import IGNORED_LABEL
 from dpgbench.worlds.phrasebook import WEIGHTS, Phrasebook
 from dpgbench.worlds.phrasebook.grammar import (
     COPY,
@@ -211,7 +212,7 @@ def pretrain(name: str, *, steps: int | None = None, progress: bool = False) -> 
 def completion_loss(model: GPT2LMHeadModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy (nats) over the labels other than -100; position i of the labels is predicted from position i - 1."""
     hidden = model.transformer(input_ids, attention_mask=attention_mask).last_hidden_state[:, :-1]
-    wanted = labels[:, 1:] != -100
+    wanted = labels[:, 1:] != IGNORED_LABEL
     # The head is a third of the work, so it sees only the positions that have a label.
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), labels[:, 1:][wanted])
 
@@ -241,7 +242,7 @@ def encode(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str
     batch = tokenizer(documents, padding=True, padding_side="right", return_tensors="pt")
     is_separator = batch.input_ids == tokenizer.sep_token_id
     is_prompt = is_separator.flip(1).cumsum(1).flip(1) > 0  # a separator here or further right
-    labels = batch.input_ids.masked_fill(is_prompt | (batch.attention_mask == 0), -100)
+    labels = batch.input_ids.masked_fill(is_prompt | (batch.attention_mask == 0), IGNORED_LABEL)
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
 
 
