@@ -15,6 +15,7 @@ from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError, did_you_mean
 from dpgbench.core.exchange import Prompt, Snapshot, TaskInfo, TaskView
 from dpgbench.core.options import Options
+from dpgbench.core.settings import Scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,7 +49,7 @@ class Task(ABC):
         """Override to reject bad options with a `UserError`; runs before torch is imported."""
         self.options = options
 
-    def supports(self, scale: Options) -> str | None:
+    def supports(self, scale: Scale) -> str | None:
         """None, or the one-line reason why this task cannot run at this scale (its cells are then skipped, not failed)."""
 
     def prepare(self, world: World) -> None:

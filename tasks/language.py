@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from dpgbench.api import Options, Task
 from dpgbench.core.errors import UserError, did_you_mean
 from dpgbench.core.labels import IGNORED_LABEL
+from dpgbench.core.settings import Scale
 from dpgbench.worlds.text_files import read, split
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Language(Task):
         if self.own is not None and len({line.text for line in self.own}) < FEWEST:
             raise UserError(f"{file}: {len(self.own)} texts, some perhaps twice; {FEWEST} different ones are the least, write more")
 
-    def supports(self, scale: Options) -> str | None:
+    def supports(self, scale: Scale) -> str | None:
         if self.own is None and self.options.lang not in scale.languages:
             return f"scale={scale.name} has no held-out text in {NAMES[self.options.lang]}; it has {', '.join(scale.languages)}"
 

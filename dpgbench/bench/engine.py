@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dpgbench.core.options import Options
+from dpgbench.core.settings import Training
 from dpgbench.metagrad.optimizers import SGD, AdamW
 from dpgbench.metagrad.settings import EngineSettings
 
 
-def optimizer_of(training: Options, name: str | None = None, lr: float | None = None) -> SGD | AdamW:
+def optimizer_of(training: Training, name: str | None = None, lr: float | None = None) -> SGD | AdamW:
     """The target's optimizer as configured, or another with the same constants."""
     lr = lr or training.lr
     if (name or training.optimizer) == "sgd":
@@ -15,7 +15,7 @@ def optimizer_of(training: Options, name: str | None = None, lr: float | None = 
     return AdamW(lr, tuple(training.betas), training.eps, training.eps_root, training.weight_decay)
 
 
-def engine_settings(training: Options, *, data_parallel: bool = False) -> EngineSettings:
+def engine_settings(training: Training, *, data_parallel: bool = False) -> EngineSettings:
     """The metagradient engine's settings as configured; cells stored before there were any get the defaults.
 
     To the engine tf32 is full precision: how a GPU multiplies float32 numbers is the process's setting, not a step's (`matmul_precision`).
@@ -33,6 +33,6 @@ def engine_settings(training: Options, *, data_parallel: bool = False) -> Engine
     )
 
 
-def matmul_precision(training: Options) -> str:
+def matmul_precision(training: Training) -> str:
     """torch's word for how float32 matrices are multiplied in a cell, the generator's too: "highest", or with tf32 "high"."""
     return "high" if training.plain().get("precision") == "tf32" else "highest"

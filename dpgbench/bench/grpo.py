@@ -38,8 +38,8 @@ from dpgbench.bench.weight_average import WeightAverage
 from dpgbench.bench.workbench import Workbench
 from dpgbench.core.errors import CellError
 from dpgbench.core.exchange import Prompt, Snapshot
-from dpgbench.core.options import Options
 from dpgbench.core.seeds import derive, torch_seeded
+from dpgbench.core.settings import Policy
 from dpgbench.worlds import adapters
 from dpgbench.worlds.generator import Generator
 from dpgbench.worlds.models import positions_from_the_mask, quiet
@@ -169,7 +169,7 @@ class _Loop(TrainerCallback):
 
     trainer: GRPOTrainer
 
-    def __init__(self, bench: Workbench, reward: Reward, policy: Options, generator: Generator):
+    def __init__(self, bench: Workbench, reward: Reward, policy: Policy, generator: Generator):
         self.bench, self.reward, self.policy, self.generator = bench, reward, policy, generator
         self.updates_per_step = policy.completions // (policy.minibatch or policy.completions)
         self.step = bench.saved.step if bench.saved else 0
@@ -337,7 +337,7 @@ def _parts(count: int, size: int | None) -> list[slice]:
     return [slice(start, start + (size or count)) for start in range(0, count, size or count)]
 
 
-def _prompts(bench: Workbench, policy: Options, instruction: str | None, first: int) -> Dataset:
+def _prompts(bench: Workbench, policy: Policy, instruction: str | None, first: int) -> Dataset:
     """Each step's prompts from `first` on, drawn when they are asked for: the same at step t however many steps there will be."""
     per_step, steps = policy.completions // policy.group_size, policy.steps or MOST_STEPS
 
@@ -352,7 +352,7 @@ def _prompts(bench: Workbench, policy: Options, instruction: str | None, first: 
     return Dataset.from_dict({"number": range(first * per_step, steps * per_step)}).with_transform(look_up)
 
 
-def _trl_settings(bench: Workbench, policy: Options, generator: Generator, scratch: str) -> GRPOConfig:
+def _trl_settings(bench: Workbench, policy: Policy, generator: Generator, scratch: str) -> GRPOConfig:
     """The paper's GRPO (no KL term, temperature 1, one pass) in TRL's words."""
     updated = policy.minibatch or policy.completions
     forward = policy.micro_batch or updated

@@ -23,6 +23,7 @@ from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError
 from dpgbench.core.exchange import TaskInfo
 from dpgbench.core.options import Options
+from dpgbench.core.settings import Scale
 from dpgbench.plugins import contract
 from dpgbench.plugins.registry import Registry
 from dpgbench.worlds import adapters, model_files, world
@@ -187,7 +188,7 @@ def _planned(spec: RunSpec, registry: Registry, prices: Prices) -> float | None:
     return None if steps is None else steps + prices.deployment()
 
 
-def _shape(scale: Options, role: str, lora: Options | None = None) -> Shape | None:
+def _shape(scale: Scale, role: str, lora: Options | None = None) -> Shape | None:
     known = KNOWN.get(scale[role]) if scale.get(f"{role}_revision") is None else None
     try:
         return shape_of(known or model_files.find(scale, role, online=False).config, lora)
@@ -195,7 +196,7 @@ def _shape(scale: Options, role: str, lora: Options | None = None) -> Shape | No
         return None
 
 
-def _prompt_tokens(scale: Options) -> int:
+def _prompt_tokens(scale: Scale) -> int:
     """A prompt's limit, or about the longest of a local corpus's in a batch, to which the others are padded."""
     if (limit := scale.get("max_prompt_tokens")) is not None:
         return limit

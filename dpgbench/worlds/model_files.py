@@ -18,7 +18,7 @@ from typing import Any
 
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError
-from dpgbench.core.options import Options
+from dpgbench.core.settings import Scale, Training
 from dpgbench.worlds import phrasebook, text_files
 
 ROLES = ("generator", "target")
@@ -58,7 +58,7 @@ class ModelFiles:
         return {"name": self.name, "revision": self.commit} if self.folder is None else {"name": self.name, "sha256": digest(self.folder)}
 
 
-def find(scale: Options, role: str, *, online: bool = True) -> ModelFiles:
+def find(scale: Scale, role: str, *, online: bool = True) -> ModelFiles:
     """The files of a scale's model, from the hub's cache if they are there. Raises UserError, one line that says why not and what to do.
 
     `online=False` asks nobody: what is in no cache is not found.
@@ -112,7 +112,7 @@ def _digest(folder: Path, states: tuple[tuple[str, int, int, int], ...]) -> str:
         return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in zip(names, found, strict=True)).encode()).hexdigest()
 
 
-def _check_content(scale: Options, role: str, folder: Path | None) -> None:
+def _check_content(scale: Scale, role: str, folder: Path | None) -> None:
     """Raises UserError where a cell was made with the content of a local folder, and this is not it."""
     made_with = scale.get(f"{role}_sha256")
     if made_with is None:
@@ -127,7 +127,7 @@ def _check_content(scale: Options, role: str, folder: Path | None) -> None:
         )
 
 
-def check(scale: Options, training: Options) -> None:
+def check(scale: Scale, training: Training) -> None:
     """Both models of a scale are there, causal, end their texts and are long enough. Raises UserError, one line, for the first that is not.
 
     Cost: a few kilobytes of each model from the hub, once.
@@ -179,7 +179,7 @@ def _check_room(files: ModelFiles, needed: int, said: str) -> None:
         )
 
 
-def _check_prompts(files: ModelFiles, scale: Options) -> None:
+def _check_prompts(files: ModelFiles, scale: Scale) -> None:
     """`data.check_room`, and a user's own file is read; torch is loaded, by the tokenizer, only if some prompt may be too long."""
     from dpgbench.worlds import world
     from dpgbench.worlds.prompts import Room

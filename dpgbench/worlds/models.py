@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpgbench.core.errors import UserError
 from dpgbench.core.files import replacing
-from dpgbench.core.options import Options
+from dpgbench.core.settings import Scale
 from dpgbench.worlds import model_files
 from dpgbench.worlds.generator import Generator, ends_of
 from dpgbench.worlds.model_files import SMOLLM2
@@ -60,13 +60,13 @@ def positions_from_the_mask(model: nn.Module) -> Iterator[None]:
         hook.remove()
 
 
-def load_generator(scale: Options) -> Generator:
+def load_generator(scale: Scale) -> Generator:
     """The scale's generator, trainable. Raises UserError if the weights are not to be had."""
     model, tokenizer = _load(scale, "generator")
     return Generator(model, tokenizer, scale.max_completion_tokens, scale.sampling_batch)
 
 
-def load_target(scale: Options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_target(scale: Scale) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """phi_0 in evaluation mode, its LM head untied (a tied head would move the embeddings), and its tokenizer."""
     model, tokenizer = _load(scale, "target")
     untie_head(model)
@@ -84,7 +84,7 @@ def untie_head(model: PreTrainedModel) -> None:
         model.config.tie_word_embeddings = False
 
 
-def _load(scale: Options, role: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(scale: Scale, role: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     name = scale[role]
     if name == SMOLLM2:
         _convert_smollm2()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dpgbench.core.errors import UserError
 from dpgbench.core.exchange import Prompt
-from dpgbench.core.options import Options
+from dpgbench.core.settings import Scale
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ class Wording:
                 )
 
     @classmethod
-    def of(cls, scale: Options, tokenizer: PreTrainedTokenizerBase | None) -> Wording:
+    def of(cls, scale: Scale, tokenizer: PreTrainedTokenizerBase | None) -> Wording:
         """As a scale sets it, for its generator's tokenizer."""
         return cls(tokenizer, scale.get("max_prompt_tokens"), scale.get("instruction"))
 
@@ -98,7 +98,7 @@ class Room:
     without a word.
     """
 
-    def __init__(self, scale: Options, tokenizer: PreTrainedTokenizerBase, context: int):
+    def __init__(self, scale: Scale, tokenizer: PreTrainedTokenizerBase, context: int):
         self.scale, self.tokenizer, self.context = scale, tokenizer, context
         self.most = context - scale.max_completion_tokens
 

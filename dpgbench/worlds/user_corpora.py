@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dpgbench.core.errors import UserError
 from dpgbench.core.exchange import Prompt
-from dpgbench.core.options import Options
+from dpgbench.core.settings import Scale
 from dpgbench.worlds import text_files
 from dpgbench.worlds.corpora import SPLITS, Topics, bucket_of
 from dpgbench.worlds.prompts import Wording
@@ -29,7 +29,7 @@ MOST_TRIES = 10_000  # rows that are looked at for a text of one split, which ha
 class FileTexts(Topics):
     """A `.txt` (one a line), `.jsonl` or `.parquet` (a column) file: one text in twenty is dev, one test, the others are train."""
 
-    def __init__(self, scale: Options, wording: Wording):
+    def __init__(self, scale: Scale, wording: Wording):
         path, column = scale.corpus, scale.get("corpus_column") or "text"
         found = text_files.read_passages(path, column, scale.get("corpus_sha256"))
         ordered = sorted(set(found), key=lambda text: (zlib.crc32(text.encode()), text))
@@ -51,7 +51,7 @@ class HubTexts(Topics):
     A text's split is a matter of its content; rows are drawn until one of the wanted split comes.
     """
 
-    def __init__(self, scale: Options, wording: Wording):
+    def __init__(self, scale: Scale, wording: Wording):
         self.wording, self._said = wording, f"scale.corpus={scale.corpus}"
         self._rows = self._load(scale)
         self._column = scale.get("corpus_column") or "text"
@@ -107,7 +107,7 @@ class HubTexts(Topics):
             raise ValueError(f"split={split!r}: not a split of the corpus; one of {', '.join(SPLITS)}")
         return SPLITS[split]
 
-    def _load(self, scale: Options) -> Dataset:
+    def _load(self, scale: Scale) -> Dataset:
         import datasets
         from huggingface_hub.errors import HfHubHTTPError
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dpgbench.core.exchange import Prompt
 from dpgbench.core.labels import IGNORED_LABEL
-from dpgbench.core.options import Options
+from dpgbench.core.settings import Scale, Training
 from dpgbench.worlds import text_files
 from dpgbench.worlds.corpora import Corpus, Topics
 from dpgbench.worlds.prompts import Room, Wording, lengths
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def corpus(scale: Options, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
+def corpus(scale: Scale, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
     """The corpus a scale names, its prompts worded for its generator's `tokenizer`. Raises UserError for an unknown one."""
     if scale.corpus == "phrasebook":
         from dpgbench.worlds.phrasebook import Phrasebook
@@ -33,7 +33,7 @@ def corpus(scale: Options, tokenizer: PreTrainedTokenizerBase | None = None) -> 
     return FileTexts(scale, wording) if text_files.is_passages(scale.corpus) else HubTexts(scale, wording)
 
 
-def check_room(scale: Options, corpus: Corpus, room: Room, instructions: Sequence[str] = ()) -> None:
+def check_room(scale: Scale, corpus: Corpus, room: Room, instructions: Sequence[str] = ()) -> None:
     """Every prompt of the corpus, with the scale's instruction and any of `instructions` after it, leaves its generator room to write.
 
     Raises UserError, one line, for one that does not. Cost: prompts that may be too long are tokenised, none where there is a limit.
@@ -79,7 +79,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length:
 class World:
     """What a task may see of the scale: the initial target, the tokenizers, held-out texts, a language identifier."""
 
-    def __init__(self, scale: Options, training: Options, corpus: Corpus, target: nn.Module, target_tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, scale: Scale, training: Training, corpus: Corpus, target: nn.Module, target_tokenizer: PreTrainedTokenizerBase):
         self.scale, self.training, self.corpus = scale, training, corpus
         self.target = target
         """phi_0. Read it, never write it."""
