@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from dpgbench import config, metagrad
+from dpgbench import config
 from dpgbench.bench import differentiating, grpo
-from dpgbench.metagrad import training
+from dpgbench.metagrad import differentiate, training
 from dpgbench.run import cell
 from dpgbench.worlds import models
 
@@ -31,9 +31,9 @@ PARTS = {  # name: (where the function is looked up, its name)
     "sampling": (grpo._Trainer, "_generate_single_turn"),
     "rewards": (grpo._Loop, "advantages_of"),
     "  of which metagradients": (differentiating, "metagradients"),
-    "    of which training the target": (metagrad._Run, "segment"),
+    "    of which training the target": (differentiate._Run, "segment"),
     "    of which Phi": (metagrad, "signal_gradients"),
-    "    of which the reverse pass": (metagrad._Run, "reverse"),
+    "    of which the reverse pass": (differentiate._Run, "reverse"),
     "update: forward and backward": (grpo._Trainer, "training_step"),
     "  of which forward": (grpo._Trainer, "_compute_loss"),
     "update: optimizer": (torch.optim.AdamW, "step"),

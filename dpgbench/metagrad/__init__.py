@@ -1,6 +1,6 @@
 """Exact metagradients: the derivative of a metric through a whole training run.
 
-metagradients  the public functions; training: the differentiable step, and plain training with it
+differentiate  the public functions; training: the differentiable step, and plain training with it
 optimizers     SGD and AdamW with their vector-Jacobian products
 loss           the per-example loss as a function of a dictionary of parameters
 inputs         what a caller may get wrong, and the sentence that says so
@@ -11,6 +11,6 @@ data_parallel  the same over several processes
 diagnostics    can these metagradients be trusted here? measurements, and a verdict in words
 """
 
-from dpgbench.metagrad.metagradients import Metagradients, ascend, metagradients, signal_gradients
+from dpgbench.metagrad.differentiate import Metagradients, ascend, metagradients, signal_gradients
 
 __all__ = ["Metagradients", "ascend", "metagradients", "signal_gradients"]

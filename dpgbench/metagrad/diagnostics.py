@@ -24,7 +24,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from dpgbench.metagrad.metagradients import metagradients, signal_gradients
+from dpgbench.metagrad.differentiate import metagradients, signal_gradients
 from dpgbench.metagrad.settings import DEFAULTS, EngineSettings
 from dpgbench.metagrad.training import AdamW, Optimizer, Params, Signal, loaded, mean_gradients, train
 
