@@ -32,7 +32,7 @@ PARTS = {  # name: (where the function is looked up, its name)
     "rewards": (grpo._Loop, "advantages_of"),
     "  of which metagradients": (differentiating, "metagradients"),
     "    of which training the target": (differentiate._Run, "segment"),
-    "    of which Phi": (metagrad, "signal_gradients"),
+    "    of which Phi": (differentiate, "signal_gradients"),
     "    of which the reverse pass": (differentiate._Run, "reverse"),
     "update: forward and backward": (grpo._Trainer, "training_step"),
     "  of which forward": (grpo._Trainer, "_compute_loss"),
