@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
@@ -48,6 +49,7 @@ distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """To 1e-12 in float64, for both optimizers, a dense and a head-only metric, and every way to differentiate a step."""
     script = tmp_path / "two.py"

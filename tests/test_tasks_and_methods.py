@@ -65,17 +65,41 @@ def test_every_plugin_has_a_preset_and_the_other_way_round(kind):
     assert (home() / f"{kind}s").is_dir()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_on_every_task(method):
-    """Two steps each, in one process; a skipped pair says why.
-
-    A method knows of a task whether it has a score, and little else. So dpg, which differentiates all of a task, does every one; another
-    method does those that `check plugin` gives it.
-    """
-    tasks = TASKS if method == "dpg" else plugin_check.partners(REGISTRY, "method", method)
+def run_small(method: str, tasks: list[str]) -> None:
+    """Two steps each, in one process; a skipped pair says why."""
     for cell in config.read([f"task={','.join(tasks)}", f"method={method}", PLUGINS, *plugin_check.SMALL], sweep=True).cells:
         if not cell.skip:
             assert plugin_check.runs(cell.spec, own_plugins())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs(method):
+    """On the tasks that `check plugin` gives it: a method knows of a task whether it has a score, and little else."""
+    run_small(method, plugin_check.partners(REGISTRY, "method", method))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_dpg_runs_on_every_task(task):
+    """It differentiates all of a task."""
+    run_small("dpg", [task])
+
+
+@pytest.mark.parametrize(("ended", "left", "said"), [("interrupted", "metrics.jsonl", "interrupted"), ("busy", None, "missing")])
+def test_a_cell_that_did_not_end_is_named(monkeypatch, ended, left, said):
+    """It has no error.txt, and how it ended is the answer."""
+
+    def run_cell(spec, results, plugins):
+        folder = plugin_check.RunFolder.of(results, spec).path
+        folder.mkdir(parents=True)
+        if left:
+            (folder / left).touch()
+        return ended
+
+    monkeypatch.setattr(plugin_check, "run_cell", run_cell)
+    spec = config.read(["task=language", "method=base"], sweep=False).cells[0].spec
+    with pytest.raises(plugin_check.Broken, match=f"the cell did not end: {ended} .*{said}"):
+        plugin_check.runs(spec, None)
 
 
 # ---- the commands
