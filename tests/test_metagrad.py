@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpgbench import metagrad
-from dpgbench.metagrad import metagradients
+from dpgbench.metagrad import derivatives, metagradients
 from dpgbench.metagrad.metagradients import segment_length
 from dpgbench.metagrad.training import SGD, AdamW, loaded, per_example_loss, train
 
@@ -167,10 +166,10 @@ def test_equals_finite_differences(optimizer, metric, steps, shape):
 
 def test_the_curvature_term_matters(monkeypatch):
     """At T=4 dropping the Hessian-vector products moves the rewards by over 5%, so the tests above do see them; at T=1 nothing."""
-    model, exact_pull = tiny_gpt2(), metagrad.Tape.pull
+    model, exact_pull = tiny_gpt2(), derivatives.Tape.pull
     runs = {steps: (make_case(steps, "padded")[0], OPTIMIZERS["sgd"]) for steps in (1, 4)}
     exact = {steps: metagradients(model, batches, held_out, optimizer=o).rewards for steps, (batches, o) in runs.items()}
-    monkeypatch.setattr(metagrad.Tape, "pull", lambda self, to, second_order: (exact_pull(self, to, second_order)[0], {}))
+    monkeypatch.setattr(derivatives.Tape, "pull", lambda self, to, second_order: (exact_pull(self, to, second_order)[0], {}))
     blind = {steps: metagradients(model, batches, held_out, optimizer=o).rewards for steps, (batches, o) in runs.items()}
     assert torch.equal(blind[1], exact[1])
     assert relative_error(blind[4], exact[4]) > 0.05

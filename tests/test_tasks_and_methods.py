@@ -150,7 +150,7 @@ def test_check_plugin_says_what_is_wrong(tmp_path, capsys):
     assert main(["check", "plugin", f"plugins={tmp_path}"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("WRONG   task lost: file: lost.py, line 1: Task is not defined")
-    assert lines[1].startswith("WRONG   method longest: file: longest.py, line 16: `run` returns a Snapshot; it must yield it")
+    assert lines[1].startswith("WRONG   method longest: file: longest.py, line 15: `run` returns a Snapshot; it must yield it")
     assert lines[2:] == ["2 wrong"]
 
 
