@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: install quickstart test test-slurm lint wheel smollm2 lock
+.PHONY: install quickstart test test-slow test-slurm lint wheel smollm2 lock
 
 install: $(VENV)/.installed
 
@@ -19,7 +19,10 @@ quickstart: install  ## DPG, best-of-n and the untouched generator on two target
 	$(RUN) -m dpgbench report suite=quickstart
 
 test: install
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+
+test-slow: install  ## what `make test` leaves out: killed and many processes, torchrun, a full disk, a wheel, minutes of computing
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal -m slow
 
 test-slurm: install  ## on a SLURM that tests/slurm/start.sh installs and starts, as root on Debian or Ubuntu; elsewhere skipped
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slurm -rs tests/slurm

@@ -6,6 +6,7 @@ import atexit
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,16 +30,65 @@ class Finished:
     seconds: float
 
 
-@pytest.fixture
-def dpgbench():
-    """The program in a process of its own, as a user starts it."""
+LONGEST = (  # files whose tests take longest: they start first, and no process is left with one at the end
+    "test_tasks_and_methods", "test_models", "test_checkpoint", "test_score_task", "test_launch", "test_process_group", "test_results",
+)  # fmt: skip
 
-    def run(*words: str, cwd: Path = ROOT, timeout: float = 180) -> Finished:
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
+@pytest.fixture
+def program():
+    """The program in a process of its own, as a user starts it: seconds of imports, for what only a process shows."""
+
+    def run(*words: str, timeout: float = 180) -> Finished:
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "dpgbench", *words], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run([sys.executable, "-m", "dpgbench", *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
         return Finished(done.returncode, done.stdout, done.stderr, time.perf_counter() - start)
 
     return run
+
+
+@pytest.fixture
+def dpgbench(capsys, monkeypatch):
+    """The program in this process, with what it says and its exit code."""
+    from dpgbench.cli import main
+
+    monkeypatch.chdir(ROOT)
+
+    def run(*words: str) -> Finished:
+        capsys.readouterr()
+        start = time.perf_counter()
+        code = main(words)
+        said = capsys.readouterr()
+        return Finished(code, said.out, said.err, time.perf_counter() - start)
+
+    return run
+
+
+TINY = ["steps=1", "completions=8", "group_size=4", "deployment_texts=8", "snapshots=2"]
+FINISHED = ["task=l2_norm,language", "method=base,dpg", "seed=0,1", *TINY]
+
+
+@pytest.fixture(scope="session")
+def _finished(tmp_path_factory) -> Path:
+    """The cells of FINISHED, run once."""
+    from dpgbench import config
+    from dpgbench.run.cell import run_cell
+
+    results = tmp_path_factory.mktemp("finished")
+    for cell in config.read(FINISHED, sweep=True).cells:
+        assert run_cell(cell.spec, results) == "done"
+    return results
+
+
+@pytest.fixture
+def finished(_finished, tmp_path) -> Path:
+    """A results folder of one's own with the finished cells of FINISHED."""
+    return Path(shutil.copytree(_finished, tmp_path / "finished"))
 
 
 @pytest.fixture

@@ -66,6 +66,7 @@ def test_without_a_score_the_utility_decides(bench):
 # ---- rounds
 
 
+@pytest.mark.slow
 def test_a_round_moves_the_generator_towards_its_best_texts(bench):
     """The language of the best becomes the generator's: the loss on the kept texts falls from round to round, their score rises."""
     words = ["task=language", "lang=de", "method=active_inheritance", "n=4", "rounds=4", "round_prompts=128", "method.lr=3e-3"]

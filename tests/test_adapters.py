@@ -108,6 +108,7 @@ def test_a_run_with_adapters_starts_as_one_without(bench):
     assert 1 < spent[1]["generate"] / spent[0]["generate"] < 1.15
 
 
+@pytest.mark.slow
 def test_the_policy_learns_what_is_rewarded_with_adapters(bench):
     """Thirty steps of paying for every "the" bring more of them, as with all weights (tests/test_policy.py)."""
     work = bench("steps=30", "completions=32", "policy.lr=1e-2", *LORA)

@@ -125,9 +125,9 @@ def test_the_command_answers_in_words(dpgbench):
 
 
 @pytest.mark.slow
-def test_the_tiny_scale_can_be_trusted(dpgbench):
+def test_the_tiny_scale_can_be_trusted(program):
     """What the issue asks of `language`: LDS >= 0.95 and a finite-difference correlation >= 0.999, on the scale's own settings."""
-    done = dpgbench("check", "metagrad", "scale=tiny", "task=language", timeout=600)
+    done = program("check", "metagrad", "scale=tiny", "task=language", timeout=600)
     figures = {line[:26].strip(): float(line[26:].split()[0]) for line in done.out.splitlines() if line[28:30] in ("0.", "1.")}
     assert figures["finite differences"] >= 0.999 and figures["linear datamodelling score"] >= 0.95
     assert done.code == 0 and "trusted here? Yes." in done.out

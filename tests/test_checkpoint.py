@@ -72,9 +72,16 @@ def quiet(tmp_path_factory):
     return of
 
 
+def slow(*values: object):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ("name", "step"), [("dpg", 1), ("dpg", 4), ("mini-batches", 2), ("adapters", 2), ("influence", 3), ("naive", 2), ("optimsyn", 2)]
-)
+    ("name", "step"),
+    [
+        ("dpg", 1), slow("dpg", 4), slow("mini-batches", 2), ("adapters", 2), slow("influence", 3), slow("naive", 2), slow("optimsyn", 2),
+    ],
+)  # fmt: skip
 def test_a_cell_that_goes_on_ends_as_one_that_never_stopped(quiet, tmp_path, name, step):
     """Metrics, rollouts and result to the bit, stopped by a signal at the first step, in between, and after the last."""
     spec = cell(*METHODS[name])
@@ -90,7 +97,12 @@ def test_a_cell_that_goes_on_ends_as_one_that_never_stopped(quiet, tmp_path, nam
 
 @pytest.mark.parametrize(
     ("name", "counter", "stop", "made_again"),
-    [("rounds", "round", 2, [3]), ("adapted rounds", "round", 2, [3]), ("search", "candidate", 3, [5]), ("search", "candidate", 5, [])],
+    [
+        ("rounds", "round", 2, [3]),
+        slow("adapted rounds", "round", 2, [3]),
+        ("search", "candidate", 3, [5]),
+        slow("search", "candidate", 5, []),
+    ],
 )
 def test_rounds_and_searches_go_on_too(quiet, tmp_path, name, counter, stop, made_again):
     """A search has checkpoints where it has snapshots, of 2, 4 and all candidates; a round has one each."""
@@ -104,6 +116,7 @@ def test_rounds_and_searches_go_on_too(quiet, tmp_path, name, counter, stop, mad
     assert_same(folder, quiet(name))
 
 
+@pytest.mark.slow
 def test_a_kill_between_checkpoints_goes_back_to_the_last(quiet, tmp_path):
     """Killed at step 3 with checkpoints of 1 and 2: what came after step 2 is cut off and made again, and two are kept."""
     spec = cell(*METHODS["dpg"])
@@ -127,7 +140,8 @@ def test_a_kill_between_checkpoints_goes_back_to_the_last(quiet, tmp_path):
         assert_same(RunFolder.of(copy, spec), quiet("dpg"))
 
 
-def test_what_no_checkpoint_fits_starts_again(quiet, tmp_path):
+@pytest.mark.parametrize("name", ["damaged", slow("cut"), slow("other_code"), slow("gone")])
+def test_what_no_checkpoint_fits_starts_again(quiet, tmp_path, name):
     """Metrics cut short, other code, checkpoints gone: named by status, and the cell ends with the same numbers from step 0."""
     spec = cell(*METHODS["dpg"])
     assert run_cell(spec, tmp_path, watch=stop_at(2)) == "interrupted"
@@ -149,14 +163,11 @@ def test_what_no_checkpoint_fits_starts_again(quiet, tmp_path):
         checkpoints.path_of(folder.path, 2).write_bytes(b"half")
         assert folder.state().detail == "step 2, its checkpoints are damaged, starts again"
 
-    for harm in (cut, other_code, gone, damaged):
-        copy = tmp_path / harm.__name__
-        shutil.copytree(tmp_path / "runs", copy / "runs")
-        harm(RunFolder.of(copy, spec))
-        steps = []
-        assert run_cell(spec, copy, watch=lambda line, steps=steps: steps.append(line.get("step"))) == "done"
-        assert 1 in steps
-        assert_same(RunFolder.of(copy, spec), quiet("dpg"))
+    {"cut": cut, "other_code": other_code, "gone": gone, "damaged": damaged}[name](RunFolder.of(tmp_path, spec))
+    steps = []
+    assert run_cell(spec, tmp_path, watch=lambda line: steps.append(line.get("step"))) == "done"
+    assert 1 in steps
+    assert_same(RunFolder.of(tmp_path, spec), quiet("dpg"))
 
 
 def test_a_method_without_a_state_of_its_own_starts_again(tmp_path):
@@ -173,6 +184,7 @@ def test_a_method_without_a_state_of_its_own_starts_again(tmp_path):
     assert_same(RunFolder.of(once, spec), RunFolder.of(tmp_path / "twice", spec))
 
 
+@pytest.mark.slow
 def test_lost_steps_are_not_counted(tmp_path):
     """The meter goes back with the checkpoint: a cell stopped three times has spent one run's FLOPs, and about one run's seconds."""
     spec = cell(*METHODS["dpg"])
@@ -185,6 +197,7 @@ def test_lost_steps_are_not_counted(tmp_path):
     assert folder.result()["snapshots"][-1]["seconds"] <= folder.result()["seconds_total"]
 
 
+@pytest.mark.slow
 def test_a_budget_ends_a_run_that_goes_on_where_it_ends_any_other(tmp_path, monkeypatch):
     """Interrupted before the answer that is over the budget: the last one within it counts, and its picture is drawn again."""
     from dpgbench.run import cell as runner

@@ -12,11 +12,12 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, SMALL
+from conftest import FINISHED, METHOD_FILE, ROOT, SMALL, TINY
 
 import dpgbench as dpgbench_package
 from dpgbench import cli, config
 
+HEAVY = {"torch", "transformers", "trl", "datasets", "pandas", "scipy", "matplotlib", "seaborn"}
 QUICK = [
     ["list"],
     ["sweep", "task=all", "method=all", "--dry-run"],
@@ -29,20 +30,29 @@ QUICK = [
 ]
 
 
-@pytest.mark.parametrize("words", QUICK, ids=" ".join)
-def test_quick_commands_import_nothing_heavy(imports_of, words):
-    """A second is the difference between asking and waiting: torch alone takes two."""
-    heavy = {"torch", "transformers", "trl", "datasets", "pandas", "scipy", "matplotlib", "seaborn"}
-    assert not imports_of(*words) & heavy
+def test_quick_commands_import_nothing_heavy():
+    """A second is the difference between asking and waiting: torch alone takes two. The first command that does is named."""
+    code = (
+        "import sys; from dpgbench.cli import main\n"
+        f"for words in {QUICK!r}:\n"
+        "    main(words)\n"
+        f"    assert not {HEAVY!r} & set(sys.modules), (words, {HEAVY!r} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
     "words", [["run", "task=lenguage"], ["fly"], ["list", "task=x"], ["report", "suite=never"], ["run", "spec=none.yaml"]]
 )
-def test_bad_input_exits_with_2_and_one_line(dpgbench, words):
+def test_bad_input_is_2_and_one_line(dpgbench, words):
     done = dpgbench(*words)
     assert done.code == 2 and done.out == ""
     assert done.err.startswith("dpgbench: ") and done.err.count("\n") == 1
+
+
+def test_the_process_exits_with_the_code(program):
+    assert program("fly").code == 2 and program("--version").code == 0
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -133,21 +143,24 @@ def test_the_same_bad_command_names_the_same_option():
         assert done.returncode == 2 and "zzz=1: no chosen task" in done.stderr
 
 
-@pytest.mark.parametrize("words", ["list", "report suite=core --format json", "sweep suite=tiny --dry-run results={tmp}", "run --help"])
-def test_a_reader_that_leaves_hears_nothing_more(words, tmp_path):
+MUCH = "report suite=core --format json"  # more than a pipe holds
+
+
+@pytest.mark.parametrize("words", ["list", pytest.param(MUCH, marks=pytest.mark.slow), "run --help"])
+def test_a_reader_that_leaves_hears_nothing_more(words):
     """`| head -1`: no traceback, no "Exception ignored", and the exit code of what SIGPIPE ends if anything was left to say."""
-    command = f"{sys.executable} -m dpgbench {words.format(tmp=tmp_path)} | head -c 10 >/dev/null; exit ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m dpgbench {words} | head -c 10 >/dev/null; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stderr == "" and done.returncode in (0, 141)
 
 
-def test_a_reader_that_left_before_anything_was_said():
+@pytest.mark.parametrize("words", ["list", "--help", pytest.param(MUCH, marks=pytest.mark.slow)])
+def test_a_reader_that_left_before_anything_was_said(words):
     reads, writes = os.pipe()
     os.close(reads)
-    for words in (["list"], ["--help"], ["run", "--help"], ["report", "suite=core", "--format", "json"]):
-        done = subprocess.run([sys.executable, "-m", "dpgbench", *words], cwd=ROOT, stdout=writes, stderr=subprocess.PIPE, timeout=60)
-        assert done.returncode == 141 and done.stderr == b""
+    done = subprocess.run([sys.executable, "-m", "dpgbench", *words.split()], cwd=ROOT, stdout=writes, stderr=subprocess.PIPE, timeout=60)
     os.close(writes)
+    assert done.returncode == 141 and done.stderr == b""
 
 
 def test_threads_of_the_environment_are_not_followed_and_that_is_said(capsys, monkeypatch, tmp_path):
@@ -203,41 +216,49 @@ def test_a_users_plugins_are_swept_and_reported(dpgbench, plugins, tmp_path):
     assert "broken" in dpgbench("run", "method=broken", f"plugins={plugins}").err
 
 
-def test_a_run_alone_equals_the_cell_in_a_sweep_with_workers(dpgbench, tmp_path):
+def test_a_run_alone_equals_the_cell_in_a_sweep(dpgbench, finished, tmp_path):
+    """Byte for byte, given as words or as its spec, whatever ran before it; and the second time there is nothing left to do."""
+    (cell,) = (finished / "runs").glob("language_de.dpg.s1.*")
+    metrics = (cell / "metrics.jsonl").read_bytes()
+    for name, words in {"one": ["task=language", "method=dpg", "seed=1", *TINY], "replay": [f"spec={cell / 'spec.yaml'}"]}.items():
+        done = dpgbench("run", *words, f"results={tmp_path / name}")
+        assert done.code == 0, done.err
+        assert (tmp_path / name / "runs" / cell.name / "metrics.jsonl").read_bytes() == metrics
+    assert "8 of 8 cells are done already" in dpgbench("sweep", *FINISHED, f"results={finished}").out
+
+
+@pytest.mark.slow
+def test_a_run_alone_equals_the_cell_in_a_sweep_with_workers(program, tmp_path):
     """Byte for byte, whatever runs beside it; and the second time there is nothing left to do."""
     sweep = ["task=language,sixseven", "method=dpg,active_inheritance", "n=2", *SMALL]
     workers = ["launcher=local", "launcher.workers=2"]
-    done = dpgbench("sweep", *sweep, *workers, f"results={tmp_path / 'many'}")
+    done = program("sweep", *sweep, *workers, f"results={tmp_path / 'many'}")
     assert done.code == 0, done.err + done.out
-    alone = dpgbench("run", "task=sixseven", "method=dpg", *SMALL, f"results={tmp_path / 'one'}")
+    alone = program("run", "task=sixseven", "method=dpg", *SMALL, f"results={tmp_path / 'one'}")
     assert alone.code == 0, alone.err
     (cell,) = (tmp_path / "one" / "runs").glob("sixseven.*")
     assert (cell / "metrics.jsonl").read_bytes() == (tmp_path / "many" / "runs" / cell.name / "metrics.jsonl").read_bytes()
-    again = dpgbench("sweep", *sweep, *workers, f"results={tmp_path / 'many'}")
-    assert "4 of 4 cells are done already" in again.out
-    replayed = dpgbench("run", f"spec={cell / 'spec.yaml'}", f"results={tmp_path / 'replay'}")
-    assert replayed.code == 0, replayed.err
-    assert (tmp_path / "replay" / "runs" / cell.name / "metrics.jsonl").read_bytes() == (cell / "metrics.jsonl").read_bytes()
+    assert "4 of 4 cells are done already" in program("sweep", *sweep, *workers, f"results={tmp_path / 'many'}").out
 
 
-def test_collecting_anew_never_loses_a_finished_cell(dpgbench, tmp_path):
+def test_collecting_anew_never_loses_a_finished_cell(dpgbench, finished):
     """After a sweep of other seeds, or with run folders gone, the parquet stays, it is said why, and its tables come out alike."""
-    words = ["task=l2_norm", "method=base", "seed=0,1", "deployment_texts=8", f"results={tmp_path}"]
-    assert dpgbench("sweep", *words).code == 0 and dpgbench("report", *words).code == 0
-    parquet, table = tmp_path / "sweep.parquet", tmp_path / "sweep" / "tables" / "l2_norm.md"
+    words = ["task=l2_norm", "method=base", "seed=0,1", *TINY, f"results={finished}"]
+    assert dpgbench("report", *words).code == 0
+    parquet, table = finished / "sweep.parquet", finished / "sweep" / "tables" / "l2_norm.md"
     before, told = parquet.read_bytes(), table.read_bytes()
     added = ["seed=2" if word == "seed=0,1" else word for word in words]
     assert dpgbench("sweep", *added).code == 0
-    done = dpgbench("report", f"results={tmp_path}", "name=sweep")
+    done = dpgbench("report", f"results={finished}", "name=sweep")
     assert (
         done.code == 0 and "has 2 finished cells that this line, or the last sweep, does not name" in done.out and "seed=0,1,2" in done.out
     )
     assert parquet.read_bytes() == before
-    shutil.rmtree(next((tmp_path / "runs").glob("*.s1.*")))
+    shutil.rmtree(next((finished / "runs").glob("l2_norm.base.s1.*")))
     done = dpgbench("report", *words)
     assert done.code == 0 and "has 1 finished cell without a finished run folder" in done.out
     assert parquet.read_bytes() == before and table.read_bytes() == told
-    shutil.rmtree(tmp_path / "runs")
+    shutil.rmtree(finished / "runs")
     assert dpgbench("report", *words).code == 0 and table.read_bytes() == told
 
 
@@ -256,6 +277,19 @@ def test_a_failing_cell_does_not_stop_the_others(dpgbench, plugins, tmp_path):
     assert re.search(r"l2_norm\.bad\.\S+\s+failed\s+ZeroDivisionError", status)
 
 
+def test_an_interrupted_sweep_keeps_what_is_done(dpgbench, plugins, tmp_path):
+    """As Ctrl-C in the middle of the second cell: 130, the first is done, the second interrupted."""
+    text = METHOD_FILE.replace("Parrot", "Tired").replace("        yield", "        raise KeyboardInterrupt\n        yield")
+    (plugins / "methods" / "tired.py").write_text(text)
+    (plugins / "configs" / "method" / "tired.yaml").write_text("name: tired\n")
+    words = ["task=l2_norm", "method=base,tired", "deployment_texts=8", f"plugins={plugins}", f"results={tmp_path / 'r'}"]
+    done = dpgbench("sweep", *words)
+    assert done.code == 130 and "interrupted; finished cells are kept" in done.err
+    again = dpgbench("sweep", *words, "--dry-run").out
+    assert re.search(r"l2_norm\.base\.\S+\s+done", again) and not re.search(r"l2_norm\.tired\.\S+\s+(done|failed)", again)
+
+
+@pytest.mark.slow
 def test_an_interrupt_keeps_finished_cells_and_the_rest_goes_on(dpgbench, tmp_path):
     """Ctrl-C, then the same command: the first cell is not run again."""
     words = ["task=l2_norm", "method=base,dpg", *SMALL[1:], "steps=500", f"results={tmp_path}"]
@@ -273,10 +307,9 @@ def test_an_interrupt_keeps_finished_cells_and_the_rest_goes_on(dpgbench, tmp_pa
     assert re.search(r"l2_norm\.base\.\S+\s+done", dpgbench("sweep", *words, "--dry-run").out)
 
 
-def test_damage_is_named_and_never_read_as_done(dpgbench, tmp_path):
-    words = ["task=l2_norm", "method=base", "deployment_texts=8", f"results={tmp_path}"]
-    assert dpgbench("run", *words).code == 0
-    (cell,) = (tmp_path / "runs").glob("l2_norm*")
+def test_damage_is_named_and_never_read_as_done(dpgbench, finished):
+    words = ["task=l2_norm", "method=base", *TINY, f"results={finished}"]
+    (cell,) = (finished / "runs").glob("l2_norm.base.s0.*")
     result = cell / "result.json"
     whole = result.read_text()
     for content, says in (("", "not valid JSON"), (whole[: len(whole) // 2], "not valid JSON"), ("{}", "another version"),

@@ -65,6 +65,7 @@ def test_other_seeds_are_compared_unpaired_by_hand():
     assert got["change"].numbers["low"] == pytest.approx(11 - half, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_size_of_the_verdict_under_the_null():
     """150 times three seeds on a side without a true change: beyond noise 5% of the time."""
     rng = np.random.default_rng(4)

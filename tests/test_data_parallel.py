@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
+import os
 import subprocess
 import sys
 
+import pytest
 import torch
+import torch.distributed as distributed
 from conftest import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_metagrad import OPTIMIZERS, held_out, norm
 from test_training import relative_error, tiny_batch, tiny_gpt2
 
@@ -48,6 +52,32 @@ distributed.destroy_process_group()
 """
 
 
+def test_two_forks_equal_one_process(tmp_path):
+    """One case of those below, without the seconds that processes take to import."""
+    options = {"weights": WEIGHTS, "mode": "reverse", "micro_batch": 1}
+    rewards = metagradients(tiny_gpt2(), BATCHES, held_out, OPTIMIZERS["adamw"], **options).rewards
+    forks = [fork(rank, tmp_path, options) for rank in (0, 1)]
+    assert [os.waitpid(pid, 0)[1] for pid in forks] == [0, 0]
+    ranks = [load_file(tmp_path / f"rank{rank}.safetensors")["rewards"] for rank in (0, 1)]
+    assert torch.equal(*ranks) and relative_error(ranks[0], rewards) < 1e-12
+
+
+def fork(rank: int, folder, options: dict) -> int:
+    """A copy of this process that computes as one of two, and its pid."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            meet = f"file://{folder / 'meet'}"
+            distributed.init_process_group("gloo", meet, datetime.timedelta(seconds=60), rank=rank, world_size=2)
+            out = metagradients(tiny_gpt2(), BATCHES, held_out, OPTIMIZERS["adamw"], data_parallel=True, **options)
+            save_file({"rewards": out.rewards}, folder / f"rank{rank}.safetensors")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return pid
+
+
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """To 1e-12 in float64, for both optimizers, a dense and a head-only metric, and every way to differentiate a step."""
     script = tmp_path / "two.py"

@@ -15,21 +15,26 @@ GUIDES = "".join((ROOT / "docs" / name).read_text() for name in ("cluster.md", "
 COMMANDS = [line.split("#")[0].strip() for line in (README + GUIDES).splitlines() if line.startswith("python -m dpgbench")]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_in_the_readme_is_understood(command, plugins, tmp_path):
+MINUTES = ("check plugin", "check metagrad")  # they compute before they answer
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(line, marks=[pytest.mark.slow] * any(f"dpgbench {name} " in line for name in MINUTES)) for line in COMMANDS]
+)
+def test_every_command_in_the_readme_is_understood(dpgbench, command, plugins, tmp_path):
     """Cells are not run here, but every word is read: sweeps and runs with --dry-run, the rest as they are."""
     words = command.split()[3:]
     words = [word.replace("plugins=mine", f"plugins={plugins}") for word in words]
     words += [] if words[0] in ("list", "new", "export") else [f"results={tmp_path}"]
     if words[0] in ("run", "sweep") and "--dry-run" not in words:
         words.append("--dry-run")
-    done = subprocess.run([sys.executable, "-m", "dpgbench", *words], cwd=ROOT, capture_output=True, text=True, timeout=180)
+    done = dpgbench(*words)
     if words[0] == "report":
-        assert done.returncode == 2 and re.search("nothing to report|--compare .*: git has no", done.stderr)
+        assert done.code == 2 and re.search("nothing to report|--compare .*: git has no", done.err)
     elif words[0] == "export":
-        assert done.returncode == 2 and "not a run folder" in done.stderr
+        assert done.code == 2 and "not a run folder" in done.err
     else:
-        assert done.returncode == 0, done.stderr
+        assert done.code == 0, done.err
 
 
 TORCHRUN = re.findall(r"torchrun --standalone --nproc-per-node=(\d+) -m (dpgbench run [^'\n]+)", README + GUIDES)
@@ -56,11 +61,12 @@ def test_the_readme_names_every_plugin():
 
 def test_make_targets_are_the_readmes_commands():
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("quickstart", "test", "test-slurm", "smollm2"):
+    for target in ("quickstart", "test", "test-slow", "test-slurm", "smollm2"):
         assert f"make {target}" in README and re.search(rf"^{target}:", makefile, re.MULTILINE)
-    assert set(re.findall(r"^make (\S+)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)) == {"test", "test-slurm"}
+    assert set(re.findall(r"^make (\S+)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)) == {"lint", "test", "test-slow", "test-slurm"}
 
 
+@pytest.mark.slow
 def test_a_wheel_works_outside_the_clone(tmp_path):
     """Plug-ins, configs, page template, weights and the checks of plug-ins travel in it; all work from the wheel alone."""
     pytest.importorskip("hatchling", reason="building a wheel needs hatchling (in requirements.lock)")

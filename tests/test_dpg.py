@@ -75,10 +75,10 @@ def test_ascent_follows_phi():
         ascend(model, lambda model: torch.tensor(1.0), SGD(lr=0.1), 1)
 
 
-@pytest.mark.parametrize(("task", "products"), [("sixseven", False), ("length", True)])
-def test_the_oracle_of_a_task_without_references_climbs_phi(bench, task, products):
+@pytest.mark.parametrize(("task", "words", "products"), [("sixseven", (), False), ("length", ("samples=64", "fresh=64"), True)])
+def test_the_oracle_of_a_task_without_references_climbs_phi(bench, task, words, products):
     """And is charged for Phi's matrix products, of which a picture in the weights has none."""
-    work = bench(f"task={task}", "inner_steps=4", "method=oracle")
+    work = bench(f"task={task}", *words, "inner_steps=4", "method=oracle")
     (snapshot,) = Registry().load("method", "oracle")(work.options).run(work)
     from dpgbench.metagrad.training import loaded
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 SOURCES = sorted(path for folder in ("dpgbench", "methods", "tasks", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
@@ -50,19 +53,34 @@ class Echo(Method):
 '''
 
 
-def test_a_cell_and_its_report_in_a_locale_that_is_not_utf8(tmp_path):
-    """Names, texts, paths and output beyond ASCII, with Python's own UTF-8 mode switched off."""
+C_LOCALE = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def own_plugin(tmp_path: Path) -> Path:
     own = tmp_path / "größer"
     for name, text in (("methods/echo.py", PLUGIN), ("configs/method/echo.yaml", "name: echo\nlabel: écho\n")):
         (own / name).parent.mkdir(parents=True, exist_ok=True)
         (own / name).write_text(text, encoding="utf-8")
+    return own
+
+
+def test_names_in_a_locale_that_is_not_utf8(tmp_path):
+    """Read from the command line and from files, and written, with Python's own UTF-8 mode switched off."""
+    own = own_plugin(tmp_path)
+    done = subprocess.run([sys.executable, "-m", "dpgbench", "list", f"plugins='{own}'"], cwd=ROOT, env=C_LOCALE, capture_output=True)
+    assert done.returncode == 0 and re.search(r"^echo +Ü\.", done.stdout.decode("utf-8"), re.MULTILINE), done
+
+
+@pytest.mark.slow
+def test_a_cell_and_its_report_in_a_locale_that_is_not_utf8(tmp_path):
+    """Names, texts, paths and output beyond ASCII."""
+    own = own_plugin(tmp_path)
     (own / "Texte.txt").write_text("\n".join(f"ein Mädchen sieht {number} Häuser" for number in range(20)), encoding="utf-8")
     name, place = "name='größe'", f"results='{own / 'r'}'"
     words = ["task=language", f"file='{own / 'Texte.txt'}'", "method=echo", "deployment_texts=8", f"plugins='{own}'", name, place]
-    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     for command in (["sweep", *words], ["report", *words], ["status", place]):
         line = [sys.executable, "-m", "dpgbench", *command]
-        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, timeout=120)
+        done = subprocess.run(line, cwd=ROOT, env=C_LOCALE, capture_output=True, timeout=120)
         assert done.returncode == 0, (command, done.stderr.decode())
     assert "écho" in done.stdout.decode("utf-8")
     (folder,) = (own / "r" / "runs").glob("language_de_Texte.écho.s0.*")

@@ -119,13 +119,13 @@ def test_arguments_that_do_not_move(name):
 
 @pytest.mark.parametrize("name", [name for name in RULES if "many blocks" not in name])
 def test_a_rule_holds_against_finite_differences(name):
-    """gradcheck of (value, tangent) to values and the first argument's tangent."""
+    """gradcheck of (value, tangent) to values and the first argument's tangent; of random projections, which no wrong entry escapes."""
     function, _, values, tangents = case(name)
 
     def pair(first_dot, *values):
         return forward(function, values, [first_dot, *(dot.detach() for dot in tangents[1:])])
 
-    assert torch.autograd.gradcheck(pair, [tangents[0], *values])
+    assert torch.autograd.gradcheck(pair, [tangents[0], *values], fast_mode=True)
 
 
 def test_linear_and_matmul_are_differentiable_in_every_tangent():

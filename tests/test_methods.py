@@ -172,6 +172,7 @@ def test_one_search_yields_the_curve_over_k(bench, monkeypatch):
     assert [texts for _, _, texts in kept] == best
 
 
+@pytest.mark.slow
 def test_a_search_finds_the_language_that_phi_wants(bench):
     """Without the hint's help: Phi of targets trained on 64 texts each ranks German over what else the corpus can say."""
     work = bench("task=language", "lang=de", "method=prompt_only", "search=11", "search_texts=64", "inner_steps=2", "training.lr=1e-3")

@@ -71,10 +71,14 @@ def pair(tmp_path_factory):
     return [f"scale.generator={folder / 'gpt2'}", f"scale.target={folder / 'llama'}"]
 
 
-@pytest.mark.parametrize("task", [file.name for file in Registry().files("task")])
+TASKS = [file.name for file in Registry().files("task")]
+
+
+@pytest.mark.parametrize("task", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("language", "length"))) for name in TASKS])
 def test_another_pair_runs_every_task(task, pair, tmp_path):
     """Two steps of dpg: GPT-2 writes, Llama is trained on it, text passes between their tokenizers. The result names both."""
-    words = [f"task={task}", "method=dpg", *SMALL, "inner_steps=2", "deployment_steps=null", *pair]
+    fewer = ["samples=64", "fresh=64"] * ("scores" in Registry().find("task", task).defines)
+    words = [f"task={task}", *fewer, "method=dpg", *SMALL, "inner_steps=2", "deployment_steps=null", *pair]
     spec = config.read(words, sweep=False).cells[0].spec
     folder = RunFolder.of(tmp_path, spec)
     assert run_cell(spec, tmp_path) == "done", last_line(folder.path / "error.txt")

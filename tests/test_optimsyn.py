@@ -100,6 +100,7 @@ def test_rubrics_and_texts_are_both_charged(bench):
     assert work.meter.flops["policy_update"] > 0
 
 
+@pytest.mark.slow
 def test_rubrics_in_the_wanted_language_become_frequent(bench):
     """From one in eleven: the influence of German texts makes "in German" the rubric, and the deployment texts German."""
     work = bench(

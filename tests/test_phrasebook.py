@@ -215,8 +215,8 @@ def test_held_out_is_deterministic_parallel_and_held_out() -> None:
 
 
 def test_importing_the_world_is_light() -> None:
-    """`import dpgbench.phrasebook` loads neither torch nor transformers, so listing and validating stay instant."""
-    code = "import sys, dpgbench.phrasebook; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'tokenizers')))"
+    """`import dpgbench.worlds.phrasebook` loads neither torch nor transformers, so listing and validating stay instant."""
+    code = "import sys, dpgbench.worlds.phrasebook; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'tokenizers')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

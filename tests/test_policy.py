@@ -53,6 +53,7 @@ def test_the_loop_hands_trl_these_advantages_and_steps_one_by_one(bench, advanta
     assert work.meter.flops["generate"] > 0 and work.meter.flops["policy_update"] > 0
 
 
+@pytest.mark.slow
 def test_the_policy_learns_what_is_rewarded(bench):
     """Thirty steps of paying for every "the" bring more of them."""
     work = bench("steps=30", "completions=32", "policy.lr=3e-3")

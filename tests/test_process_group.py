@@ -75,6 +75,7 @@ def assert_equal_numbers(one: RunFolder, two: RunFolder) -> None:
         assert apart < 0.02 * moved  # Adam makes steps of rounding noise where a gradient is zero, as a key's bias has it
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(alone, together):
     """Three steps of DPG: the same texts, rewards to 1e-5, the same account, weights and deployment texts; one folder, written once."""
     folder, done = together
@@ -89,14 +90,14 @@ import os, signal, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 from test_process_group import DPG, LORA, OPTIMSYN, PARTS, cell
-from dpgbench import process_group
-from dpgbench.runner import run_cell
+from dpgbench.bench import distributed
+from dpgbench.run.cell import run_cell
 
 def stop(line):
     if line.get("step") == 2 and not line.get("resumed"):
         os.kill(os.getpid(), signal.SIGTERM)  # in the first process alone: the other one has to hear of it
 
-group, results = process_group.start(), Path(sys.argv[1])
+group, results = distributed.start(), Path(sys.argv[1])
 how = {"checkpoint_seconds": 1000, "group": group}
 for words in (OPTIMSYN, LORA):
     assert run_cell(cell(*words), results, **how) == "done"
@@ -107,6 +108,7 @@ assert state == "done" and (not group.first or [step for step in steps if step] 
 """
 
 
+@pytest.mark.slow
 def test_two_processes_run_other_cells_and_go_on_from_checkpoints(alone, together, tmp_path):
     """OptimSyn, whose rewards sample and judge texts that every process computes for itself: charged once, equal numbers. The same with
     low-rank adapters. And DPG, stopped by a signal that one process got, resumed by both: to the bit as if it had never been stopped."""
@@ -133,7 +135,7 @@ class Fails(Method):
     version = 1
 
     def run(self, bench):
-        from dpgbench.policy import train_policy
+        from dpgbench.bench.grpo import train_policy
 
         def reward(rollouts):
             if rollouts.step == 1 and bench.group.rank == 1:
@@ -146,6 +148,7 @@ class Fails(Method):
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "said"),
     [("raises", "process 1 of 2: .*RuntimeError: the second process is out of luck"), ("killed", "processes died without a word")],

@@ -90,7 +90,14 @@ def test_toxicity_is_a_probability_and_lower_is_better(tasks):
     assert not task.higher_is_better and tasks("toxicity", "goal=up").higher_is_better
 
 
-@pytest.mark.parametrize(("name", "goal"), [("length", "down"), ("lexical_diversity", "down"), ("toxicity", "up")])
+@pytest.mark.parametrize(
+    ("name", "goal"),
+    [
+        ("toxicity", "up"),
+        pytest.param("length", "down", marks=pytest.mark.slow),
+        pytest.param("lexical_diversity", "down", marks=pytest.mark.slow),
+    ],
+)
 def test_the_other_goal_moves_the_other_way(tasks, name, goal):
     """A few gradient steps straight up Phi towards the unusual goal move fresh texts, which Phi has never seen, that way."""
     task = tasks(name, f"goal={goal}", texts=512)

@@ -25,8 +25,9 @@ METHODS = [file.name for file in REGISTRY.files("method")]
 
 @pytest.fixture(scope="module", params=TASKS)
 def prepared(request, worlds):
-    """A prepared task with its default options."""
-    spec = config.read([f"task={request.param}", PLUGINS], sweep=False).cells[0].spec
+    """A prepared task with its default options; a score's texts are fewer, which makes Phi no less a function to differentiate."""
+    fewer = ["samples=128", "fresh=128"] * ("scores" in REGISTRY.find("task", request.param).defines)
+    spec = config.read([f"task={request.param}", *fewer, PLUGINS], sweep=False).cells[0].spec
     return plugin_check.Prepared.of(REGISTRY, spec, worlds(spec))
 
 
@@ -65,17 +66,42 @@ def test_every_plugin_has_a_preset_and_the_other_way_round(kind):
     assert (home() / f"{kind}s").is_dir()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_on_every_task(method):
-    """Two steps each, in one process; a skipped pair says why.
-
-    A method knows of a task whether it has a score, and little else. So dpg, which differentiates all of a task, does every one; another
-    method does those that `check plugin` gives it.
-    """
-    tasks = TASKS if method == "dpg" else plugin_check.partners(REGISTRY, "method", method)
-    for cell in config.read([f"task={','.join(tasks)}", f"method={method}", PLUGINS, *plugin_check.SMALL], sweep=True).cells:
+def run_small(method: str, tasks: list[str]) -> None:
+    """Two steps each, in one process; a skipped pair says why."""
+    fewer = ["n=2"] * (method == "active_inheritance")
+    for cell in config.read([f"task={','.join(tasks)}", f"method={method}", *fewer, PLUGINS, *plugin_check.SMALL], sweep=True).cells:
         if not cell.skip:
             assert plugin_check.runs(cell.spec, own_plugins())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs(method):
+    """On the tasks that `check plugin` gives it: a method knows of a task whether it has a score, and little else."""
+    run_small(method, plugin_check.partners(REGISTRY, "method", method))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_dpg_runs_on_every_task(task):
+    """It differentiates all of a task."""
+    run_small("dpg", [task])
+
+
+@pytest.mark.parametrize(("ended", "left", "said"), [("interrupted", "metrics.jsonl", "interrupted"), ("busy", None, "missing")])
+def test_a_cell_that_did_not_end_is_named(monkeypatch, ended, left, said):
+    """It has no error.txt, and how it ended is the answer."""
+
+    def run_cell(spec, results, plugins):
+        folder = plugin_check.RunFolder.of(results, spec).path
+        folder.mkdir(parents=True)
+        if left:
+            (folder / left).touch()
+        return ended
+
+    monkeypatch.setattr(plugin_check, "run_cell", run_cell)
+    spec = config.read(["task=language", "method=base"], sweep=False).cells[0].spec
+    with pytest.raises(plugin_check.Broken, match=f"the cell did not end: {ended} .*{said}"):
+        plugin_check.runs(spec, None)
 
 
 # ---- the commands
@@ -124,7 +150,7 @@ def test_check_plugin_says_what_is_wrong(tmp_path, capsys):
     assert main(["check", "plugin", f"plugins={tmp_path}"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("WRONG   task lost: file: lost.py, line 1: Task is not defined")
-    assert lines[1].startswith("WRONG   method longest: file: longest.py, line 16: `run` returns a Snapshot; it must yield it")
+    assert lines[1].startswith("WRONG   method longest: file: longest.py, line 15: `run` returns a Snapshot; it must yield it")
     assert lines[2:] == ["2 wrong"]
 
 

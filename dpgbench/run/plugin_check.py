@@ -197,8 +197,9 @@ def runs(spec: RunSpec, plugins: Path | None) -> str:
     """The cell runs to its end, every FLOP it spent has a phase, and texts are kept."""
     with tempfile.TemporaryDirectory() as folder:
         cell = RunFolder.of(Path(folder), spec)
-        if run_cell(spec, Path(folder), plugins) != "done":
-            raise Broken(last_line(cell.path / "error.txt"))
+        ended = run_cell(spec, Path(folder), plugins)
+        if ended != "done":  # interrupted or busy, there is no error.txt
+            raise Broken(last_line(cell.path / "error.txt") or f"the cell did not end: {ended} ({cell.state()})")
         result = cell.result()
     paid = result["snapshots"][-1]
     if paid["flops"] != sum(paid["flops_by_phase"].values()):

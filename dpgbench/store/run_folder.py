@@ -233,8 +233,12 @@ def count_lines(path: Path) -> int:
 
 
 def last_line(path: Path) -> str:
-    """The last line of a text file that is not empty."""
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    """The last line of a text file that is not empty; "" if there is none, or no file, which another process may just have removed."""
+    try:
+        content = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    lines = [line for line in content.splitlines() if line.strip()]
     return lines[-1].strip() if lines else ""
 
 

@@ -31,7 +31,7 @@ from dpgbench.api import Method
 
 class Slow(Method):
     def run(self, bench):
-        from dpgbench.policy import train_policy
+        from dpgbench.bench.grpo import train_policy
 
         def rewards(rollouts):
             time.sleep(float(os.environ.get("SLOW_SECONDS", "0")))
