@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +26,6 @@ class Finished:
     code: int
     out: str
     err: str
-    seconds: float
 
 
 LONGEST = (  # files whose tests take longest: they start first, and no process is left with one at the end
@@ -45,9 +43,8 @@ def program():
     """The program in a process of its own, as a user starts it: seconds of imports, for what only a process shows."""
 
     def run(*words: str, timeout: float = 180) -> Finished:
-        start = time.perf_counter()
         done = subprocess.run([sys.executable, "-m", "dpgbench", *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-        return Finished(done.returncode, done.stdout, done.stderr, time.perf_counter() - start)
+        return Finished(done.returncode, done.stdout, done.stderr)
 
     return run
 
@@ -61,10 +58,9 @@ def dpgbench(capsys, monkeypatch):
 
     def run(*words: str) -> Finished:
         capsys.readouterr()
-        start = time.perf_counter()
         code = main(words)
         said = capsys.readouterr()
-        return Finished(code, said.out, said.err, time.perf_counter() - start)
+        return Finished(code, said.out, said.err)
 
     return run
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 
 import pytest
 from conftest import SMALL
@@ -91,9 +90,8 @@ def test_a_folder_is_read_once_for_thousands_of_cells(folder, monkeypatch):
     read, inner = [], text_files.digest
     monkeypatch.setattr(text_files, "digest", lambda path: read.append(path) or inner(path))
     words = ["task=l2_norm", "method=base", f"scale.generator={folder}", f"seed={','.join(map(str, range(1000)))}"]
-    before = time.process_time()
     assert len(config.read(words, sweep=True).cells) == 1000
-    assert len(read) == 5 and time.process_time() - before < 3
+    assert len(read) == 5
     change(folder)
     config.read(words, sweep=True)
     assert len(read) == 10

@@ -96,12 +96,8 @@ def test_a_budget_is_what_a_cell_costs_at_most():
     assert flops("scale.target=some/model") is None
 
 
-def test_this_machines_speed_is_measured_in_no_time():
-    import time
-
-    start = time.perf_counter()
+def test_this_machines_speed_is_measured():
     assert 1e8 < estimate.flops_a_second(64, 256) < 1e13
-    assert time.perf_counter() - start < 4 * estimate.CALIBRATION
 
 
 def test_memory_grows_with_what_must_fit():
