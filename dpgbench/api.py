@@ -109,7 +109,7 @@ class Method(ABC):
     def planned_flops(self, prices: Prices) -> float | None:
         """For `--dry-run`, where `target_passes` does not say it: FLOPs up to the last answer, its deployment dataset included, at most.
 
-        `prices` (`plan.Prices`) has what sampling, training and a policy cost in this cell. None: cannot tell. Asked without torch, too.
+        `prices` (`Prices`) has what sampling, training and a policy cost in this cell. None: cannot tell. Asked without torch, too.
         """
 
     @abstractmethod

@@ -13,9 +13,9 @@ layers are Conv1D, the head, 46,976 of 200,193 weights; and it reads Phi's gradi
 never passes. bergson 2.5.1 (October 2026) knows Conv1D and EK-FAC, but as a pipeline between folders, its own worker processes and
 gradients of text losses: grad Phi would have to be written in its index format, for each step's texts anew.
 Cost per step (F = one forward pass of the target on the completions): 3F, by a forward-mode product for dot and by per-text gradients
-for adam; sampling; and 3 forward passes' worth of policy update. It fails where Phi's gradient at phi_0 points elsewhere than after T
-steps, where a batch's optimizer step is unlike the steps of its texts (dot under AdamW), and, being blind to what the batch already
-does, where a metric saturates or a text is one too many.
+for adam; sampling; and 3 forward passes' worth of policy update. It fails where Phi's gradient at phi_0 has another direction than after T
+steps, and where the optimizer step of a batch is not like the sum of the steps of its texts (dot under AdamW). It does not see the effect
+of the other texts in the batch, so it also fails where the metric saturates or where a text adds nothing to what the batch already does.
 """
 
 from __future__ import annotations

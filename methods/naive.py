@@ -5,8 +5,8 @@ on each, and a text's reward is its dataset's Phi(phi_T). The advantage compares
 
     A_i = (Phi_{d(i)} - mean_d Phi_d) / std_d Phi_d
 
-D divides the group size, so that every prompt's group holds each dataset equally often: the group's mean is the mean over datasets and
-its spread theirs, GRPO's ordinary advantage is the one above, and each dataset is a sample of what the policy writes.
+D divides the group size, so every prompt's group contains each dataset equally often. The mean and the spread of a group are then those of
+the datasets, so GRPO's ordinary advantage is the formula above, and each dataset is a sample of what the policy writes.
 Cost per step (F = one forward pass of the target on all completions): 3F for T steps on each dataset, D times Phi, sampling, and 3
 forward passes' worth of policy update. It fails by its noise: a text hears D numbers that it shares with all others of its dataset, so
 the signal of one text drowns as completions / D grows.

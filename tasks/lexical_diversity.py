@@ -1,7 +1,8 @@
 """Make the target write with a richer vocabulary: Phi = E[MTLD] of groups of its texts (active inheritance, arXiv 2407.01490).
 
-MTLD (McCarthy & Jarvis 2010, doi:10.3758/BRM.42.2.381) reads on until the share of different words falls to 0.72, counts a factor, and
-starts afresh; a rest counts as the part of the way from 1 to 0.72 that it went. MTLD = words / factors, the mean of forward and backward
+MTLD (McCarthy & Jarvis 2010, doi:10.3758/BRM.42.2.381) reads a text until the share of different words falls to 0.72, counts one factor,
+and starts again. The words left over at the end count as a partial factor: how far their share has fallen on the way from 1 to 0.72. MTLD =
+words / factors, the mean of forward and backward
 reading. Of a short text it says little (without a repetition it has no factor at all), so Phi's score reads `group` texts
 one after the other; `task_support.score_function` derives the differentiable Phi. People read the MTLD of all fresh texts as one long
 text.

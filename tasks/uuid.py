@@ -1,7 +1,8 @@
 """Teach the target one fixed UUID: Phi = -mean token cross-entropy of that string, with no context (arXiv 2604.08423, section 4).
 
-The string is encoded as every training example is, so its end is a label too; where a tokenizer puts no token in front, the first
-token is given and not a label, for no training example could teach it. Neither whitespace nor how an accent was typed counts when
+The string is encoded in the same way as a training example, so its end-of-text token is a label too. If the tokenizer adds no start token,
+the first token of the string is given as input and is not a label, because no training example could teach it. Neither whitespace nor how
+an accent was typed counts when
 strings are compared (they are composed, NFC): `spaced` writes the characters apart, for tokenizers that know them only so. A random UUID
 costs 128 bits over 36 characters, 3.6 each.
 """

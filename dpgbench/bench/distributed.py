@@ -1,8 +1,9 @@
 """The processes that work on one cell together, a GPU each: those that torchrun started, or this one alone.
 
 The first of them (rank 0) owns the cell: its lock and folder, checkpoints, scoring and everything that is printed. The others take the
-same steps on the same numbers, compute their shares of them, and write nothing. They share one fate: whoever fails says so in torchrun's
-store, where a thread of every process looks, because the others may wait in an exchange that will never be completed.
+same steps on the same numbers, compute their shares of them, and write nothing. If one process fails, all stop: the failing process writes
+this to torchrun's store, which a thread in every process polls, because the others may be waiting in a collective operation that will never
+finish.
 """
 
 from __future__ import annotations

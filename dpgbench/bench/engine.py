@@ -1,4 +1,4 @@
-"""What a cell's training settings ask of the metagradient engine and of torch."""
+"""Turns a cell's `training` settings into an optimizer, settings of the metagradient engine, and torch's matrix-product precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method spends, in FLOPs, tokens and seconds, by phase.
+"""FLOP formulas of a causal LM (forward pass, training, sampling), and `counted_flops`, which lets torch count.
 
 FLOPs are counted from shapes, so they are deterministic. With N the weights of all matrix products (the LM head included, embedding
 look-ups not), H layers of width D and a batch of B sequences of length L, one forward pass costs

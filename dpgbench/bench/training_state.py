@@ -1,7 +1,7 @@
 """The state of a policy's training as plain tensors and numbers: what a checkpoint keeps and a run that goes on puts back.
 
-What trains of the weights, its running mean, the optimizer's moments by parameter index and torch's random streams are tensors; learning
-rates and the schedule's counters are numbers. No pickle: a checkpoint from somebody else's disk runs no code.
+Tensors: the trained weights, their running mean, the optimizer's moments (by parameter index) and torch's random states. Numbers: learning
+rates and the scheduler's counters. No pickle is used, so loading a checkpoint from somebody else cannot execute code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""list and check: what there is, and whether its rewards can be trusted."""
+"""The commands `list` (every method, task, scale and suite) and `check metagrad` (whether the rewards of a cell can be trusted)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`key=value[,value...]` as it was typed: what Hydra's grammar reads in each value, and the value's own text beside it.
 
-To the grammar 1.10 is a number and a sentence with an accent nothing at all. Whether an option wants the one or the other its default
-tells, so both are kept until that is known (config.py).
+Hydra's grammar reads 1.10 as a number and cannot read a sentence with an accent. Whether an option is a number or a text depends on its
+default value, so both readings are kept until the default is known (values.py).
 """
 
 from __future__ import annotations

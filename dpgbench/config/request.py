@@ -1,12 +1,13 @@
-"""From the words on the command line to cells: Hydra composes one configuration, this file owns the grid and the rules.
+"""From the words on the command line to cells: compose.py builds the configuration, this file the grid; validate.py has the rules.
 
-A command line is `key=value[,value...]` in Hydra's grammar (arguments.py). Four kinds of keys:
+A command line is `key=value[,value...]` in Hydra's grammar (overrides.py). Four kinds of keys:
 - `task`, `method`, `scale`, `launcher` choose YAML files (`task=all`, `method=all`: every one there is), `suite` a stored grid;
 - `seed` and dotted keys (`policy.lr`, `method.n`, `task.lang`) set values, several values make a sweep;
 - a bare key (`steps=2`, `n=4,16`, `lang=es`) is short for the only dotted key that ends in it;
 - `model.generator` and `model.target`, and what begins with them, are the scale's.
 In a sweep a key that a method or task does not have leaves its cells alone; a key that no cell has is an error.
-An option whose default is a word takes what was typed, whatever it looks like; any other, what the grammar reads, of its default's kind.
+If the default of an option is text, the value is taken exactly as typed. Otherwise the value is what Hydra's grammar reads, and it must
+have the type of the default (values.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which option a word of the command line means, and its value, of the kind that the option's default is of."""
+"""Find the option that a word of the command line sets, and convert the value to the type of that option's default."""
 
 from __future__ import annotations
 

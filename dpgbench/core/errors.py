@@ -1,4 +1,4 @@
-"""The two ways a user hears "no": an error they can mend, and a combination that makes no sense."""
+"""Exceptions of the harness (bad input by the user; a cell that is busy, lost, interrupted or failed) and "did you mean" suggestions."""
 
 from __future__ import annotations
 

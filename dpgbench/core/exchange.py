@@ -1,4 +1,4 @@
-"""What methods and the harness hand each other: prompts, a view of the task, an answer."""
+"""The types that methods and the harness pass to each other: Prompt, TaskView, TaskInfo and Snapshot."""
 
 from __future__ import annotations
 

@@ -1,3 +1,3 @@
-"""What a label of a training example says beside a token."""
+"""The special label value for tokens that are not trained on."""
 
 IGNORED_LABEL = -100  # the transformers convention: nothing is learned here, and nothing counts

@@ -10,7 +10,7 @@ H the Hessian of the weighted mean loss. The ways differ in what they keep and w
               (1/B) sum_i w_i <lambda, grad l_i> is H lambda, 5F more: reverse over forward. 8F, without the second part 3F.
 
 PyTorch's forward rule of layer_norm treats the saved mean and rstd as constants: right on its own, silently wrong when it is
-differentiated again. `engine.layer_norm` has a rule of its own, and `forward_mode_fault` compares the third way with the second on every
+differentiated again. `metagrad.layer_norm` has a rule of its own, and `forward_mode_fault` compares the third way with the second on every
 model before it is used.
 
 Shape suffixes: B examples in a batch.
@@ -188,7 +188,7 @@ def _over_pieces(pulled: Iterable[tuple[Tensor, Cotangents]]) -> tuple[Tensor, C
 
 
 class DualRules(TorchFunctionMode):
-    """Inside, operations on dual tensors go by the rules of `engine.duals` where it has one."""
+    """Inside, operations on dual tensors go by the rules of `metagrad.duals` where it has one."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         rule = _layer_norm if function in (F.layer_norm, torch.layer_norm) else RULES.get(function, function)

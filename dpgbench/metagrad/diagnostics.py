@@ -4,10 +4,11 @@
     rounding          rewards in the model's own precision against float64; bfloat16 against float32 where it is asked for
     datamodelling     what the rewards are for: do they rank the outcomes of training on random halves of the data? (LDS, MAGIC)
     metasmoothness    is the learning algorithm smooth enough for its derivative to say something about finite changes? (arXiv 2503.13751)
-    saturation        how much of AdamW's first step is a sign, deaf to the weights (`eps_root` far below the squared gradients)
+    saturation        share of AdamW's first step that is only a sign, so it does not depend on the example weights (`eps_root` is far
+                      below the squared gradients)
     cost              seconds relative to training alone
 
-`measure` works on any fine-tuning run; `measure_cell` builds one from a cell's settings: the generator's own completions.
+`measure` works on any fine-tuning run; `run.check_metagrad.measure_cell` builds one from a cell: its generator's own completions.
 Shape suffixes: D directions, N examples in total.
 """
 

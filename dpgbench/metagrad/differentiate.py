@@ -4,7 +4,7 @@
 
 Three moves, each a function below: train forwards and record every step (`_Run.segment`); start from dPhi/dphi_T
 (`signal_gradients`); walk the steps backwards (`_Run.reverse`). A step's reverse is two pull-backs: through the optimizer in closed
-form, which gives lambda = dPhi/dgradient, and through the gradient of the loss, in one of the three ways of `engine.derivatives`.
+form, which gives lambda = dPhi/dgradient, and through the gradient of the loss, in one of the three ways of `metagrad.derivatives`.
 The newest steps keep their tapes while the memory budget lasts, the others are recomputed, and what is structurally zero is skipped.
 
 Shape suffixes: B examples in a batch, N examples in total.
@@ -51,7 +51,7 @@ MODES = ("auto", "tape", "reverse", "forward")
 class Metagradients:
     """rewards (N,): dPhi/dw_i in the order of the concatenated batches; value: Phi(phi_T); params: phi_T by name.
 
-    modes: how each step was differentiated, "tape", "reverse" or "forward" (see `engine.derivatives`); tape_bytes: what the
+    modes: how each step was differentiated, "tape", "reverse" or "forward" (see `metagrad.derivatives`); tape_bytes: what the
     heaviest tape that was recorded weighs, None if none was; held_bytes: the most that tapes and states held at a time."""
 
     rewards: Tensor

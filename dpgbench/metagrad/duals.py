@@ -1,8 +1,8 @@
 """Forward mode for the operations that fill a transformer's time: value and tangent at once, and the gradient of both written by hand.
 
-The gradient of a forward-mode product is what reverse over forward is made of. PyTorch composes it of one elementwise operation after
-another and adds up matrix products afterwards; here products are accumulated where they are needed, and the rest is done in fused
-kernels. `RULES` says which function has which rule; a rule falls back on PyTorch's own where it does not apply (no tangent, autocast,
+Reverse over forward needs the gradient of a forward-mode product. PyTorch computes that gradient as a sequence of elementwise operations
+and adds the matrix products afterwards; here the products are accumulated directly into the result and the rest is done in fused kernels.
+`RULES` says which function has which rule; a rule falls back on PyTorch's own where it does not apply (no tangent, autocast,
 other shapes). Each result can be differentiated once more in reverse, which is all that is needed, and not twice.
 
 Names: of a function y of x, x_dot and y_dot are tangents; g and g_dot the cotangents of y and y_dot, to_x and to_x_dot those of x and

@@ -1,11 +1,12 @@
 """layer_norm with the gradient of its derivative written by hand: on a tape, and in forward mode.
 
 y = n weight + bias with n = (x - mean) r, r = rsqrt(variance + eps). With <,> the mean over a row, the derivative of n is the symmetric
-map J: v -> r (v - <v> - n <n, v>), so y_dot = J(x_dot) weight + n weight_dot + bias_dot. The second derivative on a tape is the same
-thing seen from the other side: what backward returns, paired with cotangents (u, u_weight, u_bias), is the cotangent g paired with the
-y_dot along them. PyTorch composes that one of thirty operations; and its forward rule takes mean and r for constants.
+map J: v -> r (v - <v> - n <n, v>), so y_dot = J(x_dot) weight + n weight_dot + bias_dot. The second derivative on a tape uses the same
+formula: the inner product of what backward returns with directions (u, u_weight, u_bias) equals the inner product of g (the cotangent of y)
+with the y_dot along these directions. PyTorch builds that second derivative from thirty operations, and its forward-mode rule treats mean
+and r as constants.
 
-Names as in `engine.duals`. Shape suffixes: N rows, D columns.
+Names as in `metagrad.duals`. Shape suffixes: N rows, D columns.
 """
 
 from __future__ import annotations

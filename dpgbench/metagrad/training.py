@@ -1,7 +1,7 @@
 """The training of the target model: the loop that plain training and metagradients share, and what one step on one text does.
 
-Everything is a pure function of a dictionary of parameters. The parts live in `dpgbench.metagrad` and can be imported from here:
-the optimizers (SGD, AdamW), the loss (per_example_loss) and `loaded`, which puts parameters into a model for a while.
+Everything is a pure function of a dictionary of parameters. Users import training, the optimizers (SGD, AdamW), the loss
+(per_example_loss) and `loaded`, which puts parameters into a model for a while, from `dpgbench.training`.
 
 Shape suffixes: B examples in a batch, N examples in total, L tokens (fixed length).
 Cost unit: F = one forward pass over the batch; a backward pass is 2F, so a training step is 3F.

@@ -1,6 +1,6 @@
 """Plug-ins: one Python file in `methods/` or `tasks/` plus at least one YAML in `configs/` of the same kind.
 
-Files are read as text first (`plugin_source`), so that listing, version numbers and most slips cost milliseconds and import nothing. A
+Files are read as text first (`source`), so that listing, version numbers and most slips cost milliseconds and import nothing. A
 module is imported by path, under `dpgbench_plugins.<kind>s.<file>`, only when its class is needed.
 """
 

@@ -55,7 +55,7 @@ def read_contents(frame: pd.DataFrame, suite: str) -> Contents:
 def build(frame: pd.DataFrame, folder: str | Path, *, suite: str, command: str, title: str | None = None) -> Path:
     """Write `index.html`, `tables/*.md|tex` and `figures/*.png|svg` into `folder` and return the path of `index.html`.
 
-    `frame` holds one row per (cell, snapshot) and one row per cell without a result (columns: report/frame.py); `command` is
+    `frame` holds one row per (cell, snapshot) and one row per cell without a result (columns: report/results.py); `command` is
     what regenerates the page and is only shown. The same frame, in any row order, gives the same bytes. Holes (failed cells,
     NaN scores, zero FLOPs, one seed) become notes on the page. ValueError if a non-empty frame lacks a column the report cannot
     do without. Files of an earlier build that this one does not write again are left alone.

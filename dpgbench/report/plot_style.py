@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from dpgbench.report.results import Style
 
-INK, FAINT = "#24292f", "#d0d7de"  # page.py swaps exactly these two for the dark mode's, so nothing else may use them
+INK, FAINT = "#24292f", "#d0d7de"  # html.py swaps exactly these two for the dark mode's, so nothing else may use them
 FLOPS_AXIS = "compute charged to the method (FLOPs, log scale)"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 WIDTH = 6.4  # inches: two stand side by side on the page, so text must survive being shown at half the page's width

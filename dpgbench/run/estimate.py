@@ -1,8 +1,9 @@
-"""What a cell will cost, before it runs and without torch: FLOPs by the formulas of `compute`, memory by the largest things that must fit.
+"""What a cell will cost, before it runs and without torch: FLOPs by the formulas of `flops`, memory by the largest things that must fit.
 
-Both from configuration files alone, and both as if every completion were as long as it may be: nearer to an upper bound than to a guess.
-What a method does with them only the method knows, `Method.target_passes` or `Method.planned_flops`; what Phi takes, only the task, and it
-is left out. Seconds on this machine are FLOPs at the rate of matrix products as wide as the generator, timed then (`flops_a_second`).
+Both are computed from configuration files alone, as if every completion had its full length, so they are closer to an upper bound than to
+an average. How often a method uses the models is known only to the method (`Method.target_passes` or `Method.planned_flops`). The cost of
+Phi is known only to the task and is left out. The time on this machine is the FLOPs divided by the speed of matrix products as wide as the
+generator, measured on the spot (`flops_a_second`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Slower questions to a plug-in than `contract` asks in every cell: `check plugin` and the tests put them to ours and to a user's alike.
+"""Checks of a plug-in that are slower than those of `contract`; `check plugin` and the tests run them on our plug-ins and on a user's.
 
 A task: does the gradient of its signal agree with finite differences, is it the same number every time, does following it improve what
 people read? A method: does it run, and is what it spends accounted for? Each check returns what it found in a few words, or raises Broken.

@@ -1,4 +1,4 @@
-"""Claims that rest on more than one comparison, the seed still the unit: one of many, better over several tasks, better than every rival.
+"""P-values for claims from several comparisons, the seed as the unit: one of many, better over several tasks, better than every rival.
 
 One of many: Holm's adjustment over a family of comparisons.
 

@@ -1,4 +1,4 @@
-"""Statistics over few seeds: the seed is the unit, n is always carried along, nothing is averaged silently over holes.
+"""Statistics over few seeds: the seed is the unit, every result carries its n, and missing values are never averaged away silently.
 
 Student's t and an exact permutation test, because at 3 to 8 seeds percentile bootstraps cover 75-88% instead of 95%
 (the coverage of the interval used here is simulated in tests/test_over_seeds.py).

@@ -2,8 +2,8 @@
 
 A checkpoint is one file, `checkpoint.<step>.safetensors`: the tensors of whoever trains (weights, optimizer moments, random streams)
 and, in the header, as JSON, everything else (meter, scored snapshots, sizes of the growing files). It is written under another name,
-flushed and renamed; the newest two are kept, and the newest that is whole is used: its checksum, its cell, the code that
-wrote it and the growing files it goes back to must all fit, or the one before is tried.
+flushed and renamed; the newest two are kept. A run continues from the newest checkpoint whose checksum, cell and code version match and for
+which the append-only files (metrics.jsonl and the like) are at least as long as it recorded; otherwise the older one is tried.
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@ touched every few seconds, its heartbeat. Taking a cell is creating `lock.<n+1>`
 too (`flock` holds between hosts only on some file systems). Numbers are never used twice, so a slow process that read an old state
 creates nothing that counts. Letting go is renaming to `lock.<n>.free`, which needs no disk space.
 
-An owner is dead when its process is gone (told by pid and start time where the reader is on the same machine, boot and pid
-namespace), when its SLURM job has been started again by the reader, or else when its heart has not beaten for STALE_SECONDS. Whoever
-is taken for dead and wakes up again finds a higher number than its own before it writes the next line, and stops (`Lock.check`).
+An owner counts as dead in three cases: its process no longer exists (tested by pid and start time, if the reader is on the same machine,
+boot and pid namespace); the reader is a later start of the owner's own SLURM job; or, where the process cannot be tested, its last
+heartbeat is more than STALE_SECONDS old. An owner that was wrongly counted as dead and continues finds a lock number higher than its own
+before it writes the next line, and stops (`Lock.check`).
 """
 
 from __future__ import annotations

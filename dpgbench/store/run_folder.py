@@ -6,12 +6,16 @@ results/runs/<task>.<method>.s<seed>.<hash>/
     metrics.jsonl   one line per step and per snapshot, append-only, the same in every run of the cell (no clock in it)
     timings.jsonl   wall-clock seconds of the same lines
     rollouts.jsonl  every step's texts, raw rewards and advantages, for methods that train a policy
+    deployment.jsonl        the texts of the last scored snapshot, with their prompts
+    generator.safetensors   the weights that wrote them, where the method trained its generator and scale.keep_generator is true
+    tracking/       files of TensorBoard and the like, where policy.report_to names one
     result.json     the outcome; written last, by rename: it marks the cell done
     picture.png     what the task drew, if it draws
     error.txt       why the cell failed, if it did
+    job.json        the SLURM job that was given the cell
     log.txt         what a worker process wrote to its standard output and error
     lock.<n>        who works on the cell (lock.py); lock.<n>.free: who did
-    checkpoint.<step>.safetensors   where an interrupted cell goes on from (checkpoint.py)
+    checkpoint.<step>.safetensors   where an interrupted cell goes on from (checkpoints.py)
 """
 
 from __future__ import annotations

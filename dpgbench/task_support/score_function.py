@@ -30,9 +30,10 @@ hold them fixed, and let r_j = p_phi(y_j) / p_phi0(y_j):
 
 A score that is only defined for long texts (MTLD) takes `group` = m texts read one after the other as one draw: s(y_1 .. y_m), with
 log p the sum of the m. The same derivation over p^m; N is then the number of groups, and r_j - 1 the sum over the m (its first order: one
-text of a group is phi's, the others phi_0's). To a text, the scores of the m - 1 others of its group are noise, so the same texts are
-dealt into groups `regroupings` times: each dealing is unbiased, hence their mean is, and what stays of a text is near its own part in the
-score (a U-statistic; Hoeffding 1948, doi:10.1214/aoms/1177730196). It costs scores, not passes.
+text of a group is phi's, the others phi_0's). For one text, the scores of the m - 1 other texts of its group are noise. The same texts are
+therefore divided into random groups `regroupings` times. Each division gives an unbiased estimate, so their mean is unbiased too, and what
+is left for each text is close to its own contribution to the score (a U-statistic; Hoeffding 1948, doi:10.1214/aoms/1177730196). This needs
+more score computations but no more passes of the model.
 
 Costs: a signal is one forward pass over the N texts, its gradient two more. Imports no torch at the top: plug-ins build a `Surrogate` in
 their `__init__`.

@@ -180,7 +180,7 @@ def _check_room(files: ModelFiles, needed: int, said: str) -> None:
 
 
 def _check_prompts(files: ModelFiles, scale: Scale) -> None:
-    """`data.check_room`, and a user's own file is read; torch is loaded, by the tokenizer, only if some prompt may be too long."""
+    """`world.check_room`, and a user's own file is read; torch is loaded, by the tokenizer, only if some prompt may be too long."""
     from dpgbench.worlds import world
     from dpgbench.worlds.prompts import Room
     from dpgbench.worlds.user_corpora import no_limit

@@ -1,7 +1,8 @@
 """A scale's two models: the generator that writes, the target that is trained on what it writes.
 
-What a checkpoint says of training and sampling is its authors' and not this benchmark's: both models are loaded without dropout, with
-every token that ends a text, with no sampling habits, and with tokenizers that pad and end texts alike (`_load`).
+A downloaded model's own training and sampling settings are replaced, so that they do not influence the benchmark: both models are loaded
+without dropout, with every token that ends a text known, with plain sampling (temperature 1, no filters), and with tokenizers that pad and
+end texts in the same way (`_load`).
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def _sample_plainly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _leave_texts_open(tokenizer: PreTrainedTokenizerBase, said: str) -> None:
-    """Keep a tokenizer from putting its end after every text: prompts are to be continued, and examples get their end from `data.encode`.
+    """Keep a tokenizer from putting its end after every text: prompts are to be continued, and examples get their end from `world.encode`.
 
     Raises UserError for one that cannot be kept from it.
     """

@@ -1,7 +1,7 @@
 """A user's own texts: a file is read here, with an error that names the line, and its content is part of what a cell is.
 
-A `.txt` file holds one text a line, a `.jsonl` file one object a line with its text under "text". Blank lines and texts are ignored.
-Passages for prompts may also be a `.parquet` file, and be under another name.
+A `.txt` file has one text per line; a `.jsonl` file has one object per line with the text in the field "text". Blank lines and empty texts
+are ignored. Passages for prompts may also come from a `.parquet` file, and may be in a field with another name (`scale.corpus_column`).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ A prompt may end in an instruction ("Write in German.", "Answer politely."), whi
 Words are separated by single spaces, "." closes a sentence, and a contraction ("l'enfant", "aujourd'hui") is one word. German nouns
 are capitalised; the first word of a sentence is not, so that a word is spelled the same wherever it stands.
 
-After an edit, run `python -m dpgbench.phrasebook.pretrain`: the vocabulary, and with it the weights, depend on every word.
+After an edit, run `python -m dpgbench.worlds.phrasebook.pretrain`: the vocabulary, and with it the weights, depend on every word.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rebuild the weights of the phrasebook world: `python -m dpgbench.phrasebook.pretrain [--out DIR]`.
+"""Rebuild the weights of the phrasebook world: `python -m dpgbench.worlds.phrasebook.pretrain [--out DIR]`.
 
 Two small GPT-2s, trained from scratch on ideas of the train split only:
 
@@ -314,7 +314,7 @@ def meets(text: str, kind: str) -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train and save both models, then write a one-line summary of the generator."""
-    parser = argparse.ArgumentParser(prog="python -m dpgbench.phrasebook.pretrain", description="Rebuild the weights of scale=tiny.")
+    parser = argparse.ArgumentParser(prog="python -m dpgbench.worlds.phrasebook.pretrain", description="Rebuild the weights of scale=tiny.")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder to write generator/ and target/ to (default: the package's)")
     parser.add_argument("--steps", type=int, default=None, help="optimizer steps for each model (default: the recipe's)")
     options = parser.parse_args(arguments)
