@@ -118,6 +118,7 @@ def test_the_policy_learns_what_is_rewarded_with_adapters(bench):
     assert sum(counts[-5:]) > 1.5 * sum(counts[:5])
 
 
+@pytest.mark.slow
 def test_checkpointed_activations_change_no_number_of_adapters(bench):
     """As without: the gradient reaches the first layer's adapters through inputs that need none."""
     norms = []
@@ -146,7 +147,11 @@ def test_a_policy_beside_the_generator_leaves_it_alone(bench):
 
 
 @pytest.mark.parametrize(
-    "words", [["method=dpg", "averaging=0.9"], ["method=active_inheritance_rounds", "n=2", "rounds=2", "round_prompts=8"]]
+    "words",
+    [
+        pytest.param(["method=dpg", "averaging=0.9"], marks=pytest.mark.slow),
+        ["method=active_inheritance_rounds", "n=2", "rounds=2", "round_prompts=8"],
+    ],
 )
 def test_the_export_is_merged_and_the_adapter_is_beside_it(words, tmp_path):
     """The run keeps A and B alone. transformers without peft loads the generator and gives the logits that the adapted one gives;

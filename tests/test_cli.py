@@ -216,6 +216,7 @@ def test_a_users_plugins_are_swept_and_reported(dpgbench, plugins, tmp_path):
     assert "broken" in dpgbench("run", "method=broken", f"plugins={plugins}").err
 
 
+@pytest.mark.slow
 def test_a_run_alone_equals_the_cell_in_a_sweep(dpgbench, finished, tmp_path):
     """Byte for byte, given as words or as its spec, whatever ran before it; and the second time there is nothing left to do."""
     (cell,) = (finished / "runs").glob("language_de.dpg.s1.*")

@@ -165,6 +165,7 @@ def test_options_are_read_only_views():
         options.speed  # noqa: B018
 
 
+@pytest.mark.slow
 def test_every_choice_of_files_is_what_hydra_composes():
     """Files are composed one by one and merged, because choices multiply and files do not: the outcome is Hydra's own."""
     from hydra import compose, initialize_config_dir

@@ -53,6 +53,7 @@ def test_killed_workers_cost_time_and_nothing_else(tmp_path):
     assert chaos.problems(words, tmp_path / "disturbed", tmp_path / "quiet") == []
 
 
+@pytest.mark.slow
 def test_two_workers_run_the_cells_of_a_sweep(dpgbench, tmp_path):
     """With their progress told by the process that started them."""
     done = dpgbench("sweep", *LIGHT, "seed=0,1", "launcher=local", "launcher.workers=2", f"results={tmp_path}")

@@ -360,6 +360,7 @@ def test_target_has_something_to_learn(language: str) -> None:
 # --- Pretraining -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_pretraining_is_deterministic(name: str) -> None:
     """Two short runs give the same bits, whatever the global random state and thread count were, and leave both alone."""

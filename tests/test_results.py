@@ -20,9 +20,8 @@ def contents_of(parquet):
     return read_contents(frame, about["suite"])
 
 
-@pytest.mark.parametrize(
-    "parquet", [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem != "tiny")) for path in COMMITTED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("parquet", COMMITTED, ids=lambda path: path.stem)
 def test_the_parquet_alone_rebuilds_every_committed_table(parquet):
     tables = parquet.parent / parquet.stem / "tables"
     stored = {path.name: path.read_bytes() for path in tables.iterdir()}

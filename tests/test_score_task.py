@@ -93,7 +93,7 @@ def test_toxicity_is_a_probability_and_lower_is_better(tasks):
 @pytest.mark.parametrize(
     ("name", "goal"),
     [
-        ("toxicity", "up"),
+        pytest.param("toxicity", "up", marks=pytest.mark.slow),
         pytest.param("length", "down", marks=pytest.mark.slow),
         pytest.param("lexical_diversity", "down", marks=pytest.mark.slow),
     ],

@@ -74,7 +74,10 @@ def run_small(method: str, tasks: list[str]) -> None:
             assert plugin_check.runs(cell.spec, own_plugins())
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK = {"dpg", "base", "oracle", "prompt_only", "active_inheritance"}  # one that trains a policy, and those that train none
+
+
+@pytest.mark.parametrize("method", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in METHODS])
 def test_every_method_runs(method):
     """On the tasks that `check plugin` gives it: a method knows of a task whether it has a score, and little else."""
     run_small(method, plugin_check.partners(REGISTRY, "method", method))
