@@ -82,9 +82,9 @@ def _written_ends(tokenizer: PreTrainedTokenizerBase, bodies: Sequence[list[int]
     for row, (body, text) in enumerate(zip(bodies, texts, strict=True)):
         if again is not None and again["input_ids"][row] == body:
             spans = again["offset_mapping"][row]
-            starts = [start for start, _ in spans[1:]] + [len(text)]
+            starts = [*(start for start, _ in spans), len(text)]
             # Tokens that share a character (bytes of it) have the same span: it is settled with the last of them.
-            settled = [end if following >= end else start for (start, end), following in zip(spans, starts, strict=True)]
+            settled = [end if following >= end else start for (start, end), following in zip(spans, starts[1:], strict=True)]
         else:
             spelled = tokenizer.batch_decode([body[: count + 1] for count in range(len(body))], skip_special_tokens=True)
             settled = [_shared(said, text) for said in spelled]
