@@ -63,7 +63,8 @@ def test_known_models_have_their_published_sizes():
 @pytest.mark.parametrize(
     "words",
     [
-        ["method=dpg"], ["method=dpg", "rank=4"], ["method=dpg", "inner_steps=4"], ["method=naive"], ["method=langid"], ["method=base"],
+        ["method=dpg"], ["method=dpg", "rank=4"], ["method=dpg", "inner_steps=4"], ["method=dpg_token"], ["method=naive"],
+        ["method=langid"], ["method=base"],
         ["method=oracle"], ["method=prompt_only", "search=3", "search_texts=16"], ["method=active_inheritance", "n=3"],
         ["method=active_inheritance_rounds", "n=2", "rounds=3", "round_prompts=32"], ["method=optimsyn"], ["method=influence"],
     ],
