@@ -164,7 +164,7 @@ def critic_features(places: int, code: int) -> int:
 
 
 def critic_flops(tokens: int, features: int) -> float:
-    """Of one step on R tokens with D features: products 2RD^2 and targets 2RD, two solves of 2/3 D^3, and predictions 2RD."""
+    """Of one step on R tokens with D features: products 2 R D^2, targets and predictions 2 R D each, and two solves of 2/3 D^3."""
     return 2.0 * tokens * features**2 + 4.0 * tokens * features + 2 * (2 / 3) * features**3
 
 

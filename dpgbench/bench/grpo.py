@@ -1,6 +1,7 @@
 """The policy-gradient loop on TRL's GRPOTrainer, shared by every method that trains its generator. The only file that imports trl.
 
-A method differs from the next in one function: rollouts in, one reward per completion out. The advantage of the DPG paper
+A method differs from the next in one function: rollouts in, one reward per completion out, or credit for each of its tokens
+(`token_credit`), for which TRL's loss takes advantages of shape (B, T). The advantage of the DPG paper
 (arXiv 2604.08423, section 3) is (reward - group mean) / group std. TRL adds 1e-4 to that divisor, which is far larger than a
 metagradient, so advantages are computed here and handed to TRL as rewards with `scale_rewards="none"`; TRL's own subtraction of the
 group mean then changes nothing, because every scaling here leaves groups with mean zero.
