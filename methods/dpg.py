@@ -8,27 +8,36 @@ the derivative of the metric through the whole training run with respect to that
 paper's ablations: `cross_group=false` makes G datasets, the k-th of the k-th completion of every prompt, and differentiates each one's
 own training; `inner_optimizer=sgd` differentiates through SGD, whatever trains the deployment target; T is training.inner_steps, the
 advantages' divisor policy.scale_advantages.
+Ours: `credit=token` pays each token, instead of tau_i, the sum of its own and the later tokens' shares of it, less `baseline`
+(docs/method.md, "Credit for single tokens"): the same direction with less variance, out of the same reverse pass.
 Cost per step (F = one forward pass of the target on the completions): 3F for the target's training, up to 2F + 9(1 - 1/T)F for the
-metagradients, sampling, and 3 forward passes' worth of policy update. It fails where the metagradients say nothing: a saturated
-optimizer (AdamW's first step with eps_root far below the squared gradients), or a policy that has lost its entropy.
+metagradients, sampling, 3 forward passes' worth of policy update, and what `baseline=critic` takes.
+It fails where a policy has lost its entropy, and where noise drowns the metagradients: a saturated optimizer (AdamW's first step with
+eps_root far below the squared gradients) leaves mostly variance where Phi adds up many weights, variance and bias where it reads few
+(`sixseven` at eps_root=1e-9: 95 times the variance; docs/method.md). Dividing by the group's std, the paper's choice, is a bias that more
+texts do not remove.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from dpgbench.api import Method, Options, Snapshot
 from dpgbench.core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from dpgbench.bench.prices import Prices
     from dpgbench.bench.workbench import Workbench
 
 OPTIMIZERS = ("adamw", "sgd")
+CREDITS = ("text", "token")
+BASELINES = ("group", "position", "critic")
 
 
 class DPG(Method):
     version = 4
+    defaults: ClassVar = {"credit": "text", "baseline": "group"}
 
     def __init__(self, options: Options):
         super().__init__(options)
@@ -41,21 +50,46 @@ class DPG(Method):
                 f"method.inner_lr={options.inner_lr}: a learning rate is positive; write method.inner_lr=0.1, or null for the target's own"
             )
 
+        for name, known in (("credit", CREDITS), ("baseline", BASELINES)):
+            if options[name] not in known:
+                raise UserError(f"method.{name}={options[name]}: no such {name}; {did_you_mean(options[name], known)}")
+        if options.credit == "text" and options.baseline != "group":
+            raise UserError(f"method.baseline={options.baseline}: a baseline of single tokens; write method.credit=token with it")
+
     def target_passes(self, steps: int) -> float:
         return 5 + 9 * (1 - 1 / steps)
+
+    def planned_flops(self, prices: Prices) -> float | None:
+        from dpgbench.bench.flops import critic_code, critic_features, critic_flops
+
+        texts, written = self.options.policy.completions, prices.written
+        rewards = self.target_passes(prices.spec.training.inner_steps) * prices.read(texts)
+        if self.options.baseline == "critic":
+            rewards += critic_flops(texts * written, critic_features(written, critic_code(prices.generator.width)))
+        steps = prices.policy(rewards)
+        return None if steps is None else steps + prices.deployment()
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         import torch
 
         from dpgbench.bench.grpo import Rollouts, train_policy
+        from dpgbench.bench.token_credit import in_generated_tokens
 
+        reduction, by_token = bench.spec.training.reduction, self.options.credit == "token"
+        if by_token and reduction != "length":
+            why = "with a divisor that later tokens change, no token's credit is its own and the later ones'"
+            raise UserError(f"method.credit=token with training.reduction={reduction}: {why}; write training.reduction=length")
         through = {"optimizer": self.options.inner_optimizer, "lr": self.options.inner_lr}
         datasets = 1 if self.options.cross_group else self.options.policy.group_size
 
         def metagradient_rewards(rollouts: Rollouts) -> torch.Tensor:
             dealt = [rollouts.completions[first::datasets] for first in range(datasets)]
-            outcomes = [bench.metagradients(texts, rollouts.step, k, **through) for k, texts in enumerate(dealt)]
+            outcomes = [bench.metagradients(texts, rollouts.step, k, per_token=by_token, **through) for k, texts in enumerate(dealt)]
             bench.note(phi=sum(outcome.value for outcome in outcomes) / datasets)
-            return torch.stack([outcome.rewards for outcome in outcomes], dim=1).flatten()
+            rewards = torch.stack([outcome.rewards for outcome in outcomes], dim=1).flatten(0, 1)
+            if not by_token:
+                return rewards
+            texts = rollouts.completions, rollouts.completion_ids
+            return in_generated_tokens(rewards, *texts, bench.generator, bench.world.target_tokenizer)
 
-        yield from train_policy(bench, metagradient_rewards)
+        yield from train_policy(bench, metagradient_rewards, baseline=self.options.baseline)

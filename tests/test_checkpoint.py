@@ -20,6 +20,7 @@ METHODS = {
     "dpg": ["method=dpg", "averaging=0.9", "lr_schedule=cosine", "entropy_bonus=0.1", "entropy_bonus_final=0.0"],
     "mini-batches": ["method=dpg", "minibatch=8", "policy.micro_batch=4", "inner_steps=2"],
     "adapters": ["method=dpg", "averaging=0.9", "policy.lora.rank=4"],
+    "token credit": ["method=dpg_token", "averaging=0.9"],
     "influence": ["method=influence", "estimator=adam"],
     "naive": ["method=naive"],
     "optimsyn": ["method=optimsyn", "texts=1"],
@@ -79,7 +80,7 @@ def slow(*values: object):
 @pytest.mark.parametrize(
     ("name", "step"),
     [
-        ("dpg", 1), slow("dpg", 4), slow("mini-batches", 2), slow("adapters", 2), slow("influence", 3),
+        ("dpg", 1), slow("dpg", 4), slow("mini-batches", 2), slow("adapters", 2), ("token credit", 2), slow("influence", 3),
         slow("naive", 2), slow("optimsyn", 2),
     ],
 )  # fmt: skip

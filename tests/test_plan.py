@@ -66,7 +66,7 @@ def test_known_models_have_their_published_sizes():
     + [
         pytest.param(words, marks=pytest.mark.slow)
         for words in (
-            ["method=dpg"], ["method=dpg", "rank=4"], ["method=naive"], ["method=langid"], ["method=oracle"], ["method=optimsyn"],
+            ["method=dpg"], ["method=dpg", "rank=4"], ["method=dpg_token"], ["method=naive"], ["method=langid"], ["method=oracle"], ["method=optimsyn"],
             ["method=active_inheritance_rounds", "n=2", "rounds=3", "round_prompts=32"], ["method=influence"],
             ["method=prompt_only", "search=3", "search_texts=16"],
         )

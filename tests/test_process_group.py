@@ -23,6 +23,7 @@ from dpgbench.worlds.models import load_generator
 DPG = ["task=language", "method=dpg", *SMALL[1:-1], "steps=3", "snapshots=3", "minibatch=8", "entropy_bonus=0.05", "averaging=0.5"]
 PARTS = ["policy.rollout_batch=4", "policy.micro_batch=4"]
 OPTIMSYN = ["task=language", "method=optimsyn", *SMALL[1:], "steps=1", "texts=1", *PARTS]
+TOKEN = ["task=l2_norm", "method=dpg_token", *SMALL[1:], "steps=2", "minibatch=8", *PARTS]
 LORA = ["task=language", "method=dpg", *SMALL[1:], "steps=2", "policy.lora.rank=4", *PARTS]
 
 
@@ -40,7 +41,7 @@ def torchrun(*words: object, timeout: float = 240, **variables: str) -> subproce
 def alone(tmp_path_factory):
     """The cells in one process."""
     results, folders = tmp_path_factory.mktemp("alone"), {}
-    for name, words in {"dpg": [*DPG, *PARTS], "optimsyn": OPTIMSYN, "lora": LORA}.items():
+    for name, words in {"dpg": [*DPG, *PARTS], "optimsyn": OPTIMSYN, "lora": LORA, "token": TOKEN}.items():
         assert run_cell(cell(*words), results) == "done"
         folders[name] = RunFolder.of(results, cell(*words))
     return folders
@@ -89,7 +90,7 @@ STOP_AND_GO_ON = """
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
-from test_process_group import DPG, LORA, OPTIMSYN, PARTS, cell
+from test_process_group import DPG, LORA, OPTIMSYN, PARTS, TOKEN, cell
 from dpgbench.bench import distributed
 from dpgbench.run.cell import run_cell
 
@@ -99,7 +100,7 @@ def stop(line):
 
 group, results = distributed.start(), Path(sys.argv[1])
 how = {"checkpoint_seconds": 1000, "group": group}
-for words in (OPTIMSYN, LORA):
+for words in (OPTIMSYN, LORA, TOKEN):
     assert run_cell(cell(*words), results, **how) == "done"
 assert run_cell(cell(*DPG, *PARTS), results, watch=stop, **how) == "interrupted"
 steps = []
@@ -111,12 +112,13 @@ assert state == "done" and (not group.first or [step for step in steps if step] 
 @pytest.mark.slow
 def test_two_processes_run_other_cells_and_go_on_from_checkpoints(alone, together, tmp_path):
     """OptimSyn, whose rewards sample and judge texts that every process computes for itself: charged once, equal numbers. The same with
-    low-rank adapters. And DPG, stopped by a signal that one process got, resumed by both: to the bit as if it had never been stopped."""
+    low-rank adapters, and with credit for single tokens. And DPG, stopped by a signal that one process got, resumed by both: to the bit as
+    if it had never been stopped."""
     script, results = tmp_path / "script.py", tmp_path / "results"
     script.write_text(STOP_AND_GO_ON)
     done = torchrun(script, results, ROOT, ROOT / "tests")
     assert done.returncode == 0, done.stderr[-3000:]
-    for name, words in {"optimsyn": OPTIMSYN, "lora": LORA}.items():
+    for name, words in {"optimsyn": OPTIMSYN, "lora": LORA, "token": TOKEN}.items():
         assert_equal_numbers(alone[name], RunFolder.of(results, cell(*words)))
     folder = RunFolder.of(results, together[0].spec)
     for name in ("rollouts.jsonl", "metrics.jsonl", "generator.safetensors"):

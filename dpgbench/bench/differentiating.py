@@ -50,10 +50,18 @@ class Differentiating:
         parts = order.chunk(steps)
         return [{name: tensor[part.to(tensor.device)] for name, tensor in encoded.items()} for part in parts], order
 
-    def metagradients(self, texts: Sequence[str], *names: object, optimizer: str | None = None, lr: float | None = None) -> Metagradients:
+    def metagradients(
+        self,
+        texts: Sequence[str],
+        *names: object,
+        optimizer: str | None = None,
+        lr: float | None = None,
+        per_token: bool = False,
+    ) -> Metagradients:
         """Train a fresh target on the texts and differentiate Phi through that run: one reward per text, in the texts' order.
 
-        `optimizer` ("sgd", "adamw") and `lr` stand in for the target's own.
+        `optimizer` ("sgd", "adamw") and `lr` stand in for the target's own. With `per_token` rewards are (N, L): column t is of token t of
+        a text as `World.encode` gives it, and a row sums to the text's; no other cost.
 
         Cost: 3TF for T batches' training, and for the reverse pass what the engine needs, between 0.3F (a metric of the head alone,
         T=1) and 2F + 9(T-1)F, counted rather than derived, because the engine skips what is structurally zero.
@@ -64,13 +72,14 @@ class Differentiating:
         batches, order = self.batches(texts, *names)
 
         def differentiate() -> Metagradients:
-            return metagradients(self.world.target, batches, self.task.signal, learner, **self.engine.for_metagradients())
+            options = self.engine.for_metagradients()
+            return metagradients(self.world.target, batches, self.task.signal, learner, per_token=per_token, **options)
 
         outcome = self.account.metagradients(batches, differentiate)
         rewards = torch.empty_like(outcome.rewards)
         rewards[order.to(rewards.device)] = outcome.rewards
         if not (math.isfinite(outcome.value) and bool(rewards.isfinite().all())):
-            bad = int((~rewards.isfinite()).sum())
+            bad = int((~rewards.isfinite()).view(len(texts), -1).any(1).sum())
             raise CellError(
                 f"metagradients: Phi is {outcome.value:g} and {bad} of {len(texts)} rewards are not finite; "
                 f"lower training.lr={training.lr} or raise training.eps_root={training.eps_root}"

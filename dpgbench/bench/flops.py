@@ -147,6 +147,27 @@ def sampling_flops(model: nn.Module, batch: int, prompt_length: int, new_tokens:
     return shape_of(model).sampling_flops(batch, prompt_length, new_tokens)
 
 
+# ---- a critic of single tokens (`token_credit.Baseline`)
+
+CODE = 64
+"""The most numbers that a critic knows a token by."""
+
+
+def critic_code(width: int) -> int:
+    """How many it knows one by, where the generator's embeddings are `width` wide."""
+    return min(CODE, width)
+
+
+def critic_features(places: int, code: int) -> int:
+    """D: a one-hot of so many places, three codes, and one number."""
+    return places + 3 * code + 1
+
+
+def critic_flops(tokens: int, features: int) -> float:
+    """Of one step on R tokens with D features: products 2 R D^2, targets and predictions 2 R D each, and two solves of 2/3 D^3."""
+    return 2.0 * tokens * features**2 + 4.0 * tokens * features + 2 * (2 / 3) * features**3
+
+
 def counted_flops(function: Callable[[], Result]) -> tuple[Result, float]:
     """What `function` returns, and its FLOPs by torch's own counter; for code whose products only it knows, such as a user's signal.
 

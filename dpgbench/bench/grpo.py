@@ -1,6 +1,7 @@
 """The policy-gradient loop on TRL's GRPOTrainer, shared by every method that trains its generator. The only file that imports trl.
 
-A method differs from the next in one function: rollouts in, one reward per completion out. The advantage of the DPG paper
+A method differs from the next in one function: rollouts in, one reward per completion out, or credit for each of its tokens
+(`token_credit`), for which TRL's loss takes advantages of shape (B, T). The advantage of the DPG paper
 (arXiv 2604.08423, section 3) is (reward - group mean) / group std. TRL adds 1e-4 to that divisor, which is far larger than a
 metagradient, so advantages are computed here and handed to TRL as rewards with `scale_rewards="none"`; TRL's own subtraction of the
 group mean then changes nothing, because every scaling here leaves groups with mean zero.
@@ -33,6 +34,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from dpgbench.bench import flops, tracking
 from dpgbench.bench.distributed import SINGLE_PROCESS, SingleProcess
+from dpgbench.bench.token_credit import Baseline, alive, returns_to_go, token_advantages
 from dpgbench.bench.training_state import numbers_of, restore_optimizer, restore_weights, tensors_of
 from dpgbench.bench.weight_average import WeightAverage
 from dpgbench.bench.workbench import Workbench
@@ -52,9 +54,12 @@ class Rollouts:
     step: int
     prompts: list[Prompt]
     completions: list[str]
+    completion_ids: list[list[int]]
+    """The generator's tokens, up to and with the end, or cut without one."""
 
 
-Reward = Callable[[Rollouts], Sequence[float]]
+Reward = Callable[[Rollouts], Sequence[float] | Tensor]
+"""One reward per completion, or credit for each of its tokens: (N, W), W the tokens of the longest, zero beyond a completion's own."""
 
 MOST_STEPS = 10_000  # where only a budget ends a run
 SCHEDULES = {  # of the learning rate: its factor after a share of the run
@@ -71,8 +76,12 @@ def train_policy(
     generator: Generator | None = None,
     instruction: str | None = None,
     sample: Callable[[Sequence[Prompt]], list[str]] | None = None,
+    baseline: str = "group",
 ) -> Iterator[Snapshot]:
     """GRPO with one batch-level reward call per step; yields the untrained generator (step 0) and then every step.
+
+    A `reward` that gives one number per completion has the group's mean subtracted (`advantages`). One that gives credit to single tokens
+    has each token paid its return-to-go less `baseline`, one of `token_credit.BASELINES`.
 
     A policy that writes the deployment texts itself needs no more than that. Any other one is `generator`, a copy of the bench's, trained
     on the same prompts with `instruction` after each; `sample` says how a snapshot writes texts, and is called with the averaged weights
@@ -88,8 +97,10 @@ def train_policy(
     generator = generator or bench.generator
     generator.adapt(adapters.settings(bench.options), bench.seed("lora"))
     average = WeightAverage(generator.model, policy.averaging)
+    expected = Baseline(baseline, generator, policy.group_size, bench.seed("baseline"))
     if saved is not None:
         restore_weights(generator.model, saved.tensors, average.mean)
+        expected.restore(saved.tensors)
 
     def snapshot(step: int) -> Snapshot:
         def write(prompts: Sequence[Prompt]) -> list[str]:
@@ -110,7 +121,7 @@ def train_policy(
         positions_from_the_mask(generator.model),
         tracking.into(bench.tracking or Path(scratch), trackers),
     ):
-        loop = _Loop(bench, reward, policy, generator)
+        loop = _Loop(bench, reward, policy, generator, expected)
         trainer = _Trainer(
             model=generator.model,
             processing_class=generator.tokenizer,
@@ -126,7 +137,7 @@ def train_policy(
             average.update(step)
             bench.checkpoint(
                 step,
-                lambda: tensors_of(generator.model, average.mean, trainer.optimizer),
+                lambda: tensors_of(generator.model, average.mean, trainer.optimizer) | expected.tensors(),
                 lambda: {**numbers_of(trainer.optimizer, trainer.lr_scheduler), "spending": [spending.spent, spending.dearest]},
             )
             yield snapshot(step)
@@ -167,10 +178,10 @@ def advantages(rewards: torch.Tensor, group_size: int, scaling: str) -> torch.Te
 class _Loop(TrainerCallback):
     """Stands between TRL and the bench: seeds each step, turns rewards into advantages, records, and hands steps out one by one."""
 
-    trainer: GRPOTrainer
+    trainer: _Trainer
 
-    def __init__(self, bench: Workbench, reward: Reward, policy: Policy, generator: Generator):
-        self.bench, self.reward, self.policy, self.generator = bench, reward, policy, generator
+    def __init__(self, bench: Workbench, reward: Reward, policy: Policy, generator: Generator, baseline: Baseline):
+        self.bench, self.reward, self.policy, self.generator, self.baseline = bench, reward, policy, generator, baseline
         self.updates_per_step = policy.completions // (policy.minibatch or policy.completions)
         self.step = bench.saved.step if bench.saved else 0
         self.line: dict = {}
@@ -199,19 +210,23 @@ class _Loop(TrainerCallback):
         group, texts = self.bench.group, self.generator.texts_of(completion_ids)
         mine = slice(group.rank * len(texts), (group.rank + 1) * len(texts))
         prompts, texts, completion_ids = zip(*group.gathered(list(zip(prompts, texts, completion_ids, strict=True))), strict=True)
-        prompts, texts = list(prompts), list(texts)
+        prompts, texts, completion_ids = list(prompts), list(texts), [list(ids) for ids in completion_ids]
         self._charge(prompts, completion_ids)
-        rewards = torch.as_tensor(self.reward(Rollouts(self.step, prompts, texts)), dtype=torch.float64).cpu()
+        rewards = torch.as_tensor(self.reward(Rollouts(self.step, prompts, texts, completion_ids)), dtype=torch.float64).cpu()
         rewards = group.broadcast(rewards)  # processes' sums may differ in the last bits
-        if rewards.shape != (len(texts),):
+        if rewards.shape not in ((len(texts),), (len(texts), max(map(len, completion_ids)))):
             raise CellError(
                 f"the reward function returned shape {tuple(rewards.shape)} for {len(texts)} completions; it must return one reward each"
             )
         if not rewards.isfinite().all():
-            raise CellError(
-                f"{int((~rewards.isfinite()).sum())} of {len(texts)} rewards are not finite; training on them would be training on noise"
-            )
-        result = advantages(rewards, self.policy.group_size, self.policy.scale_advantages)
+            bad = int((~rewards.isfinite()).view(len(texts), -1).any(1).sum())
+            raise CellError(f"{bad} of {len(texts)} rewards are not finite; training on them would be training on noise")
+        if rewards.dim() == 1:
+            result = advantages(rewards, self.policy.group_size, self.policy.scale_advantages)
+        else:
+            of_tokens = self._token_advantages(rewards, completion_ids)
+            self.trainer.token_advantages = of_tokens[mine]
+            rewards, result = rewards.sum(1), of_tokens.sum(1) / torch.tensor([len(ids) for ids in completion_ids])
         groups = rewards.view(-1, self.policy.group_size)
         self.line = {
             "reward_mean": float(rewards.mean()), "reward_std": float(rewards.std()),
@@ -226,6 +241,17 @@ class _Loop(TrainerCallback):
                 if isinstance(value, int | float):
                     log_metric(f"dpgbench/{name}", float(value))
         return result[mine].tolist()
+
+    def _token_advantages(self, credit_NW: Tensor, completion_ids: list[list[int]]) -> Tensor:
+        """(N, W), zero beyond a completion's own tokens. Noted: the share of the returns' variance that the baseline leaves."""
+        returns_NW, alive_NW = returns_to_go(credit_NW), alive(completion_ids, credit_NW.shape[1])
+        baseline_NW = self.bench.group.broadcast(self.baseline(returns_NW, completion_ids))
+        if self.baseline.flops:
+            self.bench.meter.charge("critic", self.baseline.flops)
+        spread = float(returns_NW[alive_NW].var(correction=0))
+        left = float((returns_NW - baseline_NW)[alive_NW].square().mean())
+        self.bench.note(unexplained=left / spread if spread else 0.0)
+        return token_advantages(returns_NW, baseline_NW, alive_NW, self.policy.group_size, self.policy.scale_advantages)
 
     def on_train_begin(self, args, state, control, **_: object) -> None:
         """Go on where a checkpoint was made: TRL's own resuming replays prompts from its second epoch on, and pickles."""
@@ -275,10 +301,20 @@ class _Trainer(GRPOTrainer):
     rollout_batch: int | None = None
     rollout_seed: int = 0
     group: SingleProcess = SINGLE_PROCESS
+    token_advantages: Tensor | None = None
+    """(B, W) of this process's completions, where the reward gave credit to single tokens: TRL multiplies each token's loss by its own."""
     _sampling = False
 
     def _tokenize_prompts(self, prompts):
         return self.generator.token_ids(prompts), None, {}
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self.token_advantages is not None:
+            width = output["completion_ids"].shape[1]  # TRL's own padding: of this process's completions alone
+            paid = self.token_advantages[:, :width]
+            output["advantages"] = torch.nn.functional.pad(paid, (0, width - paid.shape[1])).to(output["advantages"].device)
+        return output
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **more):
         if self.use_vllm:  # which batches by itself

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PHASES = ("generate", "training", "metagradient", "policy_update", "scoring", "deployment")
+OWN_PHASES = ("critic",)  # of some methods alone: in the totals of those that charge them
 
 
 @dataclass
@@ -22,12 +23,12 @@ class Meter:
 
     def charge(self, phase: str, flops: float, *, generated: int = 0, trained: int = 0) -> None:
         """Add FLOPs to a phase, and the tokens that were sampled or trained on."""
-        if phase not in PHASES:
-            raise ValueError(f"phase={phase!r}: not a phase of the budget; one of {', '.join(PHASES)}")
+        if phase not in PHASES + OWN_PHASES:
+            raise ValueError(f"phase={phase!r}: not a phase of the budget; one of {', '.join(PHASES + OWN_PHASES)}")
         if self._deployment is not None:
             phase = "deployment"
         meter = self._deployment or self
-        meter.flops[phase] += flops
+        meter.flops[phase] = meter.flops.get(phase, 0.0) + flops
         meter.tokens_generated += generated
         meter.tokens_trained += trained
 
@@ -46,7 +47,7 @@ class Meter:
 
     def __add__(self, other: Meter) -> Meter:
         return Meter(
-            {phase: self.flops[phase] + other.flops[phase] for phase in PHASES},
+            {phase: self.flops.get(phase, 0.0) + other.flops.get(phase, 0.0) for phase in {**self.flops, **other.flops}},
             self.tokens_generated + other.tokens_generated,
             self.tokens_trained + other.tokens_trained,
             self.seconds + other.seconds,

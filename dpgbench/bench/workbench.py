@@ -68,9 +68,11 @@ class Workbench:
         self.batches, self.dataset_value, self.ascend = target.batches, target.dataset_value, target.ascend
         self.one_step_utilities, self.influences = target.one_step_utilities, target.influences
 
-    def metagradients(self, texts: Sequence[str], *names: object, optimizer: str | None = None, lr: float | None = None) -> Metagradients:
+    def metagradients(
+        self, texts: Sequence[str], *names: object, optimizer: str | None = None, lr: float | None = None, per_token: bool = False
+    ) -> Metagradients:
         """`Differentiating.metagradients`, and Phi is noted."""
-        outcome = self._differentiating.metagradients(texts, *names, optimizer=optimizer, lr=lr)
+        outcome = self._differentiating.metagradients(texts, *names, optimizer=optimizer, lr=lr, per_token=per_token)
         self.note(phi=float(outcome.value))
         return outcome
 

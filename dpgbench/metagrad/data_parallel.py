@@ -21,7 +21,7 @@ class WholeBatch:
     def rows(self, count: int) -> slice:
         return slice(0, count)
 
-    def check_agreement(self, steps: Sequence[Batch], weights_N: Tensor, params: Params) -> None:
+    def check_agreement(self, steps: Sequence[Batch], weights: Tensor, params: Params) -> None:
         pass
 
     def summed(self, tensors: Cotangents, like: Params) -> Cotangents:
@@ -48,14 +48,14 @@ class ShardedBatch(WholeBatch):
         """This process's rows of a batch of `count`: contiguous, and of equal number up to one."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
-    def check_agreement(self, steps: Sequence[Batch], weights_N: Tensor, params: Params) -> None:
+    def check_agreement(self, steps: Sequence[Batch], weights: Tensor, params: Params) -> None:
         """Raises ValueError, in every process, where two were given different examples, weights or parameters."""
         what = {
             "batches": [tensor for step in steps for tensor in step],
-            "weights": [weights_N],
+            "weights": [weights],
             "parameters": [torch.stack([theta.double().sum() for theta in params.values()])],  # hashing a billion takes too long
         }
-        mine = torch.tensor([_hash(tensors) for tensors in what.values()], device=weights_N.device)
+        mine = torch.tensor([_hash(tensors) for tensors in what.values()], device=weights.device)
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         self.distributed.all_gather(everyone, mine)
         for index, name in enumerate(what):
@@ -76,15 +76,15 @@ class ShardedBatch(WholeBatch):
         return {name: part.view_as(theta).to(theta.dtype) for (name, theta), part in zip(like.items(), parts, strict=True)}
 
     def collected(self, rewards: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-        """All rewards, in the order of the concatenated batches, from every process's shares."""
+        """All rewards, (N,) or (N, L), in the order of the concatenated batches, from every process's shares."""
         pieces = []
-        for share_B, count in zip(rewards, counts, strict=True):
-            whole_B = share_B.new_zeros(count)
-            whole_B[self.rows(count)] = share_B
-            pieces.append(whole_B)
-        all_N = torch.cat(pieces)
-        self.distributed.all_reduce(all_N)
-        return all_N
+        for share, count in zip(rewards, counts, strict=True):
+            whole = share.new_zeros(count, *share.shape[1:])
+            whole[self.rows(count)] = share
+            pieces.append(whole)
+        everything = torch.cat(pieces)
+        self.distributed.all_reduce(everything)
+        return everything
 
 
 def _hash(tensors: Sequence[Tensor]) -> int:

@@ -13,7 +13,8 @@ PyTorch's forward rule of layer_norm treats the saved mean and rstd as constants
 differentiated again. `metagrad.layer_norm` has a rule of its own, and `forward_mode_fault` compares the third way with the second on every
 model before it is used.
 
-Shape suffixes: B examples in a batch.
+Shape suffixes: B examples in a batch, L tokens. Weights, losses, slopes and rewards have none: they are (B,) or, per token, (B, L), where
+w_i l_i above is sum_t w_{i,t} l_{i,t} and everything else stays as it is.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ from torch.overrides import TorchFunctionMode
 from dpgbench.metagrad.duals import RULES
 from dpgbench.metagrad.inputs import Batch, micro_batches
 from dpgbench.metagrad.layer_norm import layer_norm as _layer_norm
-from dpgbench.metagrad.loss import per_example_loss
+from dpgbench.metagrad.loss import per_example_loss, per_token_loss
 from dpgbench.metagrad.optimizers import Cotangents, Params, add_cotangents
 
 
 class Share(NamedTuple):
-    """This process's rows of one step's batch, their weights (B,), and `count`, the size of the whole batch that the mean divides by."""
+    """This process's rows of one step's batch, their weights, and `count`, the size of the whole batch that the mean divides by."""
 
     batch: Batch
-    weights_B: Tensor
+    weights: Tensor
     count: int
 
     def rows(self, rows: slice) -> Share:
-        return Share(Batch(self.batch.input_ids[rows], self.batch.labels[rows]), self.weights_B[rows], self.count)
+        return Share(Batch(self.batch.input_ids[rows], self.batch.labels[rows]), self.weights[rows], self.count)
 
 
 @dataclass(frozen=True)
@@ -56,47 +57,51 @@ class StepLoss:
     reduction: str = "length"
     precision: str = "full"
     activation_checkpointing: bool = False
+    per_token: bool = False
 
     def __call__(self, params: Params, batch: Batch) -> Tensor:
-        """(B,) losses."""
-        options = (self.reduction, self.precision, self.activation_checkpointing)
-        return per_example_loss(self.model, params, batch.input_ids, batch.labels, *options)
+        """(B,) losses, or their tokens' shares, (B, L)."""
+        options = (self.precision, self.activation_checkpointing)
+        if self.per_token:
+            return per_token_loss(self.model, params, batch.input_ids, batch.labels, *options)
+        return per_example_loss(self.model, params, batch.input_ids, batch.labels, self.reduction, *options)
 
     @property
     def kind(self) -> tuple:
         """What decides which operations run on this model, for checks that are made once."""
-        return getattr(getattr(self.model, "config", None), "_attn_implementation", None), self.precision, self.activation_checkpointing
+        attention = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
+        return attention, self.precision, self.activation_checkpointing, self.per_token
 
     def pieces(self, share: Share) -> list[Share]:
         """The share, a micro-batch at a time."""
-        return [share.rows(rows) for rows in micro_batches(len(share.weights_B), self.micro_batch)]
+        return [share.rows(rows) for rows in micro_batches(len(share.weights), self.micro_batch)]
 
 
 class Tape(NamedTuple):
-    """The gradient of a piece of a step with the graph that computed it: differentiable in `leaves` (parameters) and `weights_B`."""
+    """The gradient of a piece of a step with the graph that computed it: differentiable in `leaves` (parameters) and `weights`."""
 
     leaves: Params
-    weights_B: Tensor
+    weights: Tensor
     gradients: Params
 
     def pull(self, to_gradients: Params, second_order: bool) -> tuple[Tensor, Cotangents]:
-        """From lambda = dPhi/dgradient: (dPhi/dw (B,), H lambda by name). Uses the tape up.
+        """From lambda = dPhi/dgradient: (dPhi/dw, H lambda by name). Uses the tape up.
 
         `second_order=False` leaves H lambda out: autograd then skips the whole path to the parameters. Cost at most 6F, or 2F.
         Raises ValueError when an operation of the model has no second derivative."""
         pairs = [(self.gradients[name], cotangent) for name, cotangent in to_gradients.items() if self.gradients[name].requires_grad]
         if not pairs:  # the metric reads parameters that the loss does not touch
-            return torch.zeros_like(self.weights_B), {}
-        inputs = [self.weights_B, *(self.leaves.values() if second_order else ())]
+            return torch.zeros_like(self.weights), {}
+        inputs = [self.weights, *(self.leaves.values() if second_order else ())]
         gradients, cotangents = zip(*pairs, strict=True)
         try:
-            reward_B, *products = torch.autograd.grad(gradients, inputs, cotangents, allow_unused=True)
+            reward, *products = torch.autograd.grad(gradients, inputs, cotangents, allow_unused=True)
         except RuntimeError as error:
             reason = str(error).strip().split("\n")[0].rstrip(".")
             raise (_refusal(reason) if "not implemented" in reason else error) from error
-        if reward_B is None:
-            reward_B = torch.zeros_like(self.weights_B)
-        return reward_B, dict(zip(self.leaves, products, strict=second_order))
+        if reward is None:
+            reward = torch.zeros_like(self.weights)
+        return reward, dict(zip(self.leaves, products, strict=second_order))
 
 
 def _refusal(reason: str) -> ValueError:
@@ -130,28 +135,28 @@ def _check_second_derivative(loss: StepLoss, tape: Tape) -> None:
 def record(loss: StepLoss, params: Params, piece: Share, wanted: Iterable[str] | None = None) -> Tape:
     """The piece's share of the mean loss's gradient, to the parameters `wanted` (None: all), with its graph. Cost at most 3F."""
     leaves = {name: theta.detach().requires_grad_() for name, theta in params.items()}
-    leaf_B = piece.weights_B.detach().requires_grad_()
+    leaf = piece.weights.detach().requires_grad_()
     names = list(leaves if wanted is None else wanted)
     with torch.enable_grad():
-        mean = (leaf_B * loss(leaves, piece.batch)).sum() / piece.count
+        mean = (leaf * loss(leaves, piece.batch)).sum() / piece.count
         gradients = torch.autograd.grad(mean, [leaves[name] for name in names], create_graph=True, materialize_grads=True)
-    tape = Tape(leaves, leaf_B, dict(zip(names, gradients, strict=True)))
+    tape = Tape(leaves, leaf, dict(zip(names, gradients, strict=True)))
     _check_second_derivative(loss, tape)
     return tape
 
 
 def pull_tapes(tapes: list[Tape], direction: Params, second_order: bool) -> tuple[Tensor, Cotangents]:
-    """(rewards (B,), H lambda) from the kept tapes of a step's pieces, which are used up. Cost 6F, or 2F without H lambda."""
+    """(rewards, H lambda) from the kept tapes of a step's pieces, which are used up. Cost 6F, or 2F without H lambda."""
     return _over_pieces(tape.pull(direction, second_order) for tape in _consumed(tapes))
 
 
 def reverse_over_reverse(loss: StepLoss, params: Params, share: Share, direction: Params, second_order: bool) -> tuple[Tensor, Cotangents]:
-    """(rewards (B,), H lambda), recording each piece's tape and pulling it at once. Cost 9F, or 5F without H lambda."""
+    """(rewards, H lambda), recording each piece's tape and pulling it at once. Cost 9F, or 5F without H lambda."""
     return _over_pieces(record(loss, params, piece, direction).pull(direction, second_order) for piece in loss.pieces(share))
 
 
 def reverse_over_forward(loss: StepLoss, params: Params, share: Share, direction: Params, second_order: bool) -> tuple[Tensor, Cotangents]:
-    """(rewards (B,), H lambda) by a forward-mode product and its gradient. Cost 8F, or 3F without H lambda."""
+    """(rewards, H lambda) by a forward-mode product and its gradient. Cost 8F, or 3F without H lambda."""
     return _over_pieces(_forward_piece(loss, params, piece, direction, second_order) for piece in loss.pieces(share))
 
 
@@ -160,18 +165,18 @@ def _forward_piece(loss: StepLoss, params: Params, piece: Share, direction: Para
     with torch.set_grad_enabled(second_order):
         with forward_ad.dual_level(), DualRules():
             moving = {name: forward_ad.make_dual(leaves[name], tangent) for name, tangent in direction.items()}
-            slope_B = forward_ad.unpack_dual(loss({**leaves, **moving}, piece.batch)).tangent
+            slope = forward_ad.unpack_dual(loss({**leaves, **moving}, piece.batch)).tangent
         # Outside of the level: inside, the backward pass would carry tangents of its own.
-        if slope_B is None:  # the metric reads parameters that the loss does not touch
-            return torch.zeros_like(piece.weights_B), {}
-        slope_B = slope_B / piece.count
+        if slope is None:  # the metric reads parameters that the loss does not touch
+            return torch.zeros_like(piece.weights), {}
+        slope = slope / piece.count
         if not second_order:
-            return slope_B, {}
+            return slope, {}
         products = [None] * len(leaves)
-        total = (piece.weights_B * slope_B).sum()
+        total = (piece.weights * slope).sum()
         if total.requires_grad:
             products = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return slope_B.detach(), dict(zip(leaves, products, strict=True))
+    return slope.detach(), dict(zip(leaves, products, strict=True))
 
 
 def _consumed(tapes: list[Tape]):
@@ -181,8 +186,8 @@ def _consumed(tapes: list[Tape]):
 
 def _over_pieces(pulled: Iterable[tuple[Tensor, Cotangents]]) -> tuple[Tensor, Cotangents]:
     rewards, total = [], {}
-    for reward_B, products in pulled:
-        rewards.append(reward_B)
+    for reward, products in pulled:
+        rewards.append(reward)
         total = {name: add_cotangents(total.get(name), products.get(name)) for name in {**total, **products}}
     return torch.cat(rewards), total
 

@@ -7,7 +7,10 @@ Three moves, each a function below: train forwards and record every step (`_Run.
 form, which gives lambda = dPhi/dgradient, and through the gradient of the loss, in one of the three ways of `metagrad.derivatives`.
 The newest steps keep their tapes while the memory budget lasts, the others are recomputed, and what is structurally zero is skipped.
 
-Shape suffixes: B examples in a batch, N examples in total.
+With weights of single tokens, w_i l(x_i) is sum_t w_{i,t} l_{i,t}, l_{i,t} the share of the loss that the label at position t has, and the
+same reverse pass gives tau_{i,t} = dPhi / dw_{i,t}, whose sum over t is tau_i.
+
+Shape suffixes: B examples in a batch, N examples in total, L tokens. Weights and rewards have none: (N,) or, per token, (N, L).
 Cost unit: F = one forward pass over the batch; a training step is 3F.
 Sources: DPG = arXiv 2604.08423 (section on dataset policy gradients); REPLAY = arXiv 2503.13751 (replay from checkpoints).
 """
@@ -22,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpgbench.metagrad import derivatives
@@ -31,6 +35,7 @@ from dpgbench.metagrad.inputs import (
     Batch,
     check_attention,
     check_batches,
+    check_causal,
     check_model,
     check_precision,
     check_reduction,
@@ -49,7 +54,7 @@ MODES = ("auto", "tape", "reverse", "forward")
 
 @dataclass(frozen=True)
 class Metagradients:
-    """rewards (N,): dPhi/dw_i in the order of the concatenated batches; value: Phi(phi_T); params: phi_T by name.
+    """rewards (N,): dPhi/dw_i in the order of the concatenated batches, or (N, L): dPhi/dw_{i,t}; value: Phi(phi_T); params: phi_T by name.
 
     modes: how each step was differentiated, "tape", "reverse" or "forward" (see `metagrad.derivatives`); tape_bytes: what the
     heaviest tape that was recorded weighs, None if none was; held_bytes: the most that tapes and states held at a time."""
@@ -78,8 +83,16 @@ def metagradients(
     offload: str | None = None,
     activation_checkpointing: bool = False,
     data_parallel: bool = False,
+    per_token: bool = False,
 ) -> Metagradients:
     """dPhi/dw_i of every training example at the given weights (default ones), exact through all T steps.
+
+    With `per_token` dPhi/dw_{i,t} of every label: a step minimises (1/B) sum_i sum_t w_{i,t} l_{i,t}, where l_{i,t} is the cross-entropy of
+    the label at position t over L-1, and rewards are (N, L). Column t belongs to the label at position t of `labels`, the token predicted
+    from those before it; column 0 and ignored labels get 0. A row sums to what the text gets without `per_token`. weights: (N,) or
+    (N, L). Attention is causal, so l_{i,t} does not hang on what follows: Phi at the given weights less Phi with w_{i,s} = 0 for
+    all s >= t is what the text adds from token t on, and sum_{s >= t} w_{i,s} dPhi/dw_{i,s} is that to first order. Batches of different
+    lengths are filled up with zeros on the right. The cost is the same.
 
     model: a transformers causal LM, left unchanged; batches: T dicts of "input_ids" and "labels", (B, L) long, right padded,
     labels aligned with input_ids, -100 ignored; signal: module -> 0-d tensor, higher is better, called once on the module
@@ -96,22 +109,25 @@ def metagradients(
 
     Cost, beside training's 3FT: with its tape a step costs 6F, recomputed 8F (reverse over reverse: 9F), the first step at most 2F
     or 3F, less when the metric reads few parameters; 3F more per replayed step. A tape weighs two to three times a step's activations.
-    Raises ValueError on malformed input, on active dropout, on operations without a second derivative, when the signal is not a
-    finite scalar that depends on the parameters, and when processes disagree. Sources: DPG, arXiv 2604.08423; REPLAY, arXiv 2503.13751."""
+    Raises ValueError on malformed input, on active dropout, on operations without a second derivative, on `per_token` with
+    reduction="tokens", when the signal is not a finite scalar that depends on the parameters, and when processes disagree.
+    Sources: DPG, arXiv 2604.08423; REPLAY, arXiv 2503.13751."""
     check_model(model)
     check_attention(model)
     check_reduction(reduction)
+    if per_token:
+        check_causal(reduction)
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: it must be one of {', '.join(MODES)}; pass one of them")
     params = initial_parameters(model)
     check_precision(precision, params)
-    steps, weights_N = check_batches(batches, params, weights, micro_batch)
+    steps, weights = check_batches(batches, params, weights, micro_batch, per_token)
     length = segment_length(checkpoint, len(steps))
     budget = math.inf if mode == "tape" else budget_bytes(memory_budget, device_of(params))
     group = ShardedBatch() if data_parallel else WholeBatch()
-    group.check_agreement(steps, weights_N, params)
-    shares = [_share(group, batch, weights_B) for batch, weights_B in zip(steps, split_weights(weights_N, steps), strict=True)]
-    loss = StepLoss(model, micro_batch, reduction, precision, activation_checkpointing)
+    group.check_agreement(steps, weights, params)
+    shares = [_share(group, batch, of_step) for batch, of_step in zip(steps, split_weights(weights, steps), strict=True)]
+    loss = StepLoss(model, micro_batch, reduction, precision, activation_checkpointing, per_token)
 
     with Store(offload) as store:
         run = _Run(loss, optimizer, shares, group, store, mode, budget)
@@ -136,12 +152,15 @@ def metagradients(
                 records, _, _ = run.segment(start, start + length, *snapshot, reverse_follows=True)
                 del snapshot
             while records:
-                reward_B, to_params, to_state = run.reverse(records.pop(), to_params, to_state)
-                rewards.append(reward_B)
+                reward, to_params, to_state = run.reverse(records.pop(), to_params, to_state)
+                rewards.append(reward)
     modes = tuple(run.modes[step] for step in range(len(steps)))
     log.info("T=%d: %s; %.0f MB held at most", len(steps), _runs(modes), run.held_bytes / 1e6)
-    rewards_N = group.collected(rewards[::-1], [share.count for share in shares])
-    return Metagradients(rewards_N, value, params, modes, max(run.tape_sizes.values(), default=None), run.held_bytes)
+    if per_token:
+        length = weights.shape[1]
+        rewards = [F.pad(reward, (0, length - reward.shape[1])) for reward in rewards]
+    collected = group.collected(rewards[::-1], [share.count for share in shares])
+    return Metagradients(collected, value, params, modes, max(run.tape_sizes.values(), default=None), run.held_bytes)
 
 
 def segment_length(checkpoint: str | int, steps: int) -> int:
@@ -243,7 +262,7 @@ class _Run:
         return records, params, state
 
     def _tape_wanted(self, step: int) -> bool:
-        return self.mode in ("auto", "tape") and len(self.shares[step].weights_B) > 0  # a small batch leaves some process without a share
+        return self.mode in ("auto", "tape") and len(self.shares[step].weights) > 0  # a small batch leaves some process without a share
 
     def _predicted(self, step: int, stop: int) -> float:
         """Bytes of the tapes of steps step..stop-1, from those already weighed: an upper bound for other shapes, 0 if none is known."""
@@ -260,7 +279,7 @@ class _Run:
         """The step's tapes and their bytes, or (None, 0) when they would weigh more than `limit`."""
         share = self.shares[step]
         try:
-            with weighed(limit, (*params.values(), *share.batch, share.weights_B)) as scale:
+            with weighed(limit, (*params.values(), *share.batch, share.weights)) as scale:
                 tapes = [derivatives.record(self.loss, params, piece) for piece in self.loss.pieces(share)]
         except OverBudget:
             shape = tuple(share.batch.input_ids.shape)
@@ -272,27 +291,27 @@ class _Run:
     def _gradients(self, step: int, params: Params) -> Params:
         share, loss = self.shares[step], self.loss
         options = (loss.micro_batch, loss.reduction, loss.precision, loss.activation_checkpointing)
-        return mean_gradients(loss.model, params, share.batch, share.weights_B, *options, count=share.count)
+        return mean_gradients(loss.model, params, share.batch, share.weights, *options, count=share.count)
 
     # ---- backwards
 
     def reverse(self, record: Record, to_params: Cotangents, to_state: Any) -> tuple[Tensor, Cotangents, Any]:
-        """Pull the cotangents of (phi_{t+1}, state) back through step t: (dPhi/dw_t (B,), those of phi_t and of its state)."""
+        """Pull the cotangents of (phi_{t+1}, state) back through step t: (rewards, cotangents of phi_t and of its state)."""
         params, gradients, new_state = record.tensors()
         with torch.no_grad():
             to_gradients, to_params, to_state = self.optimizer.vjp(gradients, new_state, record.step, to_params, to_state)
         direction = {name: cotangent for name, cotangent in to_gradients.items() if cotangent is not None}
         second_order = record.step > 0  # phi_0 is given: nothing before it to pull back to
-        if len(self.shares[record.step].weights_B) == 0:  # no share of a small batch
-            self.modes[record.step], reward_B, products = "forward", self.shares[record.step].weights_B.clone(), {}
+        if len(self.shares[record.step].weights) == 0:  # no share of a small batch
+            self.modes[record.step], reward, products = "forward", self.shares[record.step].weights.clone(), {}
         elif record.tapes is not None:
             self.modes[record.step] = "tape"
-            reward_B, products = derivatives.pull_tapes(record.tapes, direction, second_order)
+            reward, products = derivatives.pull_tapes(record.tapes, direction, second_order)
         else:
-            reward_B, products = self._recompute(record.step, params, direction, second_order)
+            reward, products = self._recompute(record.step, params, direction, second_order)
         if second_order:
             products = self.group.summed(products, params)
-        return reward_B, {name: add_cotangents(to_params.get(name), products.get(name)) for name in params}, to_state
+        return reward, {name: add_cotangents(to_params.get(name), products.get(name)) for name in params}, to_state
 
     def _recompute(self, step: int, params: Params, direction: Params, second_order: bool) -> tuple[Tensor, Cotangents]:
         share = self.shares[step]
@@ -313,9 +332,9 @@ class _Run:
         return fault is not None
 
 
-def _share(group: WholeBatch, batch: Batch, weights_B: Tensor) -> Share:
-    rows = group.rows(len(weights_B))
-    return Share(Batch(batch.input_ids[rows], batch.labels[rows]), weights_B[rows], len(weights_B))
+def _share(group: WholeBatch, batch: Batch, weights: Tensor) -> Share:
+    rows = group.rows(len(weights))
+    return Share(Batch(batch.input_ids[rows], batch.labels[rows]), weights[rows], len(weights))
 
 
 def _detached_sum(tapes: Sequence[Tape]) -> Params:

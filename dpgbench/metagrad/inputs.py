@@ -1,6 +1,6 @@
 """What a caller may get wrong: every check of the engine's inputs, and the one line that says what to do about it.
 
-Shape suffixes: B examples in a batch, N examples in total, L tokens (fixed length).
+Shape suffixes: B examples in a batch, N examples in total, L tokens (fixed length). Weights have none: they are (N,) or, per token, (N, L).
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ def micro_batches(size: int, micro_batch: int | None) -> list[slice]:
     return [slice(start, min(start + width, size)) for start in range(0, size, width)]
 
 
-def split_weights(weights_N: Tensor, steps: Sequence[Batch]) -> tuple[Tensor, ...]:
-    """The weights of the concatenated batches, cut back into one (B,) piece per step."""
-    return weights_N.split([len(step.input_ids) for step in steps])
+def split_weights(weights: Tensor, steps: Sequence[Batch]) -> tuple[Tensor, ...]:
+    """The weights of the concatenated batches, cut back into one piece per step: (B,), or (B, L) with L the batch's own length."""
+    pieces = weights.split([len(step.input_ids) for step in steps])
+    if weights.dim() == 1:
+        return pieces
+    return tuple(piece[:, : step.input_ids.shape[1]] for piece, step in zip(pieces, steps, strict=True))
 
 
 def check_model(model: nn.Module) -> None:
@@ -73,9 +76,16 @@ def check_batch(batch: Mapping[str, Tensor], name: str, device: torch.device, ma
 
 
 def check_batches(
-    batches: Sequence[Mapping[str, Tensor]], params: Params, weights: Tensor | None, micro_batch: int | None
+    batches: Sequence[Mapping[str, Tensor]],
+    params: Params,
+    weights: Tensor | None,
+    micro_batch: int | None,
+    per_token: bool = False,
 ) -> tuple[list[Batch], Tensor]:
-    """The T batches on the parameters' device and the (N,) weights in the dtype of the loss. Raises ValueError."""
+    """The T batches on the parameters' device, and the weights in the dtype of the loss. Raises ValueError.
+
+    Weights are (N,), or with `per_token` (N, L), L the longest batch's length; given as (N,), each goes to all of its text's tokens.
+    """
     if isinstance(batches, Mapping) or len(batches) == 0:
         raise ValueError(f"batches is {type(batches).__name__} of {len(batches)}: it must be a list of >= 1 batches; pass [batch]")
     if micro_batch is not None:
@@ -84,10 +94,16 @@ def check_batches(
     count = sum(len(step.input_ids) for step in steps)
     exact = any(theta.dtype == torch.float64 for theta in params.values())
     like = {"dtype": torch.float64 if exact else torch.float32, "device": device_of(params)}
+    length = max(step.input_ids.shape[1] for step in steps)
     if weights is None:
-        return steps, torch.ones(count, **like)
-    if tuple(weights.shape) != (count,):
-        raise ValueError(f"weights has shape {tuple(weights.shape)}: it must be ({count},), one per example; concatenate in batch order")
+        return steps, torch.ones((count, length) if per_token else count, **like)
+    if tuple(weights.shape) not in ([(count,), (count, length)] if per_token else [(count,)]):
+        tokens = f" or ({count}, {length}), one per token" if per_token else ""
+        raise ValueError(
+            f"weights has shape {tuple(weights.shape)}: it must be ({count},), one per example{tokens}; concatenate in batch order"
+        )
+    if per_token and weights.dim() == 1:
+        weights = weights[:, None].repeat(1, length)
     if not bool(torch.isfinite(weights).all()):
         raise ValueError(f"weights holds {int((~torch.isfinite(weights)).sum())} non-finite values: all must be finite; 0 drops a text")
     return steps, weights.detach().to(**like)
@@ -96,6 +112,15 @@ def check_batches(
 def check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r}: reduction must be one of {', '.join(REDUCTIONS)}; pass one of them")
+
+
+def check_causal(reduction: str) -> None:
+    """Raises ValueError where a text's loss is no causal sum over its tokens, so that weights per token would say something else."""
+    if reduction == "tokens":
+        raise ValueError(
+            'reduction="tokens" with weights per token: it divides by the number of a text\'s labels, which every later token changes,'
+            " so that no token's credit is the sum of its own and the later weights' derivatives; use reduction=\"length\""
+        )
 
 
 def check_count(name: str, value: int) -> None:

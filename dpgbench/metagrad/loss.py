@@ -1,4 +1,4 @@
-"""The per-example loss of a causal LM as a pure function of a dictionary of parameters.
+"""The per-example loss of a causal LM, whole or token by token, as a pure function of a dictionary of parameters.
 
 Nothing here writes to the model, so a step can be run, replayed, differentiated twice or vectorised.
 Shape suffixes: B examples in a batch, L tokens (fixed length), V vocabulary. Cost unit: F = one forward pass over the batch.
@@ -88,6 +88,33 @@ def per_example_loss(
     pass (1F more) instead of keeping its activations. Cost 1F. Source: DPG, arXiv 2604.08423.
     Raises ValueError on an unknown reduction."""
     check_reduction(reduction)
+    loss_BL, targets_BL = _cross_entropies(model, params, input_ids, labels, precision, activation_checkpointing)
+    if reduction == "length":
+        return loss_BL.sum(1) / (labels.shape[1] - 1)
+    return loss_BL.sum(1) / (targets_BL != IGNORED_LABEL).sum(1).clamp(min=1)
+
+
+def per_token_loss(
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    input_ids: Tensor,
+    labels: Tensor,
+    precision: str = "full",
+    activation_checkpointing: bool = False,
+) -> Tensor:
+    """What each label adds to l(x; phi) with reduction "length": (B, L), its cross-entropy (nats) over L-1.
+
+    Column t belongs to the label at position t, predicted from the tokens before it; column 0, which nothing predicts, and ignored labels
+    are 0. Rows sum to `per_example_loss`. Attention is causal, so what is right of column t has no part in it. Cost 1F, arguments as there.
+    """
+    loss_BL, _ = _cross_entropies(model, params, input_ids, labels, precision, activation_checkpointing)
+    return F.pad(loss_BL[:, :-1], (1, 0)) / (labels.shape[1] - 1)
+
+
+def _cross_entropies(
+    model: nn.Module, params: Mapping[str, Tensor], input_ids: Tensor, labels: Tensor, precision: str, activation_checkpointing: bool
+) -> tuple[Tensor, Tensor]:
+    """Of what each position predicts, and that, both (B, L): column t is about the label at position t + 1, the last one about nothing."""
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_autocast(precision, input_ids.device))
@@ -100,10 +127,7 @@ def per_example_loss(
         logits_BLV = logits_BLV.float()
     # The last position predicts nothing; an ignored target for it is cheaper than a copy of all the other logits.
     targets_BL = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-    loss_BL = cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten(), IGNORED_LABEL).view(targets_BL.shape)
-    if reduction == "length":
-        return loss_BL.sum(1) / (labels.shape[1] - 1)
-    return loss_BL.sum(1) / (targets_BL != IGNORED_LABEL).sum(1).clamp(min=1)
+    return cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten(), IGNORED_LABEL).view(targets_BL.shape), targets_BL
 
 
 def _autocast(precision: str, device: torch.device):

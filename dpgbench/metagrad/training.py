@@ -3,7 +3,7 @@
 Everything is a pure function of a dictionary of parameters. Users import training, the optimizers (SGD, AdamW), the loss
 (per_example_loss) and `loaded`, which puts parameters into a model for a while, from `dpgbench.training`.
 
-Shape suffixes: B examples in a batch, N examples in total, L tokens (fixed length).
+Shape suffixes: B examples in a batch, N examples in total, L tokens (fixed length). Weights have none: they are (N,) or, per token, (N, L).
 Cost unit: F = one forward pass over the batch; a backward pass is 2F, so a training step is 3F.
 Sources: DPG = arXiv 2604.08423.
 """
@@ -23,6 +23,7 @@ from dpgbench.metagrad.inputs import (
     Batch,
     check_batch,
     check_batches,
+    check_causal,
     check_count,
     check_model,
     check_precision,
@@ -32,12 +33,12 @@ from dpgbench.metagrad.inputs import (
     micro_batches,
     split_weights,
 )
-from dpgbench.metagrad.loss import initial_parameters, loaded, per_example_loss
+from dpgbench.metagrad.loss import initial_parameters, loaded, per_example_loss, per_token_loss
 from dpgbench.metagrad.optimizers import SGD, AdamW, Moments, Optimizer, Params
 
 __all__ = [
     "SGD", "AdamW", "Moments", "Optimizer", "Signal", "first_step_dots", "gradient_dots", "loaded", "mean_gradients",
-    "one_step_values", "per_example_loss", "train",
+    "one_step_values", "per_example_loss", "per_token_loss", "train",
 ]  # fmt: skip
 
 Signal = Callable[[nn.Module], Tensor]
@@ -47,23 +48,26 @@ def mean_gradients(
     model: nn.Module,
     params: Params,
     batch: Batch,
-    weights_B: Tensor,
+    weights: Tensor,
     micro_batch: int | None = None,
     reduction: str = "length",
     precision: str = "full",
     activation_checkpointing: bool = False,
     count: int | None = None,
 ) -> Params:
-    """Gradient of (1/count) sum_i w_i l(x_i; phi), accumulated over micro-batches; count: B, or more where B is only a share. Cost 3F."""
-    if len(weights_B) == 0:  # a process with no share of a small batch
+    """Gradient of (1/count) sum_i w_i l(x_i; phi), accumulated over micro-batches; count: B, or more where B is only a share. Cost 3F.
+
+    Weights (B,), or (B, L) for the tokens' shares of the loss (`per_token_loss`).
+    """
+    if len(weights) == 0:  # a process with no share of a small batch
         return {name: torch.zeros_like(theta) for name, theta in params.items()}
     leaves = {name: theta.detach().requires_grad_() for name, theta in params.items()}
     total: Sequence[Tensor] | None = None
-    for rows in micro_batches(len(weights_B), micro_batch):
+    loss = StepLoss(model, micro_batch, reduction, precision, activation_checkpointing, per_token=weights.dim() == 2)
+    for rows in micro_batches(len(weights), micro_batch):
         with torch.enable_grad():
-            ids_BL, labels_BL = batch.input_ids[rows], batch.labels[rows]
-            loss_B = per_example_loss(model, leaves, ids_BL, labels_BL, reduction, precision, activation_checkpointing)
-            mean = (weights_B[rows] * loss_B).sum() / (count or len(weights_B))
+            losses = loss(leaves, Batch(batch.input_ids[rows], batch.labels[rows]))
+            mean = (weights[rows] * losses).sum() / (count or len(weights))
         parts = torch.autograd.grad(mean, list(leaves.values()), materialize_grads=True)
         total = parts if total is None else [a + b for a, b in zip(total, parts, strict=True)]
     return dict(zip(leaves, total, strict=True))
@@ -80,17 +84,21 @@ def train(
 ) -> Params:
     """phi_T: T optimizer steps from the model's parameters, one per batch; step t minimises (1/|B_t|) sum_i w_i l(x_i; phi_t).
 
-    batches: T dicts of "input_ids" and "labels", (B, L) long, right padded; weights (N,) over the concatenated batches,
-    default ones. Returns name -> tensor (trainable parameters only); the model is left unchanged. `micro_batch` bounds
-    memory and changes nothing beyond rounding; precision="bf16" computes in bfloat16 with float32 parameters. Cost 3F a step.
-    Raises ValueError on malformed batches, weights or micro_batch, active dropout, and non-floating parameters."""
+    batches: T dicts of "input_ids" and "labels", (B, L) long, right padded; weights (N,) over the concatenated batches, default ones, or
+    (N, L) for single tokens: column t weighs the label at position t. Returns name -> tensor (trainable parameters only); the model is
+    left unchanged. `micro_batch` bounds memory and changes nothing beyond rounding; precision="bf16" computes in bfloat16 with float32
+    parameters. Cost 3F a step. Raises ValueError on malformed batches, weights or micro_batch, weights per token with reduction="tokens",
+    active dropout, and non-floating parameters."""
     check_model(model)
     params = initial_parameters(model)
     check_precision(precision, params)
-    steps, weights_N = check_batches(batches, params, weights, micro_batch)
+    per_token = weights is not None and weights.dim() == 2
+    if per_token:
+        check_causal(reduction)
+    steps, weights = check_batches(batches, params, weights, micro_batch, per_token)
     state = optimizer.init(params)
-    for step, (batch, weights_B) in enumerate(zip(steps, split_weights(weights_N, steps), strict=True)):
-        gradients = mean_gradients(model, params, batch, weights_B, micro_batch, reduction, precision)
+    for step, (batch, of_step) in enumerate(zip(steps, split_weights(weights, steps), strict=True)):
+        gradients = mean_gradients(model, params, batch, of_step, micro_batch, reduction, precision)
         with torch.no_grad():
             params, state = optimizer.update(params, gradients, state, step)
     return params

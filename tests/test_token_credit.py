@@ -1,0 +1,405 @@
+"""Credit for single tokens: paid to whom it belongs, nothing lost on the way, baselines by a loop, and TRL handed exactly that."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_dpg import rewards_of_a_step
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dpgbench import config
+from dpgbench.bench import grpo, token_credit
+from dpgbench.bench.flops import counted_flops, critic_features, critic_flops
+from dpgbench.bench.grpo import train_policy
+from dpgbench.bench.token_credit import Baseline, alive, in_generated_tokens, returns_to_go, token_advantages
+from dpgbench.core.cell import RunSpec
+from dpgbench.core.errors import UserError
+from dpgbench.plugins.registry import Registry
+from dpgbench.worlds.world import encode
+
+# ---- from the target's tokens to the generator's
+
+
+def bytes_tokenizer(*merges: str) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with these merges ("t h" makes "th"): what real models have, and others with other merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [tuple(merge.split()) for merge in merges]
+    tokens = ["<end>", *alphabet, *("".join(pair) for pair in pairs)]
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(dict.fromkeys(tokens))}, pairs))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+
+
+def generator_of(tokenizer, places=20, width=5):
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(len(tokenizer), width)
+    return SimpleNamespace(
+        tokenizer=tokenizer,
+        ends=[tokenizer.eos_token_id],
+        max_completion_tokens=places,
+        model=SimpleNamespace(get_input_embeddings=lambda: table),
+    )
+
+
+def paid(writer, reader, ids, length, credit=None):
+    """What each generated token gets of 1, 2, 3, ... for the target's tokens, and the target's tokens."""
+    text = writer.decode(ids[:-1] if ids[-1] == writer.eos_token_id else ids, skip_special_tokens=True)
+    labels = (encode(reader, [text], length)["labels"] != -100).double()
+    credit = torch.arange(1.0, length + 1)[None] * labels if credit is None else credit
+    result = in_generated_tokens(credit, [text], [ids], generator_of(writer), reader)
+    assert result.sum() == credit.sum() and result.dtype == torch.float64
+    return result[0].tolist(), reader.convert_ids_to_tokens(reader(text)["input_ids"])
+
+
+LETTERS = bytes_tokenizer()
+WORDS = bytes_tokenizer("t h", "th e", "c a", "ca t", "Ġ cat")
+
+
+def test_the_same_tokens_keep_their_credit():
+    ids = WORDS("the cat the")["input_ids"]
+    assert paid(WORDS, WORDS, [*ids, 0], 9)[0] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert paid(WORDS, WORDS, ids, 9)[0] == [1.0, 2.0, 3.0, 4.0 + 5.0], "cut without an end: the last token has the end's"
+
+
+def test_a_wider_token_is_paid_to_the_letter_it_ends_in():
+    """The generator writes letters: "the" is t, h, e, and " cat" four more; the end is the end's."""
+    ids = LETTERS("the cat")["input_ids"]
+    amounts, read = paid(LETTERS, WORDS, [*ids, 0], 6)
+    assert read == ["the", "Ġcat"] and amounts == [0, 0, 1.0, 0, 0, 0, 2.0, 3.0]
+
+
+def test_narrower_tokens_are_paid_to_the_word_they_are_in():
+    amounts, read = paid(WORDS, LETTERS, [*WORDS("the cat")["input_ids"], 0], 12)
+    assert len(read) == 7 and amounts == [1.0 + 2 + 3, 4.0 + 5 + 6 + 7, 8.0]
+
+
+def test_tokens_that_straddle():
+    """t, he where "the" is read: as no tokenizer would spell it; and half of a token's characters are not enough."""
+    other = bytes_tokenizer("h e")
+    (t,), (he,) = other("t")["input_ids"], other("he")["input_ids"]
+    assert paid(other, WORDS, [t, he, 0], 5)[0] == [0, 1.0, 2.0]
+    letters = WORDS("c")["input_ids"] + WORDS("a")["input_ids"] + WORDS("t")["input_ids"]
+    assert WORDS(WORDS.decode(letters))["input_ids"] != letters, "written as it would not be read"
+    assert paid(WORDS, WORDS, [*letters, 0], 5)[0] == [0, 0, 1.0, 2.0]
+    assert paid(WORDS, LETTERS, [*letters, 0], 5)[0] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_bytes_of_one_character_are_settled_by_the_last():
+    """Two bytes make one é: before the second nothing is said."""
+    assert paid(LETTERS, LETTERS, [*LETTERS("aéb")["input_ids"], 0], 8)[0] == [1.0, 0, 2.0 + 3.0, 4.0, 5.0]
+    odd = [*LETTERS("a")["input_ids"], *LETTERS("é")["input_ids"][:1]]  # a byte alone, which is read as another character
+    amounts, _ = paid(LETTERS, LETTERS, odd, 8)
+    assert amounts[0] == 1.0 and amounts[1] > 0
+
+
+def test_beyond_the_targets_context_nothing_was_earned():
+    """L = 3 keeps two words and a part of the rest, and no end."""
+    ids = WORDS("the cat the cat")["input_ids"]
+    assert paid(WORDS, WORDS, [*ids, 0], 3)[0] == [1.0, 2.0, 3.0, 0, 0, 0]
+
+
+def test_empty_texts_and_special_tokens():
+    assert paid(WORDS, WORDS, [0], 4)[0] == [1.0]
+    silent = bytes_tokenizer("t h")
+    silent.add_special_tokens({"additional_special_tokens": ["<quiet>"]})
+    quiet = silent.convert_tokens_to_ids("<quiet>")
+    (th,) = silent("th")["input_ids"]
+    assert paid(silent, silent, [quiet, th, quiet, 0], 5)[0] == [0, 1.0, 0, 2.0]
+
+
+def test_a_tokenizer_without_offsets_pays_whole_texts():
+    class Slow:
+        is_fast, eos_token_id, pad_token_id = False, 0, 0
+
+        def __call__(self, texts, **options):
+            assert not options.get("return_offsets_mapping")
+            return {"input_ids": WORDS(texts)["input_ids"]}
+
+        def convert_ids_to_tokens(self, ids):
+            return ids
+
+    texts, ids = ["the cat", "the"], [[*WORDS(text)["input_ids"], 0] for text in ("the cat", "the")]
+    credit = torch.arange(8.0).view(2, 4)
+    assert in_generated_tokens(credit, texts, ids, generator_of(WORDS), Slow()).tolist() == [[0, 0, 6.0], [0, 22.0, 0]]
+
+
+def test_the_phrasebooks_tokens_keep_their_credit(bench):
+    """Its target adds <s> in front, which earns nothing: the credit of word t is column t + 1. Sums are each text's metagradient."""
+    work = bench("task=language", "method=dpg")
+    asked = work.generator.token_ids(work.prompts(16, "a test"))
+    torch.manual_seed(0)
+    ids = work.generator.write(asked)
+    texts = work.generator.texts_of(ids)
+    credit = work.metagradients(texts, 0, per_token=True).rewards.double()
+    result = in_generated_tokens(credit, texts, ids, work.generator, work.world.target_tokenizer)
+    whole = work.metagradients(texts, 0).rewards.double()
+    assert torch.allclose(result.sum(1), credit.sum(1), rtol=1e-13, atol=0)
+    assert float((result.sum(1) - whole).abs().max() / whole.abs().max()) < 1e-4  # float32
+    for row, tokens in enumerate(ids):
+        assert torch.equal(result[row, : len(tokens)], credit[row, 1 : len(tokens) + 1]) and not result[row, len(tokens) :].any()
+
+
+# ---- baselines and advantages
+
+LENGTHS = [3, 5, 1, 4, 2, 2, 5, 1, 1, 4, 4, 3]  # three groups of four
+
+
+def some_returns(seed=0, scale=1.0):
+    credit = torch.randn(12, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    ids = [list(range(1, length + 1)) for length in LENGTHS]
+    return returns_to_go(credit * alive(ids, 5)), ids
+
+
+def test_returns_to_go_by_hand():
+    assert returns_to_go(torch.tensor([[1.0, 2.0, 4.0], [3.0, 0.0, 0.0]])).tolist() == [[7.0, 6.0, 4.0], [3.0, 0.0, 0.0]]
+
+
+def loop_baseline(returns, kind, row, t):
+    """The mean over other completions with a token at t, of the prompt's or of all."""
+    group = [other for other in range(12) if other // 4 == row // 4 and other != row and LENGTHS[other] > t]
+    everybody = [other for other in range(12) if other != row and LENGTHS[other] > t]
+    chosen = group if kind == "group" and group else everybody
+    return sum(float(returns[other, t]) for other in chosen) / len(chosen) if chosen else 0.0
+
+
+@pytest.mark.parametrize("kind", ["group", "position"])
+def test_baselines_are_means_over_the_others(kind):
+    returns, ids = some_returns()
+    baseline = Baseline(kind, generator_of(WORDS), 4)(returns, ids)
+    for row, length in enumerate(LENGTHS):
+        for t in range(length):
+            assert float(baseline[row, t]) == pytest.approx(loop_baseline(returns, kind, row, t), rel=1e-12)
+    alone = Baseline(kind, generator_of(WORDS), 1)(returns[:1], ids[:1])
+    assert not alone.any(), "nobody to compare with"
+
+
+@pytest.mark.parametrize("scaling", ["none", "batch", "group"])
+def test_advantages_by_a_loop(scaling):
+    returns, ids = some_returns()
+    there, baseline = alive(ids, 5), Baseline("position", generator_of(WORDS), 4)(returns, ids)
+    found = token_advantages(returns, baseline, there, 4, scaling)
+    for row, length in enumerate(LENGTHS):
+        rows = {"none": [], "batch": range(12), "group": range(row // 4 * 4, row // 4 * 4 + 4)}[scaling]
+        values = [float(returns[r, t] - baseline[r, t]) for r in rows for t in range(LENGTHS[r])]
+        mean = sum(values) / max(1, len(values))
+        deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5 if values else 1.0
+        for t in range(5):
+            expected = float(returns[row, t] - baseline[row, t]) / deviation if t < length else 0.0
+            assert float(found[row, t]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("scaling", ["batch", "group"])
+def test_rounding_is_no_signal(scaling):
+    """Returns that are all one number up to the last bits have advantages of zero, not of one."""
+    returns = torch.full((4, 2), 1e-6, dtype=torch.float64) * (1 + 1e-16 * torch.arange(8).view(4, 2))
+    there = torch.ones(4, 2, dtype=torch.bool)
+    assert not token_advantages(returns, returns.mean().expand(4, 2), there, 2, scaling).any()
+
+
+# ---- the critic
+
+
+def features_by_hand(critic, ids, row, t, fares):
+    codes, tokens = critic._codes, ids[row]
+    zero = torch.zeros(codes.shape[1], dtype=torch.float64)
+    mean = sum((codes[token] for token in tokens[:t]), zero) / max(1, t)
+    place = torch.zeros(critic._places, dtype=torch.float64)
+    place[t] = 1
+    return torch.cat([place, codes[tokens[t - 1]] if t else zero, codes[tokens[t - 2]] if t > 1 else zero, mean, fares[row : row + 1]])
+
+
+def test_the_critic_is_a_ridge_regression_on_the_other_half():
+    """Two steps, fitted by a loop over tokens: half the prompts by what the other half and faded earlier steps show."""
+    critic = Baseline("critic", generator_of(WORDS, places=6), 4)
+    size = critic_features(6, 5)
+    past = [torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)]
+    for step in range(2):
+        returns, ids = some_returns(step, scale=1e-6)
+        found = critic(returns, ids)
+        totals = returns[:, 0]
+        scale = float(((totals - totals.mean()) ** 2).mean() ** 0.5)
+        others = [sum(float(totals[o]) for o in range(12) if o // 4 == row // 4 and o != row) / 3 for row in range(12)]
+        fares = (torch.tensor(others, dtype=torch.float64) - totals.mean()) / scale
+        x = {(row, t): features_by_hand(critic, ids, row, t, fares) for row in range(12) for t in range(LENGTHS[row])}
+        new = [part.clone() for part in past]
+        for half in (0, 1):
+            products, targets = past[0].clone(), past[1].clone()
+            for (row, t), features in x.items():
+                if (row // 4) % 2 != half:
+                    products += torch.outer(features, features)
+                    targets += features * returns[row, t] / scale
+            fitted = torch.linalg.solve(
+                products + (0.03 * products.diagonal().mean() + 1e-6) * torch.eye(size, dtype=torch.float64), targets
+            )
+            for (row, t), features in x.items():
+                if (row // 4) % 2 == half:
+                    assert float(found[row, t]) == pytest.approx(float(features @ fitted) * scale, rel=1e-7, abs=1e-12 * scale)
+        for (row, t), features in x.items():
+            new[0] += torch.outer(features, features)
+            new[1] += features * returns[row, t] / scale
+        past = [0.7 * part for part in new]
+        assert all(torch.allclose(mine, theirs) for mine, theirs in zip(past, critic.tensors().values(), strict=True))
+
+
+def test_the_critic_does_not_see_what_it_judges():
+    """Neither a completion's own returns, nor its token at t or a later one, move its baseline at t; those of the other half do move."""
+    returns, ids = some_returns()
+    before = Baseline("critic", generator_of(WORDS), 4)(returns, ids)
+    for row, t, half in ((1, 2, [0, 2]), (6, 0, [1]), (11, 1, [0, 2])):
+        changed, others = returns.clone(), [list(tokens) for tokens in ids]
+        # the completion's own total is what its group's others are told of, and all are scaled by: kept
+        changed[row, 1 : LENGTHS[row]] += 3.0
+        others[row][t:] = [token + 7 for token in others[row][t:]]
+        after = Baseline("critic", generator_of(WORDS), 4)(changed, others)
+        assert torch.allclose(after[row, : t + 1], before[row, : t + 1], rtol=1e-10)
+        moved = [group for group in range(3) if not torch.allclose(after[4 * group : 4 * group + 4], before[4 * group : 4 * group + 4])]
+        assert set(moved) >= {0, 1, 2} - set(half), "what the others are judged by"
+
+
+def test_the_critic_learns_what_a_token_promises():
+    """Returns that hang on the token before: after one step of other prompts most of their variance is gone."""
+    generator = generator_of(WORDS, places=6, width=24)
+    critic, draw = Baseline("critic", generator, 4), torch.Generator().manual_seed(1)
+    worth = torch.randn(len(WORDS), generator=draw, dtype=torch.float64)
+    for _ in range(2):
+        ids = torch.randint(1, 20, (256, 5), generator=draw)
+        returns = torch.zeros(256, 5, dtype=torch.float64)
+        returns[:, 1:] = worth[ids[:, :-1]]
+        baseline = critic(returns, ids.tolist())
+    assert float((returns - baseline)[:, 1:].var()) < 0.1 * float(returns[:, 1:].var())
+
+
+def test_wide_embeddings_are_projected_by_a_named_seed():
+    one, same, other = (Baseline("critic", generator_of(WORDS, width=80), 4, seed)._codes for seed in (0, 0, 1))
+    assert one.shape == (len(WORDS), 64) and torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_what_a_critic_costs():
+    """Products as torch counts them, and beside them targets, predictions and two solves."""
+    returns, ids = some_returns()
+    critic = Baseline("critic", generator_of(WORDS, places=6), 4)
+    _, counted = counted_flops(lambda: critic(returns, ids))
+    tokens, size = sum(LENGTHS), critic_features(6, 5)
+    assert counted == 2 * tokens * size**2, "the products; products with one vector it does not count"
+    assert critic.flops == critic_flops(tokens, size) == 2 * tokens * size**2 + 4 * tokens * size + 4 / 3 * size**3
+
+
+# ---- in a cell
+
+
+@pytest.fixture
+def tokens_used(monkeypatch):
+    """What enters TRL's loss."""
+    used, inner = [], grpo._Trainer._generate_and_score_completions
+
+    def spy(self, inputs):
+        output = inner(self, inputs)
+        used.append((output["advantages"].clone(), output["completion_mask"].clone()))
+        return output
+
+    monkeypatch.setattr(grpo._Trainer, "_generate_and_score_completions", spy)
+    return used
+
+
+@pytest.mark.parametrize(("baseline", "scaling", "steps"), [("group", "none", 1), ("position", "batch", 1), ("critic", "group", 2)])
+def test_trl_multiplies_each_token_by_its_own(bench, tokens_used, baseline, scaling, steps):
+    """What TRL's loss is handed is `token_advantages` of the reward's credit, and a line tells sums and means per text."""
+    work, seen = bench(f"scale_advantages={scaling}", f"steps={steps}"), []
+
+    def credit(rollouts):
+        generator = torch.Generator().manual_seed(rollouts.step)
+        width = max(map(len, rollouts.completion_ids))
+        values = torch.randn(16, width, generator=generator, dtype=torch.float64) * alive(rollouts.completion_ids, width)
+        seen.append((values, rollouts.completion_ids))
+        return values
+
+    oracle = Baseline(baseline, work.generator, 4, work.seed("baseline"))
+    for _ in train_policy(work, credit, baseline=baseline):
+        pass
+    for (values, ids), (used, mask), line in zip(seen, tokens_used, work.lines, strict=True):
+        there, returns = alive(ids, values.shape[1]), returns_to_go(values)
+        expected = token_advantages(returns, oracle(returns, ids), there, 4, scaling)
+        assert torch.allclose(used, expected, rtol=1e-6, atol=0) and torch.equal(mask.bool(), there) and not used[~there].any()
+        assert line["rollouts"]["rewards"] == pytest.approx(values.sum(1).tolist())
+        means = [float(row[: len(tokens)].mean()) for row, tokens in zip(expected, ids, strict=True)]
+        assert line["rollouts"]["advantages"] == pytest.approx(means, rel=1e-4, abs=1e-6)
+        assert line["groups_without_signal"] == 0 and line["unexplained"] > 0
+    tokens = [sum(map(len, ids)) for _, ids in seen]
+    size = critic_features(20, 64)
+    expected = {"critic": pytest.approx(sum(critic_flops(count, size) for count in tokens))} if baseline == "critic" else {}
+    assert {phase: spent for phase, spent in work.meter.flops.items() if phase == "critic"} == expected
+
+
+def test_a_policy_learns_from_credit_for_single_tokens(bench):
+    """Paid for each "e" in the token that has it: there are more of them after a few steps."""
+    work = bench("steps=4", "policy.lr=2e-2", "completions=32", "scale_advantages=batch", "seed=3")
+    found = []
+
+    def credit(rollouts):
+        spelled = [[work.generator.tokenizer.decode([token]).count("e") for token in ids] for ids in rollouts.completion_ids]
+        found.append(sum(map(sum, spelled)) / sum(map(len, spelled)))
+        width = max(map(len, spelled))
+        return torch.tensor([row + [0] * (width - len(row)) for row in spelled], dtype=torch.float64)
+
+    for _ in train_policy(work, credit, baseline="position"):
+        pass
+    assert found[-1] > 1.3 * found[0]
+
+
+@pytest.mark.parametrize("words", [["cross_group=false"], ["inner_optimizer=sgd", "inner_lr=0.1", "inner_steps=2"]])
+def test_dpg_pays_the_credit_of_its_own_training(bench, words):
+    """Under the ablations too: the texts' sums in the record are the metagradients of whole texts that credit=text pays."""
+    work = bench("task=l2_norm", "method=dpg_token", *words)
+    texts, sums = rewards_of_a_step(work)
+    if work.options.cross_group:
+        whole = work.metagradients(texts, 0, 0, optimizer="sgd", lr=0.1).rewards
+    else:
+        whole = torch.stack([work.metagradients(texts[k::4], 0, k).rewards for k in range(4)], dim=1).flatten()
+    assert float((sums - whole.double()).abs().max() / whole.abs().max()) < 1e-4  # float32
+
+
+# ---- options
+
+
+def spec_of(*words):
+    return config.read(["task=l2_norm", *words], sweep=False).cells[0].spec
+
+
+def test_a_cell_of_before_keeps_its_hash():
+    """credit=text is what there was: the hash of a stored cell without the option. The preset is the option and its best baseline."""
+    plain = spec_of("method=dpg")
+    method = {name: value for name, value in plain.config["method"].items() if name not in ("credit", "baseline")}
+    assert RunSpec({**plain.config, "method": method}).hash == plain.hash == spec_of("method=dpg", "credit=text").hash
+    hashes = {spec_of("method=dpg", "credit=token", f"baseline={baseline}").hash for baseline in ("group", "position", "critic")}
+    assert len(hashes | {plain.hash}) == 4 and spec_of("method=dpg_token").hash in hashes
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["credit=tokens"], "method.credit=tokens: no such credit; did you mean 'token'? choose from: text, token"),
+        (
+            ["credit=token", "baseline=critics"],
+            "method.baseline=critics: no such baseline; did you mean 'critic'? choose from: critic, group, position",
+        ),
+        (["baseline=critic"], "method.baseline=critic: a baseline of single tokens; write method.credit=token with it"),
+    ],
+)
+def test_bad_options_are_one_line(words, message):
+    with pytest.raises(UserError) as caught:
+        spec_of("method=dpg", *words)
+    assert str(caught.value) == message
+
+
+def test_a_loss_that_is_not_causal_is_refused(bench):
+    work = bench("task=l2_norm", "method=dpg_token", "reduction=tokens")
+    with pytest.raises(UserError, match=r"method.credit=token with training.reduction=tokens: .*; write training.reduction=length"):
+        next(Registry().load("method", "dpg")(work.options).run(work))
+    assert not work.meter.total_flops
+
+
+def test_baselines_are_named_alike():
+    assert Registry().load("method", "dpg").__init__.__globals__["BASELINES"] == token_credit.BASELINES
