@@ -358,14 +358,14 @@ def test_what_it_costs_is_what_the_formula_says():
     model, texts = tiny_gpt2(), tiny_batch(6, seed=2, padded=False)
     forward, read, everywhere = forward_flops(model, 6, LENGTH), 6 * (LENGTH - 1), 6 * LENGTH
     _, counted = counted_flops(lambda: curvature(model, **texts, generator=seeded(), names=["lm_head.weight"]))
-    own = 2 * read * (16**2 + VOCAB**2) + 2 * everywhere * (16**2 + VOCAB**2) + 2 * everywhere * 16 * VOCAB
+    own = 4 * read * (16**2 + VOCAB**2) + 2 * everywhere * 16 * VOCAB
     assert counted == pytest.approx(forward + 2 * forward + own + forward_flops(model, 2, LENGTH), rel=1e-6)
     blocks, counted = counted_flops(lambda: curvature(model, **texts, generator=seeded()))
     layers = [block for block in blocks if isinstance(block, Layer)]
     own = 0.0
     for layer in layers:
         i, o = 0 if layer.one_hot else layer.inputs, layer.outputs
-        own += (2 * read + 2 * everywhere) * (i**2 + o**2) + 2 * everywhere * i * o
+        own += 4 * read * (i**2 + o**2) + 2 * everywhere * i * o
     dense_blocks = sum(2 * 6 * len(block.moments) ** 2 for block in blocks if isinstance(block, Gathered))
     passes = counted - own - dense_blocks - forward_flops(model, 2, LENGTH)
     assert 7 * forward < passes <= 8.05 * forward

@@ -27,8 +27,8 @@ Frobenius norm, EK-FAC (George et al., arXiv 1806.03884). What each kind of modu
 Damping follows Grosse et al.: lambda = damping times the block's mean eigenvalue, for each block its own.
 
 Cost (F = one forward pass of the model on the texts; I inputs with the bias and O outputs of a layer; n tokens that are read): drawing
-the labels F; two passes of at most 2F, for no gradient of a weight is formed; per layer 2n(I^2 + O^2) for A and S, 2NL(I^2 + O^2) to turn,
-2NLIO for Lambda, 9(I^3 + O^3) for eigenvectors (Q = 1 costs nothing); 3F if there is a module of the third kind. Only modules that the
+the labels F; two passes of at most 2F, for no gradient of a weight is formed; per layer 2n(I^2 + O^2) for A and S, as much to turn, 2NLIO
+for Lambda, 9(I^3 + O^3) for eigenvectors (Q = 1 costs nothing); 3F if there is a module of the third kind. Only modules that the
 direction reaches are looked at: for a metric of the LM head, that layer alone.
 Memory beside the model: Lambda, as large as the parameters; Q, I^2 + O^2 for a layer; activations and their derivatives of a micro-batch.
 
@@ -184,10 +184,10 @@ class Layer:
                 self.sides.append(Side(basis.to(factor), values.clamp(min=0).to(factor)))
         self.factors = []
 
-    def add_eigenvalues(self, inputs: Tensor, slopes_BLO: Tensor, texts: int) -> None:
+    def add_eigenvalues(self, inputs: Tensor, slopes_BLO: Tensor, read_BL: Tensor, texts: int) -> None:
         """Squares of a micro-batch's gradients in the eigenbasis, over the number of all texts."""
         source, target = self.sides
-        slopes_BLO = target.turned(slopes_BLO)
+        slopes_BLO = _where(read_BL, target.turned(slopes_BLO[read_BL]))
         if self.one_hot:
             size = self.inputs  # gradients of the rows that a text has, and of no other
             place_BL = inputs + size * torch.arange(len(inputs), device=inputs.device)[:, None]
@@ -195,7 +195,7 @@ class Layer:
             rows = slopes_BLO.new_zeros(len(places), self.outputs).index_add_(0, where, slopes_BLO.flatten(0, 1))
             self.eigenvalues.index_add_(0, places % size, rows.square_() / texts)
             return
-        inputs_BLI = source.turned(self._with_bias(inputs))
+        inputs_BLI = _where(read_BL, source.turned(self._with_bias(inputs[read_BL])))
         width = max(1, NUMBERS_AT_ONCE // self.eigenvalues.numel())
         for a_BLI, g_BLO in zip(inputs_BLI.split(width), slopes_BLO.split(width), strict=True):
             self.eigenvalues += (a_BLI.mT @ g_BLO).square_().sum(0) / texts
@@ -260,6 +260,11 @@ def _add_outer(total: Tensor, rows: Tensor) -> None:
         total += rows.square().sum(0)
     else:
         total += rows.T @ rows
+
+
+def _where(read_BL: Tensor, rows: Tensor) -> Tensor:
+    """Rows put back where they were read, zeros elsewhere: (B, L, size)."""
+    return rows.new_zeros(*read_BL.shape, rows.shape[1]).index_put_((read_BL,), rows)
 
 
 def _divided(what: Tensor, eigenvalues: Tensor, damping: float) -> Tensor:
@@ -346,8 +351,9 @@ def _fit_layers(layers: list[Layer], model: nn.Module, params: Params, drawn: li
     for layer in layers:
         layer.decompose(max(1, tokens), texts)
     for part in drawn:
+        read_BL = _read(part.labels)
         for layer, inputs, slopes_BLO in _inputs_and_slopes(layers, model, params, part, reduction):
-            layer.add_eigenvalues(inputs, slopes_BLO, texts)
+            layer.add_eigenvalues(inputs, slopes_BLO, read_BL, texts)
 
 
 def _read(labels_BL: Tensor) -> Tensor:
