@@ -61,11 +61,11 @@ class Influence(Method):
         return None if steps is None else steps + self._once(prices) + prices.deployment()
 
     def _once(self, prices: Prices) -> float:
-        """Before the first step. Of ekfac's factors the planned part is a bound for modules no wider than four times their other side."""
+        """Before the first step."""
         texts = self.options.influence_texts
         if self.options.estimator == "less":
             return prices.sampled(texts) + 3 * prices.read(texts)
-        return prices.sampled(texts) + 8 * prices.read(texts) if self.options.estimator == "ekfac" else 0.0
+        return prices.sampled(texts) + prices.curvature(texts) if self.options.estimator == "ekfac" else 0.0
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         from dpgbench.bench.grpo import Rollouts, train_policy

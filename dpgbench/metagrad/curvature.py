@@ -46,11 +46,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpgbench.core.labels import IGNORED_LABEL
+from dpgbench.core.limits import LARGEST_FACTOR
 from dpgbench.metagrad.inputs import Batch, check_batch, check_model, check_number, check_reduction, device_of, micro_batches
 from dpgbench.metagrad.loss import initial_parameters, per_example_loss
 from dpgbench.metagrad.optimizers import Params
 
-LARGEST_FACTOR = 8193  # ours: 8192 inputs of Llama-3.2-1B's widest layer and the bias; 0.27 GB in float32
 LARGEST_DENSE = 4096  # ours: a LayerNorm of width 2048, weight and bias
 NUMBERS_AT_ONCE = 20_000_000  # of texts' gradients
 
