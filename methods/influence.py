@@ -52,7 +52,7 @@ class Influence(Method):
             raise UserError(f"method.damping={options.damping}: without damping G has no inverse; write damping=0.1")
         texts, steps = options.influence_texts, options.warmup_steps
         if texts < 1:
-            raise UserError(f"method.influence_texts={texts}: the estimators less and ekfac learn from a text or more; write influence_texts=512")
+            raise UserError(f"method.influence_texts={texts}: less and ekfac learn from a text or more; write influence_texts=512")
         if steps < 1 or (texts % steps and options.estimator == "less"):
             raise UserError(f"method.warmup_steps={steps}: 1 or more, and must divide influence_texts={texts}; write warmup_steps=1, say")
 

@@ -7,9 +7,9 @@ on each, and a text's reward is its dataset's Phi(phi_T). The advantage compares
 
 D divides the group size, so that every prompt's group holds each dataset equally often: the group's mean is the mean over datasets and
 its spread theirs, GRPO's ordinary advantage is the one above, and each dataset is a sample of what the policy writes.
-Where ours differs from the authors': they give the targets behind this reward a learning rate of their own, larger by one or two orders
-of magnitude (sixseven 2.56e-4 where dpg's target has 5e-6), so that one step on a dataset shows in Phi at all. Here it is
-`training.lr`, what deployment uses, unless `target_lr` says otherwise; the deployment target keeps `training.lr` either way.
+Where ours differs from the authors': they give the targets behind this reward a learning rate of their own (AdamW on sixseven 2.56e-4 where
+metagradients run at 5e-6, on language and uuid 6.4e-5 instead of 1e-6, on l2_norm 1e-6). Here it is `training.lr`, as at deployment,
+unless `target_lr` says otherwise; the deployment target keeps `training.lr` either way.
 Cost per step (F = one forward pass of the target on all completions): 3F for T steps on each dataset, D times Phi, sampling, and 3
 forward passes' worth of policy update. It fails by its noise: a text hears D numbers that it shares with all others of its dataset, so
 the signal of one text drowns as completions / D grows.

@@ -110,7 +110,7 @@ class Differentiating:
         self.account.training(batches)
         self.account.signal()
         if not math.isfinite(value):
-            raise CellError(f"dataset_value: Phi is {value:g} after training; lower {f'lr={lr}' if lr else f'training.lr={self.spec.training.lr}'}")
+            raise CellError(f"dataset_value: Phi is {value:g} after training; lower the learning rate of {lr or self.spec.training.lr}")
         return value
 
     def ascend(self) -> dict[str, Tensor]:

@@ -24,9 +24,11 @@ ADDED_SETTINGS = {
         ("generator_revision", "target_revision", "max_prompt_tokens", "corpus_subset", "corpus_column", "corpus_revision")
     ),
     "method": {
-        "lora": None, "damping": 0.1, "influence_texts": 512, "warmup_steps": 8, "target_lr": None, "over_references": "max",
-        "edit_distance": "relative", "language_score": "identified",
-    },  # fmt: skip
+        "lora": None,
+        **{"damping": 0.1, "influence_texts": 512, "warmup_steps": 8},
+        **{"over_references": "max", "edit_distance": "relative", "language_score": "identified"},
+        "target_lr": None,
+    },
     "policy": {"rollout": "transformers", "lora": None, "rollout_batch": None},
 }
 # How a generator's texts are drawn and updated: raised where that changed what stored cells had. 2: no dropout, every end token, the full

@@ -93,7 +93,7 @@ def curvature(
     micro_batch: int | None = None,
     reduction: str = "length",
 ) -> list[Block]:
-    """The blocks of G that hold the parameters `names` (default: all trainable ones); arguments and cost as above. The model is unchanged."""
+    """The blocks of G that hold the parameters `names` (default: all trainable ones); arguments and cost as above."""
     check_model(model)
     check_reduction(reduction)
     params = initial_parameters(model)
@@ -365,7 +365,7 @@ def _read(labels_BL: Tensor) -> Tensor:
 def _inputs_and_slopes(
     layers: list[Layer], model: nn.Module, params: Params, part: Batch, reduction: str
 ) -> Iterator[tuple[Layer, Tensor, Tensor]]:
-    """Of each layer its inputs, (B, L, I) or ids (B, L), and the derivatives of sqrt(c_i) s_i in its outputs, (B, L, O). Cost 2F at most."""
+    """Of each layer its inputs, (B, L, I) or ids (B, L), and the derivatives of sqrt(c_i) s_i in its outputs, (B, L, O). At most 2F."""
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     leaves = {name: theta.detach().requires_grad_() for name, theta in params.items()}
     modules = [layer.module for layer in layers]

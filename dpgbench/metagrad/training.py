@@ -151,7 +151,8 @@ def first_step_dots(
 ) -> Tensor:
     """<u_i, direction> for each of N texts, u_i the optimizer's next update from phi_0 on text i alone: (N,), detached.
 
-    The next update is the first unless the optimizer's `state` after `step` steps is given. Weight decay, the same for every text, is left out. direction: by parameter name; a parameter it does not name counts as zero.
+    The next update is the first unless the optimizer's `state` after `step` steps is given. Weight decay, the same for every text, is left
+    out. direction: by parameter name; a parameter it does not name counts as zero.
     Vectorised as `one_step_values` is, with about four copies of the parameters per text. Cost 3F over all texts.
     Raises ValueError as `train` does."""
     check_reduction(reduction)
