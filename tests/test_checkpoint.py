@@ -21,6 +21,8 @@ METHODS = {
     "mini-batches": ["method=dpg", "minibatch=8", "policy.micro_batch=4", "inner_steps=2"],
     "adapters": ["method=dpg", "averaging=0.9", "policy.lora.rank=4"],
     "influence": ["method=influence", "estimator=adam"],
+    "less": ["method=influence_less", "influence_texts=16"],
+    "ekfac": ["method=influence_ekfac", "influence_texts=16"],
     "naive": ["method=naive"],
     "optimsyn": ["method=optimsyn", "texts=1"],
     "adapted rounds": ["method=active_inheritance_rounds", "n=2", "rounds=4", "round_prompts=16", "policy.lora.rank=4"],
@@ -79,7 +81,8 @@ def slow(*values: object):
 @pytest.mark.parametrize(
     ("name", "step"),
     [
-        ("dpg", 1), slow("dpg", 4), slow("mini-batches", 2), ("adapters", 2), slow("influence", 3), slow("naive", 2), slow("optimsyn", 2),
+        ("dpg", 1), slow("dpg", 4), slow("mini-batches", 2), ("adapters", 2), slow("influence", 3), slow("less", 2), ("ekfac", 2),
+        slow("naive", 2), slow("optimsyn", 2),
     ],
 )  # fmt: skip
 def test_a_cell_that_goes_on_ends_as_one_that_never_stopped(quiet, tmp_path, name, step):
