@@ -17,7 +17,8 @@ lambda = `damping` times the mean eigenvalue of each module's block (`dpgbench.m
 bergson 2.5.1 were looked at for this: the former tracks Linear and Conv2d alone, neither takes a metric of the weights.
 Where ours differs from the authors': LESS scores by a cosine of randomly projected LoRA gradients, summed over the checkpoints of four
 epochs on 5% of the candidates, and selects once from a fixed pool; less has the inner product of whole gradients at one checkpoint. `adam`
-is not LESS: its moments know of one text. Grosse et al. take G from the pretraining corpus and look for the texts behind one completion.
+is not LESS: its moments know of one text. Grosse et al. take G from the pretraining corpus and of MLP layers alone; ekfac reaches every
+parameter that Phi's gradient does.
 Cost per step (F = one forward pass of the target on the completions): 3F, by a forward-mode product for dot and ekfac and by per-text
 gradients for adam and less; sampling; and 3 forward passes' worth of policy update. Once: sampling `influence_texts`, and 3F of those for
 less, for ekfac 3F to 8F and the products of its factors. It fails where Phi's gradient at phi_0 points elsewhere than after T steps, where

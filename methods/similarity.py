@@ -8,7 +8,7 @@ No target is trained. The reward of completion x, with R the task's `references`
     langid        1 if the corpus's identifier finds in x the language it finds in most of R, else 0 (no language at all counts as one)
 
 Where ours differs from the authors': they average over all references, count edits between token sequences without dividing by a length,
-pay the identifier's probability, and embed with a sentence encoder. Ours take the nearest reference,
+pay the probability that fastText gives the language, and embed with a multilingual sentence encoder. Ours take the nearest reference,
 for a text need be like one of them only; do not grow with a text's length; and need no download. Theirs, but for the encoder, are options:
 `over_references=mean`; `edit_distance=tokens`, -distance(x, r) in tokens of the target; `language_score=probability` (in the phrasebook,
 which has no probability, the share of words that the language has).
