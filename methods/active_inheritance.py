@@ -10,6 +10,8 @@ completions, each charged only for the completions it uses. rounds > 1 (ours: th
 round) fine-tunes the generator between
 rounds on its own best of n for `round_prompts` training prompts, by likelihood; a later round's deployment texts are best of n of that
 generator. A snapshot's step counts the completions drawn for a prompt, over all rounds.
+Where ours differs from the authors': one generator, the scale's, writes all n texts, where they also pick among those of several models;
+the student is the scale's target, trained as every method's is; and the one-step utility is ours, for tasks whose texts have no score.
 Cost: n times the deployment dataset's sampling, and for the utility 3F per text (F = one forward pass of the target on it) and one Phi. A
 further round: the same for its training prompts, and 3 forward passes' worth of the generator on each pair, `epochs` times. It
 fails where the wanted text is rarer than one in n, where texts are only good together, and, with rounds, where the best of n fools the

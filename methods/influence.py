@@ -1,35 +1,46 @@
-"""GRPO on an influence estimate at the initial target instead of a metagradient (TracIn, arXiv 2002.08484; LESS, arXiv 2402.04333).
+"""GRPO on an influence estimate instead of a metagradient: TracIn's dot product, LESS's optimizer update, or EK-FAC's inverse curvature.
 
-The reward of completion i is what one step from phi_0 on it alone would do to Phi, to first order:
+The reward of completion i is what one step on it alone would do to Phi, to first order, from the initial target phi_0:
 
-    dot     <-grad l_i(phi_0), grad Phi(phi_0)>        the step is one of gradient descent (TracIn at one checkpoint)
-    adam    <u_i, grad Phi(phi_0)>                     u_i the first update of the target's own optimizer (LESS)
+    dot     <-grad l_i(phi_0), grad Phi(phi_0)>                     the step is one of gradient descent (TracIn, arXiv 2002.08484)
+    adam    <u_i, grad Phi(phi_0)>                                  u_i the optimizer's first update, from zero moments
+    less    <u_i, grad Phi(phi_W)>                                  u_i its next update after W steps of warm-up (LESS, arXiv 2402.04333)
+    ekfac   <-grad l_i(phi_0), (G + lambda)^-1 grad Phi(phi_0)>     an influence function (EK-FAC, arXiv 2308.03296)
 
-With AdamW, u_i = -lr g_i / (sqrt(g_i^2 + eps_root) + eps), g_i = grad l_i(phi_0); with SGD, u_i = -lr g_i and the two agree up to lr.
-Nothing is trained: no rewards for texts that are only good together, no T, and grad Phi is taken once per cell.
-EK-FAC influence (arXiv 2308.03296), with an inverse curvature between the two gradients, is not here, for want of a library that takes our
-metrics (looked at in November 2026). kronfluence 1.0.1 (July 2024, the latest) tracks Linear and Conv2d alone: of the tiny GPT-2, whose
-layers are Conv1D, the head, 46,976 of 200,193 weights; and it reads Phi's gradient off the layers' outputs, which a metric of the weights
-never passes. bergson 2.5.1 (October 2026) knows Conv1D and EK-FAC, but as a pipeline between folders, its own worker processes and
-gradients of text losses: grad Phi would have to be written in its index format, for each step's texts anew.
-Cost per step (F = one forward pass of the target on the completions): 3F, by a forward-mode product for dot and by per-text gradients
-for adam; sampling; and 3 forward passes' worth of policy update. It fails where Phi's gradient at phi_0 has another direction than after T
+With AdamW, an update is u_i = -lr m_hat / (sqrt(v_hat + eps_root) + eps), of moments that text i's gradient has just entered; from zero
+moments that is -lr g_i / (sqrt(g_i^2 + eps_root) + eps), nearly a sign. With SGD, u_i = -lr g_i. Nothing is trained but less's warm-up:
+no rewards for texts that are only good together, no T, and grad Phi is taken once per cell.
+What less and ekfac learn from is `influence_texts` texts of the untouched generator for training prompts: where the policy begins, to be
+had at every scale (of a pretrained target's own corpus only its authors have more), and paid for once per cell, before the first step.
+For less they are W = `warmup_steps` batches; for ekfac the texts of which G is the mean curvature, with labels drawn from phi_0, and
+lambda = `damping` times the mean eigenvalue of each module's block (`dpgbench.metagrad.curvature`, its memory too). kronfluence 1.0.1 and
+bergson 2.5.1 were looked at for this: the former tracks Linear and Conv2d alone, neither takes a metric of the weights.
+Where ours differs from the authors': LESS scores by a cosine of randomly projected LoRA gradients, summed over the checkpoints of four
+epochs on 5% of the candidates, and selects once from a fixed pool; less has the inner product of whole gradients at one checkpoint. `adam`
+is not LESS: its moments know of one text. Grosse et al. take G from the pretraining corpus and of MLP layers alone; ekfac reaches every
+parameter that Phi's gradient does.
+Cost per step (F = one forward pass of the target on the completions): 3F, by a forward-mode product for dot and ekfac and by per-text
+gradients for adam and less; sampling; and 3 forward passes' worth of policy update. Once: sampling `influence_texts`, and 3F of those for
+less, for ekfac 3F to 8F and the products of its factors. It fails where Phi's gradient at phi_0 has another direction than after T
 steps, and where the optimizer step of a batch is not like the sum of the steps of its texts (dot under AdamW). It does not see the effect
-of the other texts in the batch, so it also fails where the metric saturates or where a text adds nothing to what the batch already does.
+of the other texts in the batch, so it also fails where the metric saturates or where a text adds nothing to what the batch already does;
+ekfac also where G is mostly damping: directions that the sampled texts do not move.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpgbench.api import Method, Options, Snapshot
 from dpgbench.core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from dpgbench.bench.prices import Prices
     from dpgbench.bench.workbench import Workbench
 
-ESTIMATORS = ("dot", "adam")
+ESTIMATORS = ("dot", "adam", "less", "ekfac")
 
 
 class Influence(Method):
@@ -39,14 +50,42 @@ class Influence(Method):
         super().__init__(options)
         if options.estimator not in ESTIMATORS:
             raise UserError(f"method.estimator={options.estimator}: no such estimator; {did_you_mean(options.estimator, ESTIMATORS)}")
+        if not (options.damping > 0 and math.isfinite(options.damping)):
+            raise UserError(f"method.damping={options.damping}: without damping G has no inverse; write damping=0.1")
+        texts, steps = options.influence_texts, options.warmup_steps
+        if texts < 1:
+            raise UserError(f"method.influence_texts={texts}: less and ekfac learn from a text or more; write influence_texts=512")
+        if steps < 1 or (texts % steps and options.estimator == "less"):
+            raise UserError(f"method.warmup_steps={steps}: 1 or more, and must divide influence_texts={texts}; write warmup_steps=1, say")
 
-    def target_passes(self, steps: int) -> float:
-        return 3.0
+    def planned_flops(self, prices: Prices) -> float | None:
+        steps = prices.policy(3 * prices.read(self.options.policy.completions))
+        return None if steps is None else steps + self._once(prices) + prices.deployment()
+
+    def _once(self, prices: Prices) -> float:
+        """Before the first step."""
+        texts = self.options.influence_texts
+        if self.options.estimator == "less":
+            return prices.sampled(texts) + 3 * prices.read(texts)
+        return prices.sampled(texts) + prices.curvature(texts) if self.options.estimator == "ekfac" else 0.0
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         from dpgbench.bench.grpo import Rollouts, train_policy
 
+        how = self._prepared(bench)  # while the generator is untouched, in a run that goes on as well
+
         def influence_rewards(rollouts: Rollouts):
-            return bench.influences(rollouts.completions, optimizer_aware=self.options.estimator == "adam")
+            return bench.influences(rollouts.completions, **how)
 
         yield from train_policy(bench, influence_rewards)
+
+    def _prepared(self, bench: Workbench) -> dict[str, Any]:
+        """How `Workbench.influences` is to judge."""
+        options = self.options
+        if options.estimator in ("dot", "adam"):
+            return {"optimizer_aware": options.estimator == "adam"}
+        with bench.once(options.estimator):
+            texts = bench.sample(bench.prompts(options.influence_texts, "influence"), "influence")
+            if options.estimator == "less":
+                return {"optimizer_aware": True, "checkpoint": bench.warmed_up(texts, options.warmup_steps)}
+            return {"direction": bench.inverse_curvature_product(texts, damping=options.damping)}

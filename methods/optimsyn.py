@@ -5,12 +5,12 @@ itself, never trained, writes m = `texts` texts under document and rubric; the r
 
     x_j ~ pi_0(. | q, s),    R(s) = 1/m sum_j <u_j, grad Phi(phi_0)>,    u_j: the first update of the target's optimizer from x_j alone
 
-(LESS, arXiv 2402.04333; `influence` with estimator=adam pays the same to the policy that writes the texts). A snapshot does what training
+(`influence` with estimator=adam pays the same to the policy that writes the texts). A snapshot does what training
 did: the policy writes a rubric of its own for every held-out prompt, the generator one text under it; both are charged. A rubric for each
-document and one text for each rubric are the authors' choice (their code has the policy write rubrics anew after training). Three parts of
-the authors' method are not used: the cosine instead of the inner product, Adam's moments from a warm-up, and a penalty of 0.1 for rubrics
-that do not parse. Here every rubric is valid, and a rubric that the generator does not understand gets the influence of the texts written
-under it.
+document and one text for each rubric are the authors' choice (their code has the policy write rubrics anew after training).
+Where ours differs from the authors': the inner product instead of the cosine; Adam's moments start at zero instead of after a warm-up, so
+that u_j is nearly a sign (`influence` has both forms, as adam and less); and no penalty of 0.1 for rubrics that do not parse: here
+every rubric is valid, and a rubric that the generator does not understand gets the influence of the texts written under it.
 Cost per step (F = one forward pass of the target on the texts): 3F, sampling rubrics and m times as many texts, and 3 forward passes'
 worth of policy update on the rubrics. It fails where no instruction that the generator follows leads to better texts (a picture in the
 weights, a string that cannot be said), where a group's rubrics are all alike, and where influence does: see `influence`.

@@ -7,6 +7,12 @@ No target is trained. The reward of completion x, with R the task's `references`
     embedding     max_{r in R} cos(e(x), e(r)), e the mean of phi_0's input embeddings over a text's tokens
     langid        1 if the corpus's identifier finds in x the language it finds in most of R, else 0 (no language at all counts as one)
 
+Where ours differs from the authors': they average over all references, count edits between token sequences without dividing by a length,
+pay the probability that fastText gives the language, and embed with a multilingual sentence encoder. Ours take the nearest reference,
+for a text need be like one of them only; do not grow with a text's length; and need no download. Theirs, but for the encoder, are options:
+`over_references=mean`; `edit_distance=tokens`, -distance(x, r) in tokens of the target; `language_score=probability` (in the phrasebook,
+which has no probability, the share of words that the language has).
+
 The embedding is static, offline, there at every scale without a further package, and has a row for every token that the target knows.
 Cost per step: sampling and 3 forward passes' worth of policy update; the rewards run no model, so they cost seconds and, but for the
 embedding's products with R, no FLOPs. It fails where what is wanted does not occur among the completions (all scores of a group are equal:
@@ -17,7 +23,7 @@ them), and says nothing of what training on the texts does.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dpgbench.api import Method, Options, Snapshot, TaskInfo
@@ -30,7 +36,10 @@ if TYPE_CHECKING:
     from dpgbench.bench.workbench import Workbench
 
 Scores = Callable[[Sequence[str]], Sequence[float]]
-REWARDS = ("score", "levenshtein", "embedding", "langid")
+CHOICES = {
+    "reward": ("score", "levenshtein", "embedding", "langid"), "over_references": ("max", "mean"), "edit_distance": ("relative", "tokens"),
+    "language_score": ("identified", "probability"),
+}  # fmt: skip
 
 
 class Similarity(Method):
@@ -38,8 +47,10 @@ class Similarity(Method):
 
     def __init__(self, options: Options):
         super().__init__(options)
-        if options.reward not in REWARDS:
-            raise UserError(f"method.reward={options.reward}: no such reward; {did_you_mean(options.reward, REWARDS)}")
+        for name, choices in CHOICES.items():
+            if options[name] not in choices:
+                what = name.replace("_", " ").replace("over references", "way over references")
+                raise UserError(f"method.{name}={options[name]}: no such {what}; {did_you_mean(options[name], choices)}")
 
     def supports(self, task: TaskInfo) -> str | None:
         if self.options.reward == "score" and "score" not in task.defines:
@@ -67,12 +78,23 @@ class Similarity(Method):
     def _levenshtein(self, bench: Workbench) -> Scores:
         from rapidfuzz.distance import Levenshtein
 
-        references = [squeezed(text) for text in self._references(bench)]
+        def tokens(text: str) -> list[int]:
+            return bench.world.target_tokenizer(text, add_special_tokens=False)["input_ids"]
 
-        def likeness(texts: Sequence[str]) -> list[float]:
-            return [max(Levenshtein.normalized_similarity(squeezed(text), reference) for reference in references) for text in texts]
+        relative = self.options.edit_distance == "relative"
+        read = squeezed if relative else tokens
+        references = [read(text) for text in self._references(bench)]
 
-        return likeness
+        def like(text: str) -> Iterator[float]:
+            written = read(text)
+            for reference in references:
+                yield Levenshtein.normalized_similarity(written, reference) if relative else -Levenshtein.distance(written, reference)
+
+        return lambda texts: [self._over_references(like(text)) for text in texts]
+
+    def _over_references(self, likeness: Iterable[float]) -> float:
+        values = list(likeness)
+        return max(values) if self.options.over_references == "max" else sum(values) / len(values)
 
     def _embedding(self, bench: Workbench) -> Scores:
         references_RD = self._embedded(bench, self._references(bench))
@@ -80,12 +102,17 @@ class Similarity(Method):
         def likeness(texts: Sequence[str]) -> Tensor:
             texts_ND = self._embedded(bench, texts)
             bench.meter.charge("scoring", 2.0 * texts_ND.numel() * len(references_RD))
-            return (texts_ND @ references_RD.T).amax(1)
+            likeness_NR = texts_ND @ references_RD.T
+            return likeness_NR.amax(1) if self.options.over_references == "max" else likeness_NR.mean(1)
 
         return likeness
 
     def _langid(self, bench: Workbench) -> Scores:
         ((wanted, _),) = Counter(bench.world.identify_language(self._references(bench))).most_common(1)
+        if self.options.language_score == "probability":
+            if wanted == "other":
+                raise UserError("method.language_score=probability: the references are in no language; write language_score=identified")
+            return lambda texts: bench.world.language_probabilities(texts, wanted)
 
         def in_it(texts: Sequence[str]) -> list[float]:
             return [float(language == wanted) for language in bench.world.identify_language(texts)]

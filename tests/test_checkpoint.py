@@ -22,6 +22,8 @@ METHODS = {
     "adapters": ["method=dpg", "averaging=0.9", "policy.lora.rank=4"],
     "token credit": ["method=dpg_token", "averaging=0.9"],
     "influence": ["method=influence", "estimator=adam"],
+    "less": ["method=influence_less", "influence_texts=16"],
+    "ekfac": ["method=influence_ekfac", "influence_texts=16"],
     "naive": ["method=naive"],
     "optimsyn": ["method=optimsyn", "texts=1"],
     "adapted rounds": ["method=active_inheritance_rounds", "n=2", "rounds=4", "round_prompts=16", "policy.lora.rank=4"],
@@ -81,6 +83,7 @@ def slow(*values: object):
     ("name", "step"),
     [
         ("dpg", 1), slow("dpg", 4), slow("mini-batches", 2), slow("adapters", 2), ("token credit", 2), slow("influence", 3),
+        slow("less", 2), slow("ekfac", 2),
         slow("naive", 2), slow("optimsyn", 2),
     ],
 )  # fmt: skip

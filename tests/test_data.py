@@ -66,6 +66,9 @@ def test_languages_of_real_text_are_told_apart(language):
     sentences = phrasebook.Phrasebook().held_out(language, "test", 100)
     assert [topics.identify_language(sentence) for sentence in sentences].count(language) >= 99
     assert {topics.identify_language(text) for text in ("", " ", "3 f - a 0", "?!", "the der la il chat")} == {"other"}
+    probabilities = [topics.language_probability(sentence, language) for sentence in sentences[:20]]
+    assert all(0.5 <= probability <= 1 for probability in probabilities) and topics.language_probability(sentences[0], "xx") == 0
+    assert topics.language_probability(" ", language) == 0
 
 
 @pytest.fixture

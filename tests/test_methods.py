@@ -20,7 +20,23 @@ def linear(model):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["method=influence", "estimator=dots"], "method.estimator=dots: no such estimator; did you mean 'dot'? choose from: adam, dot"),
+        (
+            ["method=influence", "estimator=dots"],
+            "method.estimator=dots: no such estimator; did you mean 'dot'? choose from: adam, dot, ekfac, less",
+        ),
+        (["method=influence_ekfac", "damping=0"], "method.damping=0.0: without damping G has no inverse; write damping=0.1"),
+        (
+            ["method=influence_less", "warmup_steps=7"],
+            "method.warmup_steps=7: 1 or more, and must divide influence_texts=512; write warmup_steps=1, say",
+        ),
+        (
+            ["method=influence_ekfac", "influence_texts=0"],
+            "method.influence_texts=0: less and ekfac learn from a text or more; write influence_texts=512",
+        ),
+        (
+            ["method=naive", "target_lr=0"],
+            "method.target_lr=0: a learning rate is positive; write method.target_lr=1e-3, or null for training.lr",
+        ),
         (["method=prompt_only", "search=0"], "method.search=0: at least the hint is tried; write search=1 for it alone"),
         (["method=prompt_only", "search_texts=0"], "method.search_texts=0: a target needs a text or more; write search_texts=64"),
         (
@@ -85,6 +101,117 @@ def test_influences_are_charged_three_forwards_and_the_gradient_of_phi_once(benc
     assert spent[1] == spent[2] == pytest.approx(3 * forward) and spent[0] > spent[1]
 
 
+def rewarded(work, monkeypatch):
+    """What the method hands to `influences` at its first step, without training anything."""
+    from dpgbench.bench import grpo
+
+    def first_reward(bench, reward):
+        yield reward(grpo.Rollouts(0, [], ["a text."]))
+
+    monkeypatch.setattr(grpo, "train_policy", first_reward)
+    seen = {}
+    monkeypatch.setattr(work, "influences", lambda texts, **how: seen.update(how))
+    list(Registry().load("method", "influence")(work.options).run(work))
+    return seen
+
+
+def test_less_is_a_loop(bench, monkeypatch):
+    """Two steps of AdamW written out on the untouched generator's texts, then each text's next update there, against the
+    gradient of a linear metric."""
+    from dpgbench.metagrad.training import per_example_loss
+
+    work = bench("task=language", "method=influence_less", "influence_texts=8", "warmup_steps=2", "eps_root=1e-6", "training.lr=1e-2")
+    target, training = work.world.target.double(), work.spec.training
+    (b1, b2), lr = training.betas, training.lr
+    params = {name: p.detach().clone() for name, p in target.named_parameters()}
+    before = {name: p.detach().clone() for name, p in target.named_parameters()}
+    first, second = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2))
+
+    def gradient(encoded):
+        leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+        loss = per_example_loss(target, leaves, **encoded).mean()
+        return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+    def update(found, step):
+        means = {name: b1 * first[name] + (1 - b1) * g for name, g in found.items()}
+        squares = {name: b2 * second[name] + (1 - b2) * g**2 for name, g in found.items()}
+        size = {name: (square / (1 - b2 ** (step + 1)) + training.eps_root).sqrt() + training.eps for name, square in squares.items()}
+        return {name: -lr / (1 - b1 ** (step + 1)) * mean / size[name] for name, mean in means.items()}, means, squares
+
+    drawn = work.sample(work.prompts(8, "influence"), "influence")
+    batches, _ = work.batches(drawn, "warm-up", steps=2)
+    for step, encoded in enumerate(batches):
+        moved, first, second = update(gradient(encoded), step)
+        params = {name: p * (1 - lr * training.weight_decay) + moved[name] for name, p in params.items()}
+    work.task.signal = linear(target)
+    texts = work.sample(work.prompts(5, "a test"), "a test")
+    how = rewarded(work, monkeypatch)
+    assert how.pop("optimizer_aware") and how["checkpoint"].step == 2
+    monkeypatch.undo()
+    found = work.influences(texts, optimizer_aware=True, **how)
+    generator = torch.Generator().manual_seed(0)
+    slopes = {name: 1e-3 * torch.randn(p.shape, generator=generator).to(p) for name, p in target.named_parameters()}
+    for text, value in zip(texts, found.tolist(), strict=True):
+        moved, *_ = update(gradient(work.world.encode([text])), 2)
+        assert value == pytest.approx(sum(float((moved[name] * slopes[name]).sum()) for name in slopes), rel=1e-9)
+    assert all(torch.equal(p, before[name]) for name, p in target.named_parameters())
+
+
+def test_ekfac_is_dot_along_the_inverse_curvature(bench, monkeypatch):
+    """The method's direction is the product of `metagrad.curvature` with Phi's gradient, on the generator's texts and the cell's draws."""
+    from dpgbench.core.seeds import derive
+    from dpgbench.metagrad.curvature import inverse_curvature_product
+    from dpgbench.metagrad.training import gradient_dots
+
+    work = bench("task=sixseven", "method=influence_ekfac", "influence_texts=32", "damping=0.3")
+    encoded = work.world.encode(work.sample(work.prompts(32, "influence"), "influence"))
+    target = work.world.target
+    slope = torch.autograd.grad(work.task.signal(target), [target.lm_head.weight])[0]
+    draws = torch.Generator().manual_seed(derive(work.spec.seed, "curvature", "labels"))
+    how = {"damping": 0.3, "reduction": work.spec.training.reduction}
+    product, _ = inverse_curvature_product(target, **encoded, direction={"lm_head.weight": slope}, generator=draws, **how)
+    texts = work.sample(work.prompts(6, "a test"), "a test")
+    told = rewarded(work, monkeypatch)
+    monkeypatch.undo()
+    assert set(told["direction"]) == {"lm_head.weight"}
+    expected = -gradient_dots(target, **work.world.encode(texts), direction=product, reduction=work.spec.training.reduction)
+    assert torch.allclose(work.influences(texts, **told), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["influence_less", "influence_ekfac"])
+def test_what_is_prepared_is_paid_once_and_the_same_in_a_run_that_goes_on(bench, monkeypatch, method):
+    """A second bench that goes on from the first one's account prepares the same and is charged nothing more."""
+    words = ["task=l2_norm", f"method={method}", "influence_texts=16", "warmup_steps=2"]
+    work = bench(*words)
+    told = rewarded(work, monkeypatch)
+    spent, again = work.meter.total_flops, bench(*words)
+    assert spent > 0
+    again.account.restore(work.state())
+    told_again = rewarded(again, monkeypatch)
+    assert again.meter.total_flops == 0 and again.meter.tokens_generated == 0
+    one, other = (how["direction"] if "direction" in how else how["checkpoint"].params for how in (told, told_again))
+    assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_curvature_is_charged_as_counted(bench):
+    """For the head alone: the labels, two passes, the factors' products, and eigenvectors by their formula."""
+    from dpgbench.bench.flops import counted_flops
+    from dpgbench.metagrad.curvature import curvature
+
+    work = bench("task=l2_norm")
+    texts = work.sample(work.prompts(8, "a test"), "a test")
+    work.influences(texts)  # Phi's gradient is paid
+    before = work.meter.flops["scoring"]
+    work.inverse_curvature_product(texts, damping=0.1)
+    draws = torch.Generator().manual_seed(0)
+    encoded = work.world.encode(texts)
+    _, counted = counted_flops(lambda: curvature(work.world.target, **encoded, generator=draws, names=["lm_head.weight"]))
+    vocabulary, width = work.world.target.lm_head.weight.shape
+    turning = 4 * vocabulary * width * (vocabulary + width)  # the direction, there and back
+    expected = counted + turning + 9 * (vocabulary**3 + width**3)
+    assert work.meter.flops["scoring"] - before == pytest.approx(expected, rel=1e-9)
+
+
 # ---- naive
 
 
@@ -99,7 +226,7 @@ def test_naive_compares_datasets(bench, advantages_used, datasets, values, scali
     """
     work = bench("method=naive", f"datasets={datasets}", "completions=8", "group_size=4", f"scale_advantages={scaling}", "steps=1")
     seen = []
-    work.dataset_value = lambda texts, *names: seen.append(texts) or values[len(seen) - 1]
+    work.dataset_value = lambda texts, *names, lr: seen.append(texts) or values[len(seen) - 1]
     list(Registry().load("method", "naive")(work.options).run(work))
     texts = work.lines[0]["rollouts"]["texts"]
     assert seen == [texts[first::datasets] for first in range(datasets)]
@@ -121,6 +248,8 @@ def test_a_datasets_value_is_phi_of_a_target_trained_on_it(bench):
     value = work.dataset_value(texts, "x")
     assert work.meter.flops["training"] == pytest.approx(3 * forward_flops(work.world.target, 8, work.spec.training.max_length))
     assert value == pytest.approx(work.metagradients(texts, "x").value, rel=1e-6)
+    faster = bench("task=l2_norm", "inner_steps=2", "training.lr=0.01").dataset_value(texts, "x")
+    assert work.dataset_value(texts, "x", lr=0.01) == faster != value
     with pytest.raises(UserError, match="inner_steps=2: a dataset of 7 texts must divide into as many batches; make it 6 texts"):
         work.dataset_value(texts[:7])
 

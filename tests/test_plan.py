@@ -66,7 +66,8 @@ def test_known_models_have_their_published_sizes():
     + [
         pytest.param(words, marks=pytest.mark.slow)
         for words in (
-            ["method=dpg"], ["method=dpg", "rank=4"], ["method=dpg_token"], ["method=naive"], ["method=langid"], ["method=oracle"], ["method=optimsyn"],
+            ["method=dpg"], ["method=dpg", "rank=4"], ["method=dpg_token"], ["method=naive"], ["method=langid"], ["method=oracle"],
+            ["method=optimsyn"], ["method=influence_less", "influence_texts=64"], ["method=influence_ekfac", "influence_texts=64"],
             ["method=active_inheritance_rounds", "n=2", "rounds=3", "round_prompts=32"], ["method=influence"],
             ["method=prompt_only", "search=3", "search_texts=16"],
         )
@@ -75,7 +76,7 @@ def test_known_models_have_their_published_sizes():
 )  # fmt: skip
 def test_no_cell_costs_more_than_was_said_and_none_half_of_it(words, tmp_path):
     """Completions are shorter than they may be, a metagradient takes up to what is said of it, and this task's Phi next to nothing."""
-    task = "language" if "langid" in words[0] else "l2_norm"
+    task = "language" if words[0] in ("method=langid", "method=influence_ekfac") else "l2_norm"
     spec = config.read([f"task={task}", *SMALL, *words], sweep=False).cells[0].spec
     assert run_cell(spec, tmp_path) == "done"
     spent = RunFolder.of(tmp_path, spec).result()["snapshots"][-1]["flops"]

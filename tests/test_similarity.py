@@ -55,6 +55,31 @@ def test_the_nearest_reference_counts(bench):
     assert likeness(["abcd", "w x y", "a x y z", ""]) == [1.0, 3 / 4, 3 / 4, 0.0]
 
 
+def test_the_authors_forms_by_hand(bench, monkeypatch):
+    """Over two references of four characters the mean of similarities; minus the mean of tokens that differ; and the share of words."""
+    work = bench("task=language", "method=levenshtein", "over_references=mean")
+    work.task.references = lambda: ["a b c d", "w x y z"]
+    likeness = Registry().load("method", "similarity")(work.options)._levenshtein(work)
+    assert likeness(["abcd", "w x", "", "w x c d"]) == [1 / 2, 1 / 4, 0.0, 1 / 2]
+    texts, words = [GERMAN, "der Bauer findet", "", "the farmer"], ["task=language", "lang=de"]
+    for how in ("max", "mean"):
+        work = bench(*words, "method=levenshtein", "edit_distance=tokens", f"over_references={how}")
+        work.task.references = lambda: ["der Bauer findet den roten Apfel heute.", "der Bauer"]
+        found = Registry().load("method", "similarity")(work.options)._levenshtein(work)(texts)
+        assert found == ([0, -1, -2, -2] if how == "max" else [-6 / 2, -(5 + 1) / 2, -(8 + 2) / 2, -(8 + 2) / 2])
+    found, _ = paid(
+        bench, monkeypatch, [GERMAN, "der Bauer the farmer", "", ENGLISH], *words, "method=langid", "language_score=probability"
+    )
+    assert found == [1.0, 0.5, 0.0, 0.0]
+    near, mean = (
+        Registry().load("method", "similarity")(work.options)._embedding(work)([GERMAN])
+        for work in (bench(*words, "method=embedding"), bench(*words, "method=embedding", "over_references=mean"))
+    )
+    table = Registry().load("method", "similarity")(work.options)._embedded
+    references = table(work, work.world.held_out("de", "dev", 64))
+    assert mean.tolist() == pytest.approx((table(work, [GERMAN]) @ references.T).mean(1).tolist(), rel=1e-5) and mean < near
+
+
 def test_embeddings_are_the_targets_own_by_hand(bench, monkeypatch):
     """The cosine of mean rows of phi_0's table, with the nearest reference; no tokens, no likeness; its products are charged."""
     texts = [GERMAN, ENGLISH, "", "Apfel"]
@@ -96,6 +121,11 @@ def test_what_cannot_be_paid_is_said(bench):
         config.read(["method=similarity", "reward=bleu"], sweep=False)
     (cell,) = config.read(["task=sixseven", "method=similarity"], sweep=False).cells
     assert cell.skip == "sixseven has no black-box score of a text"
+    with pytest.raises(UserError, match=r"method\.edit_distance=characters: no such edit distance; choose from: relative, tokens"):
+        config.read(["method=levenshtein", "edit_distance=characters"], sweep=False)
+    work = bench("task=uuid", "method=langid", "language_score=probability", "deployment_steps=null", "inner_steps=1")
+    with pytest.raises(UserError, match="language_score=probability: the references are in no language; write language_score=identified"):
+        next(Registry().load("method", "similarity")(work.options).run(work))
     work = bench("task=language", "method=langid")
     work.task.references = lambda: None
     with pytest.raises(UserError, match="task=language: no references with these options"):

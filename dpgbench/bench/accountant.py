@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpgbench.bench import flops as compute
@@ -86,6 +87,13 @@ class Accountant:
         if once is not None:
             self._paid.add(once)
         return outcome
+
+    @contextmanager
+    def once(self, name: str) -> Iterator[None]:
+        """Inside, charges count only the first time in this cell: for preparations that a run which goes on has to make again."""
+        with self.meter.deployment() if name in self._paid else nullcontext():  # whose charges are then nobody's
+            yield
+        self._paid.add(name)
 
     # ---- going on after an interruption
 

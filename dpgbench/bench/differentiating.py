@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,14 +17,31 @@ from dpgbench.core.errors import CellError, UserError
 from dpgbench.core.exchange import TaskView
 from dpgbench.core.seeds import derive, torch_seeded
 from dpgbench.metagrad import Metagradients, ascend, metagradients, signal_gradients
+from dpgbench.metagrad.curvature import inverse_curvature_product
 from dpgbench.metagrad.loss import initial_parameters
-from dpgbench.metagrad.training import first_step_dots, gradient_dots, loaded, one_step_values, train
+from dpgbench.metagrad.training import first_step_dots, gradient_dots, loaded, one_step_values, train, train_with_state
 from dpgbench.worlds.world import World
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 PARAMETERS_AT_ONCE = 100_000_000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The target after `step` optimizer steps, and the optimizer's state there; {} and None stand for phi_0 and a fresh optimizer."""
+
+    params: dict[str, Tensor]
+    state: Any
+    step: int
+
+    @contextmanager
+    def loaded(self, target: nn.Module) -> Iterator[nn.Module]:
+        """The target with these parameters, to be read and differentiated; phi_0 again afterwards."""
+        leaves = {name: theta.detach().requires_grad_() for name, theta in self.params.items()}
+        with loaded(target, leaves):
+            yield target
 
 
 class Differentiating:
@@ -32,7 +51,8 @@ class Differentiating:
         self.spec, self.task, self.world, self.account = spec, task, world, account
         self.optimizer = optimizer_of(spec.training)
         self.engine = engine_settings(spec.training, data_parallel=account.group.size > 1)
-        self._signal_gradient: dict[str, Tensor] | None = None
+        self._start = Checkpoint({}, None, 0)
+        self._signal_gradients: dict[int, dict[str, Tensor]] = {}  # by the number of steps before
 
     def batches(self, texts: Sequence[str], *names: object, steps: int | None = None) -> tuple[list[dict[str, Tensor]], Tensor]:
         """The batches of `steps` (default: T) optimizer steps of the target, and for each position in them the index of its text.
@@ -86,20 +106,20 @@ class Differentiating:
             )
         return Metagradients(rewards, outcome.value, outcome.params)
 
-    def dataset_value(self, texts: Sequence[str], *names: object) -> float:
+    def dataset_value(self, texts: Sequence[str], *names: object, lr: float | None = None) -> float:
         """Phi of a fresh target trained on the texts by T steps: one number for all of them. Cost: 3TF for T batches, and one Phi.
 
-        Raises CellError if it is not finite, UserError if the texts do not make T batches of one size.
+        `lr` stands in for the target's own. Raises CellError if it is not finite, UserError if the texts do not make T batches of one size.
         """
         target = self.world.target
         batches, _ = self.batches(texts, *names)
-        params = train(target, batches, self.optimizer, **self.engine.for_training())
+        params = train(target, batches, optimizer_of(self.spec.training, lr=lr), **self.engine.for_training())
         with loaded(target, params), torch.no_grad():
             value = float(self.task.signal(target))
         self.account.training(batches)
         self.account.signal()
         if not math.isfinite(value):
-            raise CellError(f"dataset_value: Phi is {value:g} after training; lower training.lr={self.spec.training.lr}")
+            raise CellError(f"dataset_value: Phi is {value:g} after training; lower the learning rate of {lr or self.spec.training.lr}")
         return value
 
     def ascend(self) -> dict[str, Tensor]:
@@ -118,34 +138,72 @@ class Differentiating:
         self.account.judged(encoded, signals=len(texts))
         return values.tolist()
 
-    def influences(self, texts: Sequence[str], *, optimizer_aware: bool = False) -> Tensor:
-        """What one step from phi_0 on each text alone would do to Phi, to first order: <u_i, grad Phi(phi_0)>, (N,), higher is better.
+    def influences(
+        self,
+        texts: Sequence[str],
+        *,
+        optimizer_aware: bool = False,
+        direction: Mapping[str, Tensor] | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> Tensor:
+        """What one step on each text alone would do to Phi, to first order: <u_i, grad Phi(phi_0)>, (N,), higher is better.
 
-        u_i is minus the text's gradient, or with `optimizer_aware` the first update that the target's optimizer makes of it. Every text
-        is judged alone and at phi_0, whatever T is. Cost: 3F in either case, and once per cell Phi's gradient at phi_0, counted.
-        Raises CellError if a value is not finite.
+        u_i is minus the text's gradient, or with `optimizer_aware` the next update that the target's optimizer makes of it. Every text is
+        judged alone and at phi_0, whatever T is: there the optimizer has seen nothing and the update is its first. With a `checkpoint`
+        (`warmed_up`) all three are taken there: the text's gradient, grad Phi, and the optimizer's state that the update starts from. A
+        `direction`, by parameter name, stands in for grad Phi (`inverse_curvature_product`).
+        Cost: 3F in any case, and once per cell Phi's gradient at each of the points, counted. Raises CellError if a value is not finite.
         """
         encoded = self.world.encode(texts)
-        arguments = (self.world.target, encoded["input_ids"], encoded["labels"], self._gradient_of_signal())
-        if optimizer_aware:
-            values = first_step_dots(*arguments, self.optimizer, reduction=self.engine.reduction, chunk=self._texts_at_once())
-        else:
-            values = -gradient_dots(*arguments, **self.engine.for_training())
+        where = checkpoint or self._start
+        given = (encoded["input_ids"], encoded["labels"], self._gradient_of_signal(where) if direction is None else dict(direction))
+        with where.loaded(self.world.target) as target:
+            if optimizer_aware:
+                how = {"reduction": self.engine.reduction, "chunk": self._texts_at_once(), "state": where.state, "step": where.step}
+                values = first_step_dots(target, *given, self.optimizer, **how)
+            else:
+                values = -gradient_dots(target, *given, **self.engine.for_training())
         self.account.judged(encoded)
         if not bool(values.isfinite().all()):
             bad = int((~values.isfinite()).sum())
             raise CellError(f"influences: {bad} of {len(texts)} are not finite; look at the task's signal at the initial target")
         return values
 
-    def _gradient_of_signal(self) -> dict[str, Tensor]:
-        """At phi_0, of the parameters that Phi reads; paid once per cell."""
-        if self._signal_gradient is None:
-            target = self.world.target
-            _, slopes = self.account.counted(
-                "scoring", lambda: signal_gradients(target, initial_parameters(target), self.task.signal), once="signal gradient"
-            )
-            self._signal_gradient = {name: slope for name, slope in slopes.items() if slope is not None}
-        return self._signal_gradient
+    def inverse_curvature_product(self, texts: Sequence[str], *, damping: float) -> dict[str, Tensor]:
+        """(G + lambda)^-1 grad Phi(phi_0) by EK-FAC, with the curvature of the loss on the texts: `metagrad.curvature`.
+
+        Deterministic in cell and texts. Cost: that of `metagrad.curvature`, for the modules that Phi's gradient reaches, as torch counts
+        it, eigenvectors by formula; and once per cell Phi's gradient at phi_0. Raises CellError if it is not finite.
+        """
+        encoded, slopes = self.world.encode(texts), self._gradient_of_signal(self._start)
+        draws = torch.Generator().manual_seed(derive(self.spec.seed, "curvature", "labels"))
+        how = {"damping": damping, "micro_batch": self.engine.micro_batch, "reduction": self.engine.reduction}
+        given = (encoded["input_ids"], encoded["labels"], slopes, draws)
+        product, flops = self.account.counted("scoring", lambda: inverse_curvature_product(self.world.target, *given, **how))
+        self.account.meter.charge("scoring", flops)
+        for name, along in product.items():
+            if not bool(along.isfinite().all()):
+                raise CellError(f"inverse_curvature_product: {name} is not finite; raise damping={damping}")
+        return product
+
+    def warmed_up(self, texts: Sequence[str], steps: int) -> Checkpoint:
+        """The target after so many steps of its own optimizer on the texts, and the optimizer's state there. Cost: 3F.
+
+        Raises UserError if the texts do not make that many batches of one size.
+        """
+        batches, _ = self.batches(texts, "warm-up", steps=steps)
+        params, state = train_with_state(self.world.target, batches, self.optimizer, **self.engine.for_training())
+        self.account.training(batches)
+        return Checkpoint(params, state, steps)
+
+    def _gradient_of_signal(self, where: Checkpoint) -> dict[str, Tensor]:
+        """Of the parameters that Phi reads; paid once per cell for each number of steps."""
+        if where.step not in self._signal_gradients:
+            target, params = self.world.target, where.params or initial_parameters(self.world.target)
+            name = f"signal gradient after {where.step} steps" if where.step else "signal gradient"
+            _, slopes = self.account.counted("scoring", lambda: signal_gradients(target, params, self.task.signal), once=name)
+            self._signal_gradients[where.step] = {name: slope for name, slope in slopes.items() if slope is not None}
+        return self._signal_gradients[where.step]
 
     def _texts_at_once(self) -> int:
         """How many texts may have copies of the parameters of their own."""

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dpgbench.core.limits import LARGEST_FACTOR
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -69,6 +71,19 @@ class Shape:
             return 3 * self.forward_flops(batch, length)
         products = 2.0 * (2 * self.matmul_weights - self.untouched + self.adapters) * batch * length
         return products + 3.0 * self.attention_flops_per_pair * batch * length**2
+
+    def curvature_flops(self, texts: int, length: int) -> float:
+        """EK-FAC of all modules on so many texts (`metagrad.curvature`), at most.
+
+        8F for its passes; and of a matrix with I inputs and O outputs 4(I^2 + O^2) + 2IO a token and 9(I^3 + O^3) once. A matrix inside
+        a layer counts as (D, 4D), the longest of GPT-2's and Llama's: 19 a weight and token, 146 D a weight once. The head is (D, V), and
+        its longer side is free where it is more than LARGEST_FACTOR; embeddings have a factor of D on one side.
+        """
+        width, vocabulary, tokens = self.width, self.vocabulary, texts * length
+        sides = [width, width, width, *([vocabulary] if vocabulary <= LARGEST_FACTOR else [])]
+        inner = self.matmul_weights - self.head
+        products = 19.0 * inner + sum(4.0 * side**2 for side in sides) + 2.0 * self.head
+        return 8 * self.forward_flops(texts, length) + products * tokens + 146.0 * width * inner + sum(9.0 * side**3 for side in sides)
 
     def scoring_flops(self, batch: int, prompt_length: int, new_tokens: int) -> float:
         """The probabilities of completions: F, but for the head at the prompt's positions, its last one excepted."""

@@ -29,6 +29,10 @@ class Prices:
         """F: one forward pass of the target on so many texts; training on them is 3F."""
         return self.target.forward_flops(texts, self.spec.training.max_length)
 
+    def curvature(self, texts: int) -> float:
+        """EK-FAC of the target on so many texts, if Phi's gradient reaches all of it."""
+        return self.target.curvature_flops(texts, self.spec.training.max_length)
+
     def finetuned(self, texts: int, batch: int) -> float:
         """Teaching the generator so many texts, `batch` at a time."""
         self.updated = max(self.updated, batch)

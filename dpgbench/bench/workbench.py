@@ -57,7 +57,7 @@ class Workbench:
         self._notes: dict[str, Any] = {}
 
         self.account = Accountant(world.target, task, meter, Budget(**spec.budget), group)
-        self.spent_share = self.account.spent_share
+        self.spent_share, self.once = self.account.spent_share, self.account.once
 
         drawing = Drawing(spec.seed, world, generator, self.account)
         self.seed, self.prompts, self.sample, self.finetune = drawing.seed, drawing.prompts, drawing.sample, drawing.finetune
@@ -67,6 +67,7 @@ class Workbench:
         self.optimizer, self.engine = target.optimizer, target.engine
         self.batches, self.dataset_value, self.ascend = target.batches, target.dataset_value, target.ascend
         self.one_step_utilities, self.influences = target.one_step_utilities, target.influences
+        self.inverse_curvature_product, self.warmed_up = target.inverse_curvature_product, target.warmed_up
 
     def metagradients(
         self, texts: Sequence[str], *names: object, optimizer: str | None = None, lr: float | None = None, per_token: bool = False

@@ -23,7 +23,13 @@ ADDED_SETTINGS = {
     "scale": dict.fromkeys(
         ("generator_revision", "target_revision", "max_prompt_tokens", "corpus_subset", "corpus_column", "corpus_revision")
     ),
-    "method": {"lora": None, "credit": "text", "baseline": "group"},
+    "method": {
+        "lora": None,
+        **{"credit": "text", "baseline": "group"},
+        **{"damping": 0.1, "influence_texts": 512, "warmup_steps": 8},
+        **{"over_references": "max", "edit_distance": "relative", "language_score": "identified"},
+        "target_lr": None,
+    },
     "policy": {"rollout": "transformers", "lora": None, "rollout_batch": None},
 }
 # How a generator's texts are drawn and updated: raised where that changed what stored cells had. 2: no dropout, every end token, the full

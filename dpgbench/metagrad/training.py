@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from dpgbench.metagrad.optimizers import SGD, AdamW, Moments, Optimizer, Params
 
 __all__ = [
     "SGD", "AdamW", "Moments", "Optimizer", "Signal", "first_step_dots", "gradient_dots", "loaded", "mean_gradients",
-    "one_step_values", "per_example_loss", "per_token_loss", "train",
+    "one_step_values", "per_example_loss", "per_token_loss", "train", "train_with_state",
 ]  # fmt: skip
 
 Signal = Callable[[nn.Module], Tensor]
@@ -89,6 +90,19 @@ def train(
     left unchanged. `micro_batch` bounds memory and changes nothing beyond rounding; precision="bf16" computes in bfloat16 with float32
     parameters. Cost 3F a step. Raises ValueError on malformed batches, weights or micro_batch, weights per token with reduction="tokens",
     active dropout, and non-floating parameters."""
+    return train_with_state(model, batches, optimizer, weights, micro_batch, reduction, precision)[0]
+
+
+def train_with_state(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    optimizer: Optimizer,
+    weights: Tensor | None = None,
+    micro_batch: int | None = None,
+    reduction: str = "length",
+    precision: str = "full",
+) -> tuple[Params, Any]:
+    """`train`, and the optimizer's state after the last step."""
     check_model(model)
     params = initial_parameters(model)
     check_precision(precision, params)
@@ -101,7 +115,7 @@ def train(
         gradients = mean_gradients(model, params, batch, of_step, micro_batch, reduction, precision)
         with torch.no_grad():
             params, state = optimizer.update(params, gradients, state, step)
-    return params
+    return params, state
 
 
 def one_step_values(
@@ -140,10 +154,13 @@ def first_step_dots(
     optimizer: Optimizer,
     reduction: str = "length",
     chunk: int = 64,
+    state: Any = None,
+    step: int = 0,
 ) -> Tensor:
-    """<u_i, direction> for each of N texts, u_i the optimizer's first update from phi_0 on text i alone: (N,), detached.
+    """<u_i, direction> for each of N texts, u_i the optimizer's next update from phi_0 on text i alone: (N,), detached.
 
-    Weight decay, the same for every text, is left out. direction: by parameter name; a parameter it does not name counts as zero.
+    The next update is the first unless the optimizer's `state` after `step` steps is given. Weight decay, the same for every text, is left
+    out. direction: by parameter name; a parameter it does not name counts as zero.
     Vectorised as `one_step_values` is, with about four copies of the parameters per text. Cost 3F over all texts.
     Raises ValueError as `train` does."""
     check_reduction(reduction)
@@ -151,10 +168,10 @@ def first_step_dots(
     params, texts = _start(model, input_ids, labels)
     # From parameters of zero, what the optimizer returns is the update itself: no digits are lost against phi_0, and nothing decays.
     zeros = {name: torch.zeros_like(theta) for name, theta in params.items()}
-    state = optimizer.init(params)
+    before = optimizer.init(params) if state is None else state
 
     def dot(ids_L: Tensor, labels_L: Tensor) -> Tensor:
-        update, _ = optimizer.update(zeros, _gradients_of_one(model, params, ids_L, labels_L, reduction), state, 0)
+        update, _ = optimizer.update(zeros, _gradients_of_one(model, params, ids_L, labels_L, reduction), before, step)
         return torch.stack([(update[name] * along).sum() for name, along in direction.items()]).sum()
 
     return _text_by_text(dot, texts, chunk, "first_step_dots")

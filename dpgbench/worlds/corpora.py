@@ -46,6 +46,9 @@ class Corpus(Protocol):
     def identify_language(self, text: str) -> str:
         """A language code, or "other"."""
 
+    def language_probability(self, text: str, language: str) -> float:
+        """How much of a text is in that language, from 0 to 1."""
+
 
 # Ours: ways of writing that differ in language, length, tone and material, for a search over prompts.
 INSTRUCTIONS = (
@@ -116,6 +119,10 @@ class Topics:
         """What py3langid is more sure of than of all other languages together; a mixture, digits and no text at all are "other"."""
         language, probability = _identifier().classify(text)
         return language if probability >= 0.5 else "other"
+
+    def language_probability(self, text: str, language: str) -> float:
+        """py3langid's probability, 0 for a language that it does not know and for no text at all."""
+        return dict(_identifier().rank(text)).get(language, 0.0) if text.strip() else 0.0
 
     def _held_out_english(self, split: str, count: int) -> list[str]:
         return self._of(split)[:count]

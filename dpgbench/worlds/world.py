@@ -126,3 +126,6 @@ class World:
 
     def identify_language(self, texts: Sequence[str]) -> list[str]:
         return [self.corpus.identify_language(text) for text in texts]
+
+    def language_probabilities(self, texts: Sequence[str], language: str) -> list[float]:
+        return [self.corpus.language_probability(text, language) for text in texts]

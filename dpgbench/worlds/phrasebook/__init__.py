@@ -62,3 +62,8 @@ class Phrasebook:
     def identify_language(self, text: str) -> str:
         """One of `languages`, or "other" for a mixture, digits or an empty text. See `grammar.identify_language`."""
         return grammar.identify_language(text)
+
+    def language_probability(self, text: str, language: str) -> float:
+        """The share of a text's words that the language has, 0 for no text."""
+        words = text.replace(".", " ").split()
+        return sum(word in grammar.words_of(language) for word in words) / len(words) if words else 0.0
