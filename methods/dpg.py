@@ -16,12 +16,16 @@ optimizer (AdamW's first step with eps_root far below the squared gradients), or
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dpgbench.api import Method, Options, Snapshot
 from dpgbench.core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dpgbench.bench.grpo import Rollouts
     from dpgbench.bench.workbench import Workbench
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -45,17 +49,16 @@ class DPG(Method):
         return 5 + 9 * (1 - 1 / steps)
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
-        import torch
+        from dpgbench.bench.grpo import train_policy
 
-        from dpgbench.bench.grpo import Rollouts, train_policy
+        yield from train_policy(bench, partial(self.rewards, bench))
+
+    def rewards(self, bench: Workbench, rollouts: Rollouts) -> Tensor:
+        import torch
 
         through = {"optimizer": self.options.inner_optimizer, "lr": self.options.inner_lr}
         datasets = 1 if self.options.cross_group else self.options.policy.group_size
-
-        def metagradient_rewards(rollouts: Rollouts) -> torch.Tensor:
-            dealt = [rollouts.completions[first::datasets] for first in range(datasets)]
-            outcomes = [bench.metagradients(texts, rollouts.step, k, **through) for k, texts in enumerate(dealt)]
-            bench.note(phi=sum(outcome.value for outcome in outcomes) / datasets)
-            return torch.stack([outcome.rewards for outcome in outcomes], dim=1).flatten()
-
-        yield from train_policy(bench, metagradient_rewards)
+        dealt = [rollouts.completions[first::datasets] for first in range(datasets)]
+        outcomes = [bench.metagradients(texts, rollouts.step, k, **through) for k, texts in enumerate(dealt)]
+        bench.note(phi=sum(outcome.value for outcome in outcomes) / datasets)
+        return torch.stack([outcome.rewards for outcome in outcomes], dim=1).flatten()

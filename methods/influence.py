@@ -21,12 +21,16 @@ does, where a metric saturates or a text is one too many.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dpgbench.api import Method, Options, Snapshot
 from dpgbench.core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dpgbench.bench.grpo import Rollouts
     from dpgbench.bench.workbench import Workbench
 
 ESTIMATORS = ("dot", "adam")
@@ -44,9 +48,9 @@ class Influence(Method):
         return 3.0
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
-        from dpgbench.bench.grpo import Rollouts, train_policy
+        from dpgbench.bench.grpo import train_policy
 
-        def influence_rewards(rollouts: Rollouts):
-            return bench.influences(rollouts.completions, optimizer_aware=self.options.estimator == "adam")
+        yield from train_policy(bench, partial(self.rewards, bench))
 
-        yield from train_policy(bench, influence_rewards)
+    def rewards(self, bench: Workbench, rollouts: Rollouts) -> Tensor:
+        return bench.influences(rollouts.completions, optimizer_aware=self.options.estimator == "adam")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dpgbench.api import Method, Options, Snapshot, TaskInfo
@@ -27,9 +28,10 @@ from dpgbench.worlds.text_files import squeezed
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dpgbench.bench.grpo import Rollouts
     from dpgbench.bench.workbench import Workbench
 
-Scores = Callable[[Sequence[str]], Sequence[float]]
+Scores = Callable[[Sequence[str]], "Sequence[float] | Tensor"]
 REWARDS = ("score", "levenshtein", "embedding", "langid")
 
 
@@ -40,6 +42,7 @@ class Similarity(Method):
         super().__init__(options)
         if options.reward not in REWARDS:
             raise UserError(f"method.reward={options.reward}: no such reward; {did_you_mean(options.reward, REWARDS)}")
+        self._chosen: Scores | None = None
 
     def supports(self, task: TaskInfo) -> str | None:
         if self.options.reward == "score" and "score" not in task.defines:
@@ -51,15 +54,20 @@ class Similarity(Method):
         return 0.0
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
-        from dpgbench.bench.grpo import Rollouts, train_policy
+        from dpgbench.bench.grpo import train_policy
 
-        scores = {"score": self._score, "levenshtein": self._levenshtein, "embedding": self._embedding, "langid": self._langid}
-        reward = scores[self.options.reward](bench)
+        self._scores(bench)  # a task without references is told so before anything is spent
+        yield from train_policy(bench, partial(self.rewards, bench))
 
-        def rewards(rollouts: Rollouts) -> Sequence[float]:
-            return reward(rollouts.completions)
+    def rewards(self, bench: Workbench, rollouts: Rollouts) -> Sequence[float] | Tensor:
+        return self._scores(bench)(rollouts.completions)
 
-        yield from train_policy(bench, rewards)
+    def _scores(self, bench: Workbench) -> Scores:
+        """The chosen reward, its references read once."""
+        if self._chosen is None:
+            rewards = {"score": self._score, "levenshtein": self._levenshtein, "embedding": self._embedding, "langid": self._langid}
+            self._chosen = rewards[self.options.reward](bench)
+        return self._chosen
 
     def _score(self, bench: Workbench) -> Scores:
         return bench.scores

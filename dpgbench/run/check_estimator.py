@@ -1,0 +1,246 @@
+"""`check estimator`: what a text's reward has to do with its exact worth, and how much of a method's policy gradient is signal.
+
+Every method that trains the generator by GRPO and says so with `Method.rewards` can be measured; all of them on the same completions, those
+that a run's own first steps would draw from the generator as it is. For each batch: the exact effects on Phi of leaving single texts out
+(`bench.fidelity`), and the policy gradient that each method's advantages give (`bench.policy_gradient`). `stats.estimator` makes numbers of
+them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dpgbench.bench.fidelity import Worth, worth
+from dpgbench.bench.grpo import Rollouts, advantages
+from dpgbench.bench.meter import Meter
+from dpgbench.bench.policy_gradient import UNDIVIDED, Completions, draw_completions, policy_gradients, sketch
+from dpgbench.bench.workbench import Workbench
+from dpgbench.core.cell import RunSpec
+from dpgbench.core.errors import CellError, UserError
+from dpgbench.core.exchange import TaskView
+from dpgbench.core.seeds import stream
+from dpgbench.plugins import contract
+from dpgbench.plugins.registry import Registry
+from dpgbench.run.open_cell import open_cell
+from dpgbench.stats.estimator import Estimate, Pairs, cosine, relative_bias, signal_to_noise
+from dpgbench.worlds import adapters
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dpgbench.api import Method
+
+Progress = Callable[[int, int], None]
+TRUSTED, USABLE, SLOPES = 0.95, 0.7, (0.5, 2.0)  # of the correlation and the slope; ours
+SAME = ("completions", "group_size", "rollout_batch", "minibatch", "loss_type", "lora")  # what all methods measured together must share
+
+
+@dataclass(frozen=True)
+class MethodFindings:
+    """What one method's rewards and policy gradient are like."""
+
+    label: str
+    pearson: Estimate
+    """Of its rewards with the exact effects."""
+    snr: Estimate
+    """|E g|^2 / tr Cov(g) of one batch's policy gradient."""
+    cosine: Estimate
+    """Of its mean policy gradient with that of the exact leave-one-out effects."""
+    texts: int
+    """A batch's."""
+
+    @property
+    def texts_for_snr_1(self) -> float:
+        """Texts whose batches' mean gradient has as much signal as noise; NaN where no signal was resolved."""
+        return self.texts / self.snr.value if self.snr.resolved else math.nan
+
+    @property
+    def fewest_texts(self) -> float:
+        """What that number is at least, at two standard errors."""
+        return self.texts / max(self.snr.value + 2 * self.snr.error, 1e-300)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured. `pearson`, `slope` and the two biases are those of metagradients as stand-ins for exact effects."""
+
+    texts: int
+    """A batch's."""
+    steps: int
+    """T."""
+    batches: int
+    left_out: int
+    """Texts that the target was trained without."""
+    pearson: Estimate
+    slope: Estimate
+    bias_share: Estimate
+    gradient_bias: Estimate
+    """|E g_tau - E g_exact|^2 / |E g_exact|^2 of the policy gradients that the two pay for."""
+    methods: tuple[MethodFindings, ...]
+    pairs: Pairs
+    """Metagradients and exact effects, for the figure."""
+
+    @property
+    def verdict(self) -> tuple[str, list[str]]:
+        """ "trust", "with care" or "no", and the reasons, each with what to do."""
+        smaller = "lower training.lr, raise training.eps_root, or give a step more texts (policy.completions), so that one moves less"
+        reading = f"correlation {self.pearson.value:.3f}, slope {self.slope.value:.2f}"
+        if not (self.pearson.value >= USABLE and SLOPES[0] <= self.slope.value <= SLOPES[1]):  # so that NaN is no
+            return "no", [f"a text's reward says little about what leaving it out would do ({reading}): {smaller}"]
+        doubts = []
+        if self.pearson.value < TRUSTED:
+            doubts.append(f"rewards follow what leaving a text out would do only roughly ({reading}): {smaller}")
+        low = self.pearson.value - 2 * self.pearson.error
+        if self.pearson.value >= TRUSTED > low or self.pearson.error != self.pearson.error:
+            doubts.append(f"the correlation is known only to {2 * self.pearson.error:.2f}: measure more, texts={2 * self.left_out}")
+        return ("with care" if doubts else "trust"), doubts
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON; what is not a number is null."""
+        found = asdict(self)
+        found["pairs"] = {"metagradient": self.pairs.reward_K.tolist(), "leave_one_out": self.pairs.effect_K.tolist()}
+        for row, method in zip(found["methods"], self.methods, strict=True):
+            row["texts_for_snr_1"] = method.texts_for_snr_1
+        found["verdict"], found["reasons"] = self.verdict
+        return _without_nan(found)
+
+
+def measure_methods(
+    specs: Sequence[RunSpec], plugins: Path | None = None, *, batches: int = 16, texts: int = 64, progress: Progress = lambda done, of: None
+) -> Findings:
+    """The measurements on cells that differ in their method alone, at the generator and the target as the cells begin.
+
+    batches: independent steps of the cells' own size; texts: how many texts are left out in turn, spread evenly over them.
+    Cost per batch (F = one forward pass of the target on it): sampling, each method's rewards, a metagradient in float64, per text left
+    out 3F/N to 3F and one Phi in float64, and 2F of the generator for each method and for the reference.
+    Raises UserError for cells that do not go together and methods that say no rewards, CellError for rewards that are not finite.
+    """
+    first, registry = specs[0], Registry(plugins)
+    _check_together(specs, registry)
+    size, group = first.method.policy.completions, first.method.policy.group_size
+    if texts < batches or texts > batches * size:
+        raise UserError(f"texts={texts}: from one text of each of the {batches} batches to all {size}; write texts={4 * batches}")
+    cell = open_cell(first, registry)
+    benches = [_bench(spec, cell) for spec in specs]
+    bench, generator = benches[0], cell.generator
+    generator.adapt(adapters.settings(first.method), bench.seed("lora"))
+    methods = [registry.make("method", spec.method.name, spec.method) for spec in specs]
+    files = [registry.find("method", spec.method.name).path for spec in specs]
+    at_once = first.method.policy.micro_batch or generator.batch
+
+    total = batches + 1
+    baseline = float(_worth(bench, cell.task.signal, draw_completions(bench, batches), batches, ()).metagradients.mean())
+    progress(1, total)
+    gradients: dict[str, list[Tensor]] = {name: [] for name in ("exact", "error", *(spec.method.label for spec in specs))}
+    known: list[dict[str, float]] = []
+    for number in range(batches):
+        drawn = draw_completions(bench, number)
+        count = texts // batches + (number < texts % batches)
+        chosen = sorted(stream(first.seed, "left out", number).sample(range(size), count))
+        found = _worth(bench, cell.task.signal, drawn, number, chosen)
+        rewards = {}
+        for spec, file, method, own in zip(specs, files, methods, benches, strict=True):
+            rewards[spec.method.label] = _rewards(file, method, own, Rollouts(number, drawn.prompts, drawn.texts))
+        paid = [advantages(rewards[spec.method.label], group, spec.method.policy.scale_advantages) for spec in specs]
+        flat = policy_gradients(generator, drawn, paid, first.method.policy.loss_type, at_once)
+        by_tau, error = policy_gradients(generator, drawn, found.split_advantages(baseline), UNDIVIDED, at_once)
+        for name, gradient in zip(gradients, (by_tau - error, error, *flat), strict=True):
+            gradients[name].append(sketch(gradient, bench.seed("sketch")))
+        for index in chosen:
+            row = {"batch": number, "tau": float(found.metagradients[index]), "effect": found.effects[index]}
+            known.append(row | {label: float(values[index]) for label, values in rewards.items()})
+        progress(number + 2, total)
+    return _findings(gradients, known, size, first.training.inner_steps, batches)
+
+
+def _findings(gradients: dict[str, list[Tensor]], known: list[dict[str, float]], size: int, steps: int, batches: int) -> Findings:
+    """Numbers of a measurement's gradients ("exact", "error", and by label) and of its left-out texts."""
+    stacked = {name: torch.stack(parts).double() for name, parts in gradients.items()}
+
+    def products(left: str, right: str) -> np.ndarray:
+        return (stacked[left] @ stacked[right].T).numpy()
+
+    def pairs(name: str) -> Pairs:
+        columns = ([row[name] for row in known], [row["effect"] for row in known])
+        return Pairs(*(np.array(column, dtype=float) for column in columns), np.array([int(row["batch"]) for row in known]))
+
+    exact, tau = products("exact", "exact"), pairs("tau")
+    labels = [name for name in gradients if name not in ("exact", "error")]
+    own = {label: products(label, label) for label in labels}
+    methods = tuple(
+        MethodFindings(
+            label,
+            pairs(label).pearson(),
+            signal_to_noise(own[label]),
+            cosine(own[label], products(label, "exact"), exact),
+            size,
+        )
+        for label in labels
+    )
+    bias = relative_bias(products("error", "error"), exact)
+    return Findings(size, steps, batches, len(known), tau.pearson(), tau.slope(), tau.bias_share(), bias, methods, tau)
+
+
+def _check_together(specs: Sequence[RunSpec], registry: Registry) -> None:
+    first = specs[0]
+    for spec in specs:
+        label = spec.method.label
+        if "rewards" not in registry.find("method", spec.method.name).defines:
+            able = [file.name for file in registry.files("method") if "rewards" in file.defines]
+            raise UserError(
+                f"method={spec.method.name}: says no rewards that a policy is trained with, so there is no policy gradient; "
+                f"write method={','.join(able)}, or let the method define `rewards`"
+            )
+        for name in SAME:
+            ours, theirs = spec.method.policy.get(name), first.method.policy.get(name)
+            if ours != theirs:
+                raise UserError(
+                    f"policy.{name}={ours}: {first.method.label} has {theirs} and {label} another; all are measured on the same completions"
+                )
+        if spec.config["training"] != first.config["training"] or spec.config["scale"] != first.config["scale"]:
+            raise UserError(f"method={label}: its training or scale differs from {first.method.label}'s; measure them one by one")
+        if (spec.config["task"], spec.seed) != (first.config["task"], first.seed):
+            raise UserError(f"task={spec.task.label} seed={spec.seed}: one task and one seed at a time, next to {first.task.label}")
+    labels = [spec.method.label for spec in specs]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"method={label}: named {labels.count(label)} times with other options; give each a label, method.label=mine")
+
+
+def _bench(spec: RunSpec, cell) -> Workbench:
+    return Workbench(spec, TaskView(cell.task), cell.world, cell.generator, Meter(), lambda line: None)
+
+
+def _worth(bench: Workbench, signal, drawn: Completions, step: int, left_out: Sequence[int]) -> Worth:
+    """Of the step's completions as one dataset, dealt into T batches as `bench.metagradients(texts, step, 0)` deals them."""
+    batches, order = bench.batches(drawn.texts, step, 0)
+    try:
+        return worth(bench.world.target, batches, order, signal, bench.optimizer, left_out, bench.engine)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _rewards(file: Path, method: Method, bench: Workbench, rollouts: Rollouts) -> Tensor:
+    """(N,) float64. Raises CellError for another shape and for what is not finite."""
+    said = contract.called(file, "rewards", method.rewards, bench, rollouts)
+    rewards_N, count = torch.as_tensor(said, dtype=torch.float64).cpu(), len(rollouts.completions)
+    if rewards_N.shape != (count,):
+        raise CellError(f"{file.name}: rewards returned shape {tuple(rewards_N.shape)} for {count} completions; it must be one each")
+    if not rewards_N.isfinite().all():
+        raise CellError(f"{file.name}: {int((~rewards_N.isfinite()).sum())} of {count} rewards are not finite; there is no gradient of them")
+    return rewards_N
+
+
+def _without_nan(found: Any) -> Any:
+    if isinstance(found, dict):
+        return {name: _without_nan(value) for name, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [_without_nan(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
