@@ -7,6 +7,7 @@ Retraining without each of N texts is dear, the metagradients tau of all texts a
 
 E A_i over the draw is Delta_i - c, so the gradient of these advantages has exactly the mean of the leave-one-out estimator's, however wrong
 tau is: tau is a control variate, and its error costs noise alone. c is a constant that a batch of its own gave, so it costs no bias.
+tau is what a method trains with, in the cell's own precision.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dpgbench.metagrad import metagradients
 from dpgbench.metagrad.leave_one_out import LeaveOneOut
 from dpgbench.metagrad.optimizers import Optimizer
 from dpgbench.metagrad.settings import DEFAULTS, EngineSettings
@@ -27,10 +27,12 @@ from dpgbench.metagrad.training import Signal
 
 @dataclass(frozen=True)
 class Worth:
-    """One dataset's texts, in the texts' order: metagradients (N,), and the exact effects of some, by index. Both in units of Phi."""
+    """What is known of one dataset's texts, in the texts' order, in units of Phi."""
 
     metagradients: Tensor
+    """tau, (N,) float64."""
     effects: Mapping[int, float]
+    """Delta of the texts that were drawn, by index."""
 
     def split_advantages(self, baseline: float) -> tuple[Tensor, Tensor]:
         """(tau - c, the error of tau): their difference is A. Each (N,).
@@ -43,7 +45,7 @@ class Worth:
         return self.metagradients - baseline, error_N
 
 
-def worth(
+def exact_effects(
     target: nn.Module,
     batches: Sequence[Mapping[str, Tensor]],
     order: Tensor,
@@ -51,20 +53,12 @@ def worth(
     optimizer: Optimizer,
     left_out: Sequence[int],
     settings: EngineSettings = DEFAULTS,
-) -> Worth:
-    """Metagradients of all texts and leave-one-out effects of those at `left_out`, in float64.
+) -> dict[int, float]:
+    """The leave-one-out effects of the texts at `left_out`, in float64 whatever the target's precision: they may be below its rounding.
 
     batches and order as `Differentiating.batches` gives them: order[i] is the text at place i of the concatenated batches. The target is
-    left unchanged. Cost, in float64: a metagradient, 3FT more where a text is left out, and per text what `LeaveOneOut.effect` says.
+    left unchanged. Cost, in float64: 3FT, and per text what `LeaveOneOut.effect` says. Raises ValueError on malformed input.
     """
-    settings = replace(settings, precision="full")
-    double = copy.deepcopy(target).double()
-    found = metagradients(double, batches, signal, optimizer, **settings.for_metagradients()).rewards.cpu()
-    order = order.cpu()
-    tau_N = torch.empty_like(found)
-    tau_N[order] = found
-    if not left_out:
-        return Worth(tau_N, {})
     place = {text: index for index, text in enumerate(order.tolist())}
-    run = LeaveOneOut(double, batches, signal, optimizer, settings)
-    return Worth(tau_N, {text: run.effect(place[text]) for text in left_out})
+    run = LeaveOneOut(copy.deepcopy(target).double(), batches, signal, optimizer, replace(settings, precision="full"))
+    return {text: run.effect(place[text]) for text in left_out}

@@ -41,6 +41,10 @@ class Completions:
     """Each with the token that ends it, if it has one."""
     texts: list[str]
 
+    def only(self, rows: Sequence[int]) -> Completions:
+        """Those at `rows`."""
+        return Completions([self.prompts[row] for row in rows], [self.ids[row] for row in rows], [self.texts[row] for row in rows])
+
 
 def draw_completions(bench: Workbench, step: int) -> Completions:
     """What a run of `grpo.train_policy` would draw at that step if its policy were the generator as it is now: same prompts, same seeds.
@@ -64,25 +68,23 @@ def draw_completions(bench: Workbench, step: int) -> Completions:
 
 
 def policy_gradients(
-    generator: Generator,
-    completions: Completions,
-    advantages: Sequence[Tensor],
-    loss_type: str = "dapo",
-    at_once: int | None = None,
+    generator: Generator, completions: Completions, paid: Sequence[tuple[Tensor, str]], at_once: int | None = None
 ) -> list[Tensor]:
-    """g for each of several advantages of the same completions: (P,) float64 each, over the trained parameters in their order.
+    """g for several ways of paying the same completions: (P,) float64 each, over the trained parameters in their order.
 
-    advantages: (N,), one per completion, or (N, L), one per token, in any unit. at_once: completions in one forward pass, None: all; it
-    changes nothing beyond rounding. Cost: F of the generator on prompts and completions, and 2F for each of the advantages.
+    paid: advantages, (N,), one per completion, or (N, L), one per token, in any unit, and the loss type that divides them, one of
+    LOSS_TYPES or UNDIVIDED. at_once: completions in one forward pass, None: all; it changes nothing beyond rounding.
+    Cost: F of the generator on prompts and completions, and 2F for each way of paying.
     Raises UserError for a loss type whose gradient is not written down here, ValueError for advantages of another shape.
     """
     parameters, count = list(trained(generator.model).values()), len(completions.ids)
-    divisors_N = _divisors(loss_type, [len(ids) for ids in completions.ids], generator.max_completion_tokens)
-    width = max(map(len, completions.ids))
-    for given in advantages:
+    lengths = [len(ids) for ids in completions.ids]
+    divisors = [_divisors(loss_type, lengths, generator.max_completion_tokens) for _, loss_type in paid]
+    width = max(lengths)
+    for given, _ in paid:
         if given.shape[0] != count or given.ndim > 2 or (given.ndim == 2 and given.shape[1] < width):
             raise ValueError(f"advantages have shape {tuple(given.shape)}: it must be ({count},) or ({count}, {width}); one per completion")
-    totals = [torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=torch.float64) for _ in advantages]
+    totals = [torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=torch.float64) for _ in paid]
     was_training = generator.model.training
     generator.model.eval()
     try:
@@ -90,13 +92,13 @@ def policy_gradients(
             for start in range(0, count, at_once or count):
                 rows = slice(start, start + (at_once or count))
                 logps_NL, kept_NL = _log_probabilities(generator, completions.prompts[rows], completions.ids[rows])
-                scale_NL = kept_NL / divisors_N[rows, None].to(kept_NL.device)
-                for number, (given, total) in enumerate(zip(advantages, totals, strict=True)):
+                for number, ((given, _), divisors_N, total) in enumerate(zip(paid, divisors, totals, strict=True)):
                     per_token = given[rows, None] if given.ndim == 1 else given[rows, : logps_NL.shape[1]]
-                    objective = (per_token.to(scale_NL.device, torch.float64) * scale_NL * logps_NL).sum()
+                    factors_NL = kept_NL * (per_token.double() / divisors_N[rows, None]).to(kept_NL.device)
                     parts = torch.autograd.grad(
-                        objective, parameters, retain_graph=number + 1 < len(advantages), allow_unused=True, materialize_grads=True
-                    )
+                        (factors_NL * logps_NL).sum(), parameters,
+                        retain_graph=number + 1 < len(paid), allow_unused=True, materialize_grads=True,
+                    )  # fmt: skip
                     total += torch.cat([part.flatten() for part in parts]).double().cpu()
     finally:
         generator.model.train(was_training)

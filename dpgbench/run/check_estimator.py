@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dpgbench.bench.fidelity import Worth, worth
+from dpgbench.bench.fidelity import Worth, exact_effects
 from dpgbench.bench.grpo import Rollouts, advantages
 from dpgbench.bench.meter import Meter
-from dpgbench.bench.policy_gradient import UNDIVIDED, Completions, draw_completions, policy_gradients, sketch
+from dpgbench.bench.policy_gradient import UNDIVIDED, draw_completions, policy_gradients, sketch
 from dpgbench.bench.workbench import Workbench
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import CellError, UserError
 from dpgbench.core.exchange import TaskView
 from dpgbench.core.seeds import stream
+from dpgbench.metagrad import Metagradients
 from dpgbench.plugins import contract
 from dpgbench.plugins.registry import Registry
-from dpgbench.run.open_cell import open_cell
+from dpgbench.run.open_cell import OpenCell, open_cell
 from dpgbench.stats.estimator import Estimate, Pairs, cosine, relative_bias, signal_to_noise
 from dpgbench.worlds import adapters
 
@@ -113,13 +114,13 @@ class Findings:
 
 
 def measure_methods(
-    specs: Sequence[RunSpec], plugins: Path | None = None, *, batches: int = 16, texts: int = 64, progress: Progress = lambda done, of: None
+    specs: Sequence[RunSpec], plugins: Path | None = None, *, batches: int = 12, texts: int = 48, progress: Progress = lambda done, of: None
 ) -> Findings:
     """The measurements on cells that differ in their method alone, at the generator and the target as the cells begin.
 
     batches: independent steps of the cells' own size; texts: how many texts are left out in turn, spread evenly over them.
-    Cost per batch (F = one forward pass of the target on it): sampling, each method's rewards, a metagradient in float64, per text left
-    out 3F/N to 3F and one Phi in float64, and 2F of the generator for each method and for the reference.
+    Cost per batch (F = one forward pass of the target on it): sampling, each method's rewards, a metagradient, 3F in float64 and per text
+    left out up to 3F more and one Phi, and 2F of the generator for each method and for the reference.
     Raises UserError for cells that do not go together and methods that say no rewards, CellError for rewards that are not finite.
     """
     first, registry = specs[0], Registry(plugins)
@@ -128,7 +129,8 @@ def measure_methods(
     if texts < batches or texts > batches * size:
         raise UserError(f"texts={texts}: from one text of each of the {batches} batches to all {size}; write texts={4 * batches}")
     cell = open_cell(first, registry)
-    benches = [_bench(spec, cell) for spec in specs]
+    shared = _Shared()
+    benches = [_Bench(spec, cell, shared) for spec in specs]
     bench, generator = benches[0], cell.generator
     generator.adapt(adapters.settings(first.method), bench.seed("lora"))
     methods = [registry.make("method", spec.method.name, spec.method) for spec in specs]
@@ -136,7 +138,7 @@ def measure_methods(
     at_once = first.method.policy.micro_batch or generator.batch
 
     total = batches + 1
-    baseline = float(_worth(bench, cell.task.signal, draw_completions(bench, batches), batches, ()).metagradients.mean())
+    baseline = float(bench.metagradients(draw_completions(bench, batches).texts, batches, 0).rewards.double().mean())
     progress(1, total)
     gradients: dict[str, list[Tensor]] = {name: [] for name in ("exact", "error", *(spec.method.label for spec in specs))}
     known: list[dict[str, float]] = []
@@ -144,13 +146,15 @@ def measure_methods(
         drawn = draw_completions(bench, number)
         count = texts // batches + (number < texts % batches)
         chosen = sorted(stream(first.seed, "left out", number).sample(range(size), count))
-        found = _worth(bench, cell.task.signal, drawn, number, chosen)
+        found = _worth(bench, drawn.texts, number, chosen)
         rewards = {}
         for spec, file, method, own in zip(specs, files, methods, benches, strict=True):
             rewards[spec.method.label] = _rewards(file, method, own, Rollouts(number, drawn.prompts, drawn.texts))
-        paid = [advantages(rewards[spec.method.label], group, spec.method.policy.scale_advantages) for spec in specs]
-        flat = policy_gradients(generator, drawn, paid, first.method.policy.loss_type, at_once)
-        by_tau, error = policy_gradients(generator, drawn, found.split_advantages(baseline), UNDIVIDED, at_once)
+        scaled = [advantages(rewards[spec.method.label], group, spec.method.policy.scale_advantages) for spec in specs]
+        by_tau_N, error_N = found.split_advantages(baseline)
+        paid = [(by_tau_N, UNDIVIDED), *((given_N, first.method.policy.loss_type) for given_N in scaled)]
+        by_tau, *flat = policy_gradients(generator, drawn, paid, at_once)
+        (error,) = policy_gradients(generator, drawn.only(chosen), [(error_N[chosen], UNDIVIDED)], at_once)  # the other texts have none
         for name, gradient in zip(gradients, (by_tau - error, error, *flat), strict=True):
             gradients[name].append(sketch(gradient, bench.seed("sketch")))
         for index in chosen:
@@ -214,17 +218,35 @@ def _check_together(specs: Sequence[RunSpec], registry: Registry) -> None:
             raise UserError(f"method={label}: named {labels.count(label)} times with other options; give each a label, method.label=mine")
 
 
-def _bench(spec: RunSpec, cell) -> Workbench:
-    return Workbench(spec, TaskView(cell.task), cell.world, cell.generator, Meter(), lambda line: None)
+class _Shared(dict):
+    """Metagradients by what they are of: the latest batch's, because methods that ask for the same need not each compute it."""
+
+    step: object = None
 
 
-def _worth(bench: Workbench, signal, drawn: Completions, step: int, left_out: Sequence[int]) -> Worth:
-    """Of the step's completions as one dataset, dealt into T batches as `bench.metagradients(texts, step, 0)` deals them."""
-    batches, order = bench.batches(drawn.texts, step, 0)
-    try:
-        return worth(bench.world.target, batches, order, signal, bench.optimizer, left_out, bench.engine)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+class _Bench(Workbench):
+    """A method's workbench on a cell that it shares with other methods; nothing is recorded and no budget ends anything."""
+
+    def __init__(self, spec: RunSpec, cell: OpenCell, shared: _Shared):
+        super().__init__(spec, TaskView(cell.task), cell.world, cell.generator, Meter(), lambda line: None)
+        self._shared = shared
+
+    def metagradients(self, texts: Sequence[str], *names: object, **how: Any) -> Metagradients:
+        key = (tuple(texts), names, tuple(sorted(how.items())))
+        if names[:1] != (self._shared.step,):
+            self._shared.clear()
+            self._shared.step = names[0] if names else None
+        if key not in self._shared:
+            self._shared[key] = super().metagradients(texts, *names, **how)
+        return self._shared[key]
+
+
+def _worth(bench: Workbench, texts: Sequence[str], step: int, left_out: Sequence[int]) -> Worth:
+    """Of a step's completions as one dataset, dealt into T batches as its metagradients are."""
+    tau_N = bench.metagradients(texts, step, 0).rewards.double().cpu()
+    batches, order = bench.batches(texts, step, 0)
+    effects = exact_effects(bench.world.target, batches, order, bench.task.signal, bench.optimizer, left_out, bench.engine)
+    return Worth(tau_N, effects)
 
 
 def _rewards(file: Path, method: Method, bench: Workbench, rollouts: Rollouts) -> Tensor:
@@ -234,7 +256,9 @@ def _rewards(file: Path, method: Method, bench: Workbench, rollouts: Rollouts) -
     if rewards_N.shape != (count,):
         raise CellError(f"{file.name}: rewards returned shape {tuple(rewards_N.shape)} for {count} completions; it must be one each")
     if not rewards_N.isfinite().all():
-        raise CellError(f"{file.name}: {int((~rewards_N.isfinite()).sum())} of {count} rewards are not finite; there is no gradient of them")
+        raise CellError(
+            f"{file.name}: {int((~rewards_N.isfinite()).sum())} of {count} rewards are not finite; there is no gradient of them"
+        )
     return rewards_N
 
 
