@@ -1,4 +1,4 @@
-"""`check estimator`: exact effects by retraining, policy gradients by hand and by TRL, and an enumeration that holds the whole measurement."""
+"""`check estimator`: exact effects by retraining, policy gradients by hand and by TRL, an enumeration that holds all of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dpgbench.core.errors import UserError
 from dpgbench.metagrad import metagradients
 from dpgbench.metagrad.leave_one_out import LeaveOneOut
 from dpgbench.metagrad.training import SGD, AdamW, loaded, train
-from dpgbench.run.check_estimator import Findings, MethodFindings, _findings
+from dpgbench.run.check_estimator import Findings, Measured, MethodFindings
 from dpgbench.stats.estimator import Estimate, Pairs, cosine, jackknife, relative_bias, signal_to_noise, squared_mean
 
 # ---------------------------------------------------------------- exact effects
@@ -90,7 +90,7 @@ def test_policy_gradients_by_hand(bench):
     (rows,) = policy_gradients(work.generator, drawn.only([1, 6]), [(one[[1, 6]], UNDIVIDED)])
     masked = torch.where(torch.arange(8) % 5 == 1, one, 0.0)
     assert torch.allclose(rows, policy_gradients(work.generator, drawn, [(masked, UNDIVIDED)])[0], atol=1e-5 * float(rows.abs().max()))
-    with pytest.raises(UserError, match="policy.loss_type=sapo: its gradient is not known here"):
+    with pytest.raises(UserError, match=r"policy\.loss_type=sapo: its gradient is not known here"):
         policy_gradients(work.generator, drawn, [(one, "sapo")])
     with pytest.raises(ValueError, match=r"shape \(7,\): it must be \(8,\)"):
         policy_gradients(work.generator, drawn, [(one[:7], "dapo")])
@@ -124,7 +124,7 @@ def test_sketched_products_are_right_on_average(monkeypatch):
     products = torch.stack([sketch(left, seed) @ sketch(right, seed) for seed in range(600)])
     assert abs(float(products.mean() - left @ right)) < 4 * float(products.std()) / 600**0.5
     assert float(products.std()) < 2 * float(left.norm() * right.norm()) / 64**0.5
-    assert sketch(left[:64], 3) is not None and torch.equal(sketch(left[:64], 3), left[:64])
+    assert torch.equal(sketch(left[:64], 3), left[:64])
 
 
 # ---------------------------------------------------------------- statistics with known answers
@@ -257,30 +257,27 @@ def test_leave_one_out_is_unbiased_and_so_is_the_correction_by_one_text(enumerat
 def test_the_measurement_finds_what_the_enumeration_says(enumerated):
     """Sampled batches through the functions that the check uses: signal to noise, cosine and bias within four standard errors."""
     worths, exact, generator = enumerated
-    _, by_tau, _ = means(enumerated)
+    _, mean_by_tau, _ = means(enumerated)
     pi, draw = generator.model.scores.detach().softmax(0), torch.Generator().manual_seed(0)
-    gradients, known = {"exact": [], "error": [], "tau": []}, []
-    for number in range(300):
+    measured = Measured()
+    for _ in range(300):
         chosen = tuple(torch.multinomial(pi, SIZE, replacement=True, generator=draw).tolist())
         worth, index = worths[chosen], int(torch.randint(SIZE, (1,), generator=draw))
-        tau, error = Worth(worth.metagradients, {index: worth.effects[index]}).split_advantages(0.0)
-        error_part = gradient_of(generator, chosen, error)
-        gradients["tau"].append(gradient_of(generator, chosen, tau))
-        gradients["error"].append(error_part)
-        gradients["exact"].append(gradients["tau"][-1] - error_part)
-        known.append({"batch": number, "tau": float(worth.metagradients[index]), "effect": worth.effects[index]})
-    found = _findings(gradients, known, SIZE, 1, 300)
+        worth = Worth(worth.metagradients, {index: worth.effects[index]})
+        by_tau, error = (gradient_of(generator, chosen, part) for part in worth.split_advantages(0.0))
+        measured.add(worth, {"by tau": worth.metagradients}, by_tau, error, {"by tau": by_tau})
+    found = measured.findings(SIZE, 1)
     (method,) = found.methods
 
     second = sum(
         float(pi[list(chosen)].prod()) * float(gradient_of(generator, chosen, worth.metagradients).square().sum())
         for chosen, worth in worths.items()
     )
-    signal = float(by_tau.square().sum())
+    signal = float(mean_by_tau.square().sum())
     truth = {
         method.snr: signal / (second - signal),
-        method.cosine: float(by_tau @ exact / by_tau.norm() / exact.norm()),
-        found.gradient_bias: float((by_tau - exact).square().sum() / exact.square().sum()),
+        method.cosine: float(mean_by_tau @ exact / mean_by_tau.norm() / exact.norm()),
+        found.gradient_bias: float((mean_by_tau - exact).square().sum() / exact.square().sum()),
     }
     for estimate, value in truth.items():
         assert abs(estimate.value - value) < 4 * estimate.error, (estimate, value)

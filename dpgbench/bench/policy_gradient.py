@@ -121,6 +121,12 @@ def sketch(gradient_P: Tensor, seed: int) -> Tensor:
     return total_S
 
 
+def check_loss_type(loss_type: str) -> None:
+    """Raises UserError for one whose gradient is not written down here."""
+    if loss_type not in LOSS_TYPES:
+        raise UserError(f"policy.loss_type={loss_type}: its gradient is not known here; {did_you_mean(loss_type, LOSS_TYPES)}")
+
+
 def _divisors(loss_type: str, lengths: Sequence[int], longest: int) -> Tensor:
     """(N,): what each completion's tokens are divided by."""
     lengths_N, count = torch.tensor(lengths, dtype=torch.float64), len(lengths)
@@ -132,7 +138,8 @@ def _divisors(loss_type: str, lengths: Sequence[int], longest: int) -> Tensor:
         return torch.full((count,), float(count * longest), dtype=torch.float64)
     if loss_type == UNDIVIDED:
         return torch.ones(count, dtype=torch.float64)
-    raise UserError(f"policy.loss_type={loss_type}: its gradient is not known here; {did_you_mean(loss_type, LOSS_TYPES)}")
+    check_loss_type(loss_type)
+    raise AssertionError(f"{loss_type} is among LOSS_TYPES and has no divisor")
 
 
 def _log_probabilities(generator: Generator, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -144,7 +144,7 @@ def _show_estimators(spec: RunSpec, found: EstimatorFindings, figure: Path) -> N
         ("correlation", _measured(found.pearson, 3), "of a text's metagradient with the exact effect of leaving it out"),
         ("slope", _measured(found.slope, 2), "effect per unit of metagradient; 1: the derivative is the effect"),
         ("bias share", _measured(found.bias_share, 2), "of the squared error, common to all texts; an advantage's baseline removes it"),
-        ("gradient bias", _measured(found.gradient_bias, 3), "of the mean policy gradient paid in metagradients: |its error|² over |exact|²"),
+        ("gradient bias", _measured(found.gradient_bias, 3), "of the mean policy gradient paid in metagradients: |error|² / |exact|²"),
     ):  # fmt: skip
         table.add_row(*row)
     console.print(table, highlight=False)

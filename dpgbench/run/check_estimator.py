@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ import torch
 from dpgbench.bench.fidelity import Worth, exact_effects
 from dpgbench.bench.grpo import Rollouts, advantages
 from dpgbench.bench.meter import Meter
-from dpgbench.bench.policy_gradient import UNDIVIDED, draw_completions, policy_gradients, sketch
+from dpgbench.bench.policy_gradient import UNDIVIDED, check_loss_type, draw_completions, policy_gradients, sketch
 from dpgbench.bench.workbench import Workbench
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import CellError, UserError
@@ -30,7 +30,7 @@ from dpgbench.metagrad import Metagradients
 from dpgbench.plugins import contract
 from dpgbench.plugins.registry import Registry
 from dpgbench.run.open_cell import OpenCell, open_cell
-from dpgbench.stats.estimator import Estimate, Pairs, cosine, relative_bias, signal_to_noise
+from dpgbench.stats.estimator import Estimate, Matrix, Pairs, cosine, relative_bias, signal_to_noise
 from dpgbench.worlds import adapters
 
 if TYPE_CHECKING:
@@ -140,56 +140,75 @@ def measure_methods(
     total = batches + 1
     baseline = float(bench.metagradients(draw_completions(bench, batches).texts, batches, 0).rewards.double().mean())
     progress(1, total)
-    gradients: dict[str, list[Tensor]] = {name: [] for name in ("exact", "error", *(spec.method.label for spec in specs))}
-    known: list[dict[str, float]] = []
+    measured = Measured()
     for number in range(batches):
         drawn = draw_completions(bench, number)
         count = texts // batches + (number < texts % batches)
         chosen = sorted(stream(first.seed, "left out", number).sample(range(size), count))
-        found = _worth(bench, drawn.texts, number, chosen)
+        worth = _worth(bench, drawn.texts, number, chosen)
         rewards = {}
         for spec, file, method, own in zip(specs, files, methods, benches, strict=True):
             rewards[spec.method.label] = _rewards(file, method, own, Rollouts(number, drawn.prompts, drawn.texts))
-        scaled = [advantages(rewards[spec.method.label], group, spec.method.policy.scale_advantages) for spec in specs]
-        by_tau_N, error_N = found.split_advantages(baseline)
-        paid = [(by_tau_N, UNDIVIDED), *((given_N, first.method.policy.loss_type) for given_N in scaled)]
-        by_tau, *flat = policy_gradients(generator, drawn, paid, at_once)
-        (error,) = policy_gradients(generator, drawn.only(chosen), [(error_N[chosen], UNDIVIDED)], at_once)  # the other texts have none
-        for name, gradient in zip(gradients, (by_tau - error, error, *flat), strict=True):
-            gradients[name].append(sketch(gradient, bench.seed("sketch")))
-        for index in chosen:
-            row = {"batch": number, "tau": float(found.metagradients[index]), "effect": found.effects[index]}
-            known.append(row | {label: float(values[index]) for label, values in rewards.items()})
+        by_tau_N, error_N = worth.split_advantages(baseline)
+        paid = [(by_tau_N, UNDIVIDED)]
+        for spec in specs:
+            policy = spec.method.policy
+            paid.append((advantages(rewards[spec.method.label], group, policy.scale_advantages), policy.loss_type))
+        gradients = policy_gradients(generator, drawn, paid, at_once)
+        gradients += policy_gradients(generator, drawn.only(chosen), [(error_N[chosen], UNDIVIDED)], at_once)  # other texts have no error
+        by_tau, *of_methods, error = (sketch(gradient, bench.seed("sketch")) for gradient in gradients)
+        measured.add(worth, rewards, by_tau, error, dict(zip(rewards, of_methods, strict=True)))
         progress(number + 2, total)
-    return _findings(gradients, known, size, first.training.inner_steps, batches)
+    return measured.findings(size, first.training.inner_steps)
 
 
-def _findings(gradients: dict[str, list[Tensor]], known: list[dict[str, float]], size: int, steps: int, batches: int) -> Findings:
-    """Numbers of a measurement's gradients ("exact", "error", and by label) and of its left-out texts."""
-    stacked = {name: torch.stack(parts).double() for name, parts in gradients.items()}
+@dataclass
+class Measured:
+    """What is kept of each batch: policy gradients, and of its left-out texts rewards and effects."""
 
-    def products(left: str, right: str) -> np.ndarray:
-        return (stacked[left] @ stacked[right].T).numpy()
+    exact: list[Tensor] = field(default_factory=list)
+    """The leave-one-out estimator's gradients, by way of `bench.fidelity`."""
+    error: list[Tensor] = field(default_factory=list)
+    """Those of the metagradients' error."""
+    by_method: dict[str, list[Tensor]] = field(default_factory=dict)
+    tau: list[float] = field(default_factory=list)
+    effects: list[float] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    """The batch of each left-out text."""
+    rewards: dict[str, list[float]] = field(default_factory=dict)
 
-    def pairs(name: str) -> Pairs:
-        columns = ([row[name] for row in known], [row["effect"] for row in known])
-        return Pairs(*(np.array(column, dtype=float) for column in columns), np.array([int(row["batch"]) for row in known]))
+    def add(self, worth: Worth, rewards: dict[str, Tensor], by_tau: Tensor, error: Tensor, of_methods: dict[str, Tensor]) -> None:
+        """A batch: gradients paid in metagradients and in their error, and each method's rewards (N,) and gradient."""
+        for index, effect in worth.effects.items():
+            self.tau.append(float(worth.metagradients[index]))
+            self.effects.append(effect)
+            self.numbers.append(len(self.exact))
+            for label, values in rewards.items():
+                self.rewards.setdefault(label, []).append(float(values[index]))
+        self.exact.append(by_tau - error)
+        self.error.append(error)
+        for label, gradient in of_methods.items():
+            self.by_method.setdefault(label, []).append(gradient)
 
-    exact, tau = products("exact", "exact"), pairs("tau")
-    labels = [name for name in gradients if name not in ("exact", "error")]
-    own = {label: products(label, label) for label in labels}
-    methods = tuple(
-        MethodFindings(
-            label,
-            pairs(label).pearson(),
-            signal_to_noise(own[label]),
-            cosine(own[label], products(label, "exact"), exact),
-            size,
-        )
-        for label in labels
-    )
-    bias = relative_bias(products("error", "error"), exact)
-    return Findings(size, steps, batches, len(known), tau.pearson(), tau.slope(), tau.bias_share(), bias, methods, tau)
+    def findings(self, texts: int, steps: int) -> Findings:
+        """The numbers; `texts` of a batch, T steps."""
+        exact, tau = _products(self.exact, self.exact), self._pairs(self.tau)
+        methods = []
+        for label, gradients in self.by_method.items():
+            own, with_exact = _products(gradients, gradients), _products(gradients, self.exact)
+            pearson = self._pairs(self.rewards[label]).pearson()
+            methods.append(MethodFindings(label, pearson, signal_to_noise(own), cosine(own, with_exact, exact), texts))
+        bias = relative_bias(_products(self.error, self.error), exact)
+        counts = (texts, steps, len(self.exact), len(self.tau))
+        return Findings(*counts, tau.pearson(), tau.slope(), tau.bias_share(), bias, tuple(methods), tau)
+
+    def _pairs(self, rewards: Sequence[float]) -> Pairs:
+        return Pairs(np.array(rewards, dtype=float), np.array(self.effects, dtype=float), np.array(self.numbers))
+
+
+def _products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Matrix:
+    """Inner products of every two batches' gradients, (M, M)."""
+    return (torch.stack(list(left)).double() @ torch.stack(list(right)).double().T).numpy()
 
 
 def _check_together(specs: Sequence[RunSpec], registry: Registry) -> None:
@@ -202,6 +221,9 @@ def _check_together(specs: Sequence[RunSpec], registry: Registry) -> None:
                 f"method={spec.method.name}: says no rewards that a policy is trained with, so there is no policy gradient; "
                 f"write method={','.join(able)}, or let the method define `rewards`"
             )
+        if spec.method.get("policy") is None:
+            raise UserError(f"method={label}: has no section policy, which says how it trains one; add `policy: ${{policy}}` to its YAML")
+        check_loss_type(spec.method.policy.loss_type)
         for name in SAME:
             ours, theirs = spec.method.policy.get(name), first.method.policy.get(name)
             if ours != theirs:
