@@ -20,15 +20,14 @@ import torch
 from torch import Tensor
 
 from dpgbench.bench.workbench import Workbench
-from dpgbench.core.errors import UserError, did_you_mean
 from dpgbench.core.exchange import Prompt
 from dpgbench.core.seeds import derive, torch_seeded
+from dpgbench.core.settings import LOSS_TYPES
 from dpgbench.worlds.adapters import trained
 from dpgbench.worlds.generator import Generator
 from dpgbench.worlds.models import positions_from_the_mask
 
 UNDIVIDED = "undivided"
-LOSS_TYPES = ("dapo", "bnpo", "grpo", "dr_grpo")
 SKETCH = 2**20  # entries; smaller gradients are kept as they are
 
 
@@ -75,7 +74,7 @@ def policy_gradients(
     paid: advantages, (N,), one per completion, or (N, L), one per token, in any unit, and the loss type that divides them, one of
     LOSS_TYPES or UNDIVIDED. at_once: completions in one forward pass, None: all; it changes nothing beyond rounding.
     Cost: F of the generator on prompts and completions, and 2F for each way of paying.
-    Raises UserError for a loss type whose gradient is not written down here, ValueError for advantages of another shape.
+    Raises ValueError for another loss type and for advantages of another shape.
     """
     parameters, count = list(trained(generator.model).values()), len(completions.ids)
     lengths = [len(ids) for ids in completions.ids]
@@ -121,12 +120,6 @@ def sketch(gradient_P: Tensor, seed: int) -> Tensor:
     return total_S
 
 
-def check_loss_type(loss_type: str) -> None:
-    """Raises UserError for one whose gradient is not written down here."""
-    if loss_type not in LOSS_TYPES:
-        raise UserError(f"policy.loss_type={loss_type}: its gradient is not known here; {did_you_mean(loss_type, LOSS_TYPES)}")
-
-
 def _divisors(loss_type: str, lengths: Sequence[int], longest: int) -> Tensor:
     """(N,): what each completion's tokens are divided by."""
     lengths_N, count = torch.tensor(lengths, dtype=torch.float64), len(lengths)
@@ -138,8 +131,7 @@ def _divisors(loss_type: str, lengths: Sequence[int], longest: int) -> Tensor:
         return torch.full((count,), float(count * longest), dtype=torch.float64)
     if loss_type == UNDIVIDED:
         return torch.ones(count, dtype=torch.float64)
-    check_loss_type(loss_type)
-    raise AssertionError(f"{loss_type} is among LOSS_TYPES and has no divisor")
+    raise ValueError(f"loss_type={loss_type!r}: its gradient is not written down here; pass one of {', '.join((*LOSS_TYPES, UNDIVIDED))}")
 
 
 def _log_probabilities(generator: Generator, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

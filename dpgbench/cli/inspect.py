@@ -15,11 +15,13 @@ from rich.text import Text
 
 from dpgbench import config
 from dpgbench.cli.arguments import first_comment, inert, say, show_rows, take_format, terminal, warn_of_threads
+from dpgbench.config import measured_together
 from dpgbench.config.overrides import Word, one
 from dpgbench.core.cell import RunSpec
-from dpgbench.core.errors import UserError
+from dpgbench.core.errors import CellError, UserError
 from dpgbench.core.files import replacing
 from dpgbench.plugins.registry import Registry
+from dpgbench.store import run_folder
 
 if TYPE_CHECKING:
     from dpgbench.metagrad.diagnostics import Findings
@@ -82,27 +84,34 @@ def check_estimators(words: list[str]) -> int:
     """Measure how far metagradients stand for exact effects, and the signal in methods' policy gradients. Returns 1 for no, else 0."""
     words, as_json = take_format(words)
     given = config.parse(words)
-    counts = {key: given[key][0].value for key in ("batches", "texts") if key in given}
-    for key, count in counts.items():
-        if type(count) is not int or count < 3 or len(given[key]) > 1:
-            raise UserError(f"{key}={','.join(given[key])}: an error bar needs 3 or more; write {key}={12 if key == 'batches' else 48}")
-    request = config.read([word for word in words if word.partition("=")[0] not in ("batches", "texts")], sweep=True)
+    counts = {"batches": measured_together.BATCHES, "texts": measured_together.TEXTS}
+    for key, usual in counts.items():
+        counts[key] = count = given[key][0].value if key in given else usual
+        if type(count) is not int or count < 3 or len(given.get(key, "1")) > 1:
+            raise UserError(f"{key}={','.join(given[key])}: an error bar needs 3 or more; write {key}={usual}")
+    request = config.read([word for word in words if word.partition("=")[0] not in counts], sweep=True)
     for cell in request.cells:
         if cell.skip:
             raise UserError(f"method={cell.spec.method.label}: {cell.skip}")
     specs = [cell.spec for cell in request.cells]
+    measured_together.check_together(specs, request.registry, **counts)
+    run_folder.check_writable(request.results)
     warn_of_threads(specs)
     from dpgbench.run.check_estimator import measure_methods
 
+    errors = Console(stderr=True)  # standard output may be JSON
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True,
+        console=errors, transient=True, disable=not errors.is_terminal,
     )  # fmt: skip
     with bar:
         task = bar.add_task("batches", total=None)
-        found = measure_methods(
-            specs, _plugins(given), **counts, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+        try:
+            found = measure_methods(
+                specs, _plugins(given), **counts, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            )
+        except CellError as error:
+            raise UserError(str(error)) from None
     about = {
         "task": specs[0].task.label, "scale": specs[0].scale.name, "seed": specs[0].seed, "cells": [spec.folder for spec in specs],
         "generator": specs[0].scale.generator, **found.plain(),

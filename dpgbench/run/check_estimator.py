@@ -20,10 +20,11 @@ import torch
 from dpgbench.bench.fidelity import Worth, exact_effects
 from dpgbench.bench.grpo import Rollouts, advantages
 from dpgbench.bench.meter import Meter
-from dpgbench.bench.policy_gradient import UNDIVIDED, check_loss_type, draw_completions, policy_gradients, sketch
+from dpgbench.bench.policy_gradient import UNDIVIDED, draw_completions, policy_gradients, sketch
 from dpgbench.bench.workbench import Workbench
+from dpgbench.config.measured_together import BATCHES, TEXTS, check_together
 from dpgbench.core.cell import RunSpec
-from dpgbench.core.errors import CellError, UserError
+from dpgbench.core.errors import CellError
 from dpgbench.core.exchange import TaskView
 from dpgbench.core.seeds import stream
 from dpgbench.metagrad import Metagradients
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 TRUSTED, USABLE, SLOPES = 0.95, 0.7, (0.5, 2.0)  # of the correlation and the slope; ours
-SAME = ("completions", "group_size", "rollout_batch", "minibatch", "loss_type", "lora")  # what all methods measured together must share
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,12 @@ class Findings:
 
 
 def measure_methods(
-    specs: Sequence[RunSpec], plugins: Path | None = None, *, batches: int = 12, texts: int = 48, progress: Progress = lambda done, of: None
+    specs: Sequence[RunSpec],
+    plugins: Path | None = None,
+    *,
+    batches: int = BATCHES,
+    texts: int = TEXTS,
+    progress: Progress = lambda done, of: None,
 ) -> Findings:
     """The measurements on cells that differ in their method alone, at the generator and the target as the cells begin.
 
@@ -124,10 +129,8 @@ def measure_methods(
     Raises UserError for cells that do not go together and methods that say no rewards, CellError for rewards that are not finite.
     """
     first, registry = specs[0], Registry(plugins)
-    _check_together(specs, registry)
+    check_together(specs, registry, batches, texts)
     size, group = first.method.policy.completions, first.method.policy.group_size
-    if texts < batches or texts > batches * size:
-        raise UserError(f"texts={texts}: from one text of each of the {batches} batches to all {size}; write texts={4 * batches}")
     cell = open_cell(first, registry)
     shared = _Shared()
     benches = [_Bench(spec, cell, shared) for spec in specs]
@@ -209,35 +212,6 @@ class Measured:
 def _products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Matrix:
     """Inner products of every two batches' gradients, (M, M)."""
     return (torch.stack(list(left)).double() @ torch.stack(list(right)).double().T).numpy()
-
-
-def _check_together(specs: Sequence[RunSpec], registry: Registry) -> None:
-    first = specs[0]
-    for spec in specs:
-        label = spec.method.label
-        if "rewards" not in registry.find("method", spec.method.name).defines:
-            able = [file.name for file in registry.files("method") if "rewards" in file.defines]
-            raise UserError(
-                f"method={spec.method.name}: says no rewards that a policy is trained with, so there is no policy gradient; "
-                f"write method={','.join(able)}, or let the method define `rewards`"
-            )
-        if spec.method.get("policy") is None:
-            raise UserError(f"method={label}: has no section policy, which says how it trains one; add `policy: ${{policy}}` to its YAML")
-        check_loss_type(spec.method.policy.loss_type)
-        for name in SAME:
-            ours, theirs = spec.method.policy.get(name), first.method.policy.get(name)
-            if ours != theirs:
-                raise UserError(
-                    f"policy.{name}={ours}: {first.method.label} has {theirs} and {label} another; all are measured on the same completions"
-                )
-        if spec.config["training"] != first.config["training"] or spec.config["scale"] != first.config["scale"]:
-            raise UserError(f"method={label}: its training or scale differs from {first.method.label}'s; measure them one by one")
-        if (spec.config["task"], spec.seed) != (first.config["task"], first.seed):
-            raise UserError(f"task={spec.task.label} seed={spec.seed}: one task and one seed at a time, next to {first.task.label}")
-    labels = [spec.method.label for spec in specs]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise UserError(f"method={label}: named {labels.count(label)} times with other options; give each a label, method.label=mine")
 
 
 class _Shared(dict):
