@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor, nn
 
+    from dpgbench.bench.grpo import Rollouts
     from dpgbench.bench.prices import Prices
     from dpgbench.bench.workbench import Workbench
     from dpgbench.worlds.world import World
@@ -111,6 +112,19 @@ class Method(ABC):
 
         `prices` (`Prices`) has what sampling, training and a policy cost in this cell. None: cannot tell. Asked without torch, too.
         """
+
+    baseline: str = "group"
+    """What credit for single tokens is compared with, one of `bench.token_credit.BASELINES`; for rewards of whole completions unused."""
+
+    def rewards(self, bench: Workbench, rollouts: Rollouts) -> Sequence[float] | Tensor:
+        """For a method that trains the generator by GRPO: one reward per completion of `rollouts`, higher is better, in any unit.
+
+        Or credit for each of its tokens, (N, W), W the tokens of the longest, zero beyond a completion's own.
+
+        Define it and hand it to `train_policy` in `run`, as `partial(self.rewards, bench)`; then `check estimator` can measure the policy
+        gradient that these rewards give. It must be a function of the rollouts alone, whatever the step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no rewards")
 
     @abstractmethod
     def run(self, bench: Workbench) -> Iterator[Snapshot]:

@@ -21,12 +21,16 @@ texts do not remove.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from dpgbench.api import Method, Options, Snapshot
 from dpgbench.core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dpgbench.bench.grpo import Rollouts
     from dpgbench.bench.prices import Prices
     from dpgbench.bench.workbench import Workbench
 
@@ -49,12 +53,12 @@ class DPG(Method):
             raise UserError(
                 f"method.inner_lr={options.inner_lr}: a learning rate is positive; write method.inner_lr=0.1, or null for the target's own"
             )
-
         for name, known in (("credit", CREDITS), ("baseline", BASELINES)):
             if options[name] not in known:
                 raise UserError(f"method.{name}={options[name]}: no such {name}; {did_you_mean(options[name], known)}")
         if options.credit == "text" and options.baseline != "group":
             raise UserError(f"method.baseline={options.baseline}: a baseline of single tokens; write method.credit=token with it")
+        self.baseline = options.baseline
 
     def target_passes(self, steps: int) -> float:
         return 5 + 9 * (1 - 1 / steps)
@@ -70,9 +74,13 @@ class DPG(Method):
         return None if steps is None else steps + prices.deployment()
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
+        from dpgbench.bench.grpo import train_policy
+
+        yield from train_policy(bench, partial(self.rewards, bench), baseline=self.baseline)
+
+    def rewards(self, bench: Workbench, rollouts: Rollouts) -> Tensor:
         import torch
 
-        from dpgbench.bench.grpo import Rollouts, train_policy
         from dpgbench.bench.token_credit import in_generated_tokens
 
         reduction, by_token = bench.spec.training.reduction, self.options.credit == "token"
@@ -81,15 +89,11 @@ class DPG(Method):
             raise UserError(f"method.credit=token with training.reduction={reduction}: {why}; write training.reduction=length")
         through = {"optimizer": self.options.inner_optimizer, "lr": self.options.inner_lr}
         datasets = 1 if self.options.cross_group else self.options.policy.group_size
-
-        def metagradient_rewards(rollouts: Rollouts) -> torch.Tensor:
-            dealt = [rollouts.completions[first::datasets] for first in range(datasets)]
-            outcomes = [bench.metagradients(texts, rollouts.step, k, per_token=by_token, **through) for k, texts in enumerate(dealt)]
-            bench.note(phi=sum(outcome.value for outcome in outcomes) / datasets)
-            rewards = torch.stack([outcome.rewards for outcome in outcomes], dim=1).flatten(0, 1)
-            if not by_token:
-                return rewards
-            texts = rollouts.completions, rollouts.completion_ids
-            return in_generated_tokens(rewards, *texts, bench.generator, bench.world.target_tokenizer)
-
-        yield from train_policy(bench, metagradient_rewards, baseline=self.options.baseline)
+        dealt = [rollouts.completions[first::datasets] for first in range(datasets)]
+        outcomes = [bench.metagradients(texts, rollouts.step, k, per_token=by_token, **through) for k, texts in enumerate(dealt)]
+        bench.note(phi=sum(outcome.value for outcome in outcomes) / datasets)
+        rewards = torch.stack([outcome.rewards for outcome in outcomes], dim=1).flatten(0, 1)
+        if not by_token:
+            return rewards
+        texts = rollouts.completions, rollouts.completion_ids
+        return in_generated_tokens(rewards, *texts, bench.generator, bench.world.target_tokenizer)

@@ -31,12 +31,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dpgbench.api import Method, Options, Snapshot
 from dpgbench.core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dpgbench.bench.grpo import Rollouts
     from dpgbench.bench.prices import Prices
     from dpgbench.bench.workbench import Workbench
 
@@ -48,6 +52,7 @@ class Influence(Method):
 
     def __init__(self, options: Options):
         super().__init__(options)
+        self._judging: dict[str, Any] | None = None
         if options.estimator not in ESTIMATORS:
             raise UserError(f"method.estimator={options.estimator}: no such estimator; {did_you_mean(options.estimator, ESTIMATORS)}")
         if not (options.damping > 0 and math.isfinite(options.damping)):
@@ -70,17 +75,21 @@ class Influence(Method):
         return prices.sampled(texts) + prices.curvature(texts) if self.options.estimator == "ekfac" else 0.0
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
-        from dpgbench.bench.grpo import Rollouts, train_policy
+        from dpgbench.bench.grpo import train_policy
 
-        how = self._prepared(bench)  # while the generator is untouched, in a run that goes on as well
+        self._prepared(bench)  # while the generator is untouched, in a run that goes on as well
+        yield from train_policy(bench, partial(self.rewards, bench))
 
-        def influence_rewards(rollouts: Rollouts):
-            return bench.influences(rollouts.completions, **how)
-
-        yield from train_policy(bench, influence_rewards)
+    def rewards(self, bench: Workbench, rollouts: Rollouts) -> Tensor:
+        return bench.influences(rollouts.completions, **self._prepared(bench))
 
     def _prepared(self, bench: Workbench) -> dict[str, Any]:
-        """How `Workbench.influences` is to judge."""
+        """How `Workbench.influences` is to judge, found out once."""
+        if self._judging is None:
+            self._judging = self._prepare(bench)
+        return self._judging
+
+    def _prepare(self, bench: Workbench) -> dict[str, Any]:
         options = self.options
         if options.estimator in ("dot", "adam"):
             return {"optimizer_aware": options.estimator == "adam"}

@@ -18,12 +18,14 @@ the signal of one text drowns as completions / D grows.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dpgbench.api import Method, Options, Snapshot
 from dpgbench.core.errors import UserError
 
 if TYPE_CHECKING:
+    from dpgbench.bench.grpo import Rollouts
     from dpgbench.bench.workbench import Workbench
 
 
@@ -48,12 +50,12 @@ class Naive(Method):
         return 3.0
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
-        from dpgbench.bench.grpo import Rollouts, train_policy
+        from dpgbench.bench.grpo import train_policy
 
-        def dataset_rewards(rollouts: Rollouts) -> list[float]:
-            dealt = [rollouts.completions[first :: self.datasets] for first in range(self.datasets)]
-            values = [bench.dataset_value(texts, rollouts.step, index, lr=self.options.target_lr) for index, texts in enumerate(dealt)]
-            bench.note(phi=sum(values) / len(values))
-            return [values[place % self.datasets] for place in range(len(rollouts.completions))]
+        yield from train_policy(bench, partial(self.rewards, bench))
 
-        yield from train_policy(bench, dataset_rewards)
+    def rewards(self, bench: Workbench, rollouts: Rollouts) -> list[float]:
+        dealt = [rollouts.completions[first :: self.datasets] for first in range(self.datasets)]
+        values = [bench.dataset_value(texts, rollouts.step, index, lr=self.options.target_lr) for index, texts in enumerate(dealt)]
+        bench.note(phi=sum(values) / len(values))
+        return [values[place % self.datasets] for place in range(len(rollouts.completions))]

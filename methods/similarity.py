@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dpgbench.api import Method, Options, Snapshot, TaskInfo
@@ -33,9 +34,10 @@ from dpgbench.worlds.text_files import squeezed
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dpgbench.bench.grpo import Rollouts
     from dpgbench.bench.workbench import Workbench
 
-Scores = Callable[[Sequence[str]], Sequence[float]]
+Scores = Callable[[Sequence[str]], "Sequence[float] | Tensor"]
 CHOICES = {
     "reward": ("score", "levenshtein", "embedding", "langid"), "over_references": ("max", "mean"), "edit_distance": ("relative", "tokens"),
     "language_score": ("identified", "probability"),
@@ -51,6 +53,7 @@ class Similarity(Method):
             if options[name] not in choices:
                 what = name.replace("_", " ").replace("over references", "way over references")
                 raise UserError(f"method.{name}={options[name]}: no such {what}; {did_you_mean(options[name], choices)}")
+        self._chosen: Scores | None = None
 
     def supports(self, task: TaskInfo) -> str | None:
         if self.options.reward == "score" and "score" not in task.defines:
@@ -62,15 +65,20 @@ class Similarity(Method):
         return 0.0
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
-        from dpgbench.bench.grpo import Rollouts, train_policy
+        from dpgbench.bench.grpo import train_policy
 
-        scores = {"score": self._score, "levenshtein": self._levenshtein, "embedding": self._embedding, "langid": self._langid}
-        reward = scores[self.options.reward](bench)
+        self._scores(bench)  # a task without references is told so before anything is spent
+        yield from train_policy(bench, partial(self.rewards, bench))
 
-        def rewards(rollouts: Rollouts) -> Sequence[float]:
-            return reward(rollouts.completions)
+    def rewards(self, bench: Workbench, rollouts: Rollouts) -> Sequence[float] | Tensor:
+        return self._scores(bench)(rollouts.completions)
 
-        yield from train_policy(bench, rewards)
+    def _scores(self, bench: Workbench) -> Scores:
+        """The chosen reward, its references read once."""
+        if self._chosen is None:
+            rewards = {"score": self._score, "levenshtein": self._levenshtein, "embedding": self._embedding, "langid": self._langid}
+            self._chosen = rewards[self.options.reward](bench)
+        return self._chosen
 
     def _score(self, bench: Workbench) -> Scores:
         return bench.scores

@@ -99,6 +99,17 @@ COMMANDS = {
 {TEXT}""",
         ("task=language lang=de", "scale=small task=l2_norm directions=4 subsets=8"), "they cannot be trusted",
     ),
+    "check estimator": Command(
+        inspect.check_estimators, "[key=value ...] [--format json]",
+        "is a text's reward what leaving it out would do, and how much of a policy gradient is signal?",
+        f"""{CELLS}
+  batches=12             independent batches of the cell's own size, each a policy gradient of every method
+  texts=48               how many texts the target is trained without, one at a time
+  --format json          the same numbers for machines; they are kept beside the figure in either case
+{TEXT}""",
+        ("task=l2_norm method=dpg,naive,influence", "task=language scale.generator=mine/generator batches=6 texts=24"),
+        "a reward says little about what leaving a text out would do", ("--format",),
+    ),
     "check plugin": Command(
         plugins.check_plugins, "plugins=DIR [task=NAME] [method=NAME]", "does a plug-in keep its contract? A line for each question",
         """\

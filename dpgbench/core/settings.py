@@ -63,6 +63,9 @@ class Lora(Options):
     targets: list[str]
 
 
+LOSS_TYPES = ("dapo", "bnpo", "grpo", "dr_grpo")  # of TRL's, those whose gradient `bench.policy_gradient` writes down
+
+
 class Policy(Options):
     """The generator's update: section `policy`, which methods that train one have as `method.policy`."""
 
