@@ -4,11 +4,12 @@ For every prompt of the deployment dataset, n completions are drawn and the best
 
     x*(q) = argmax_{k <= n} s(x_k),    x_k ~ pi_theta(. | q)
 
-s is the task's own score (`Task.score`) or, where a task has none, the one-step utility: Phi of a fresh target after one optimizer step
-on that text alone. n is the compute knob, and one run has the whole curve: snapshots for 1, 2, 4, ... and n completions of the same draws,
-drawn and judged once and each charged its own full cost, as if there were no other. rounds > 1 (ours: the paper's generator and its student in one, round after round) fine-tunes the generator between
-rounds on its own best of n for `round_prompts` training prompts, by likelihood; a later round's deployment texts are best of n of that
-generator. A snapshot's step counts the completions drawn for a prompt, over all rounds.
+s is the task's own score (`Task.score`) or, where a task has none, the one-step utility: Phi of a fresh target after one optimizer step on
+that text alone. n is the compute knob, and one run has the whole curve: snapshots for 1, 2, 4, ... and n completions of the same draws,
+drawn and judged once and each charged its own full cost, as if there were no other. rounds > 1 (ours: the paper's generator and its
+student in one, round after round) fine-tunes the generator between rounds on its own best of n for `round_prompts` training prompts, by
+likelihood; a later round's deployment texts are best of n of that generator. A snapshot's step counts the completions drawn for a prompt,
+over all rounds.
 Cost: n times the deployment dataset's sampling, and for the utility 3F per text (F = one forward pass of the target on it) and one Phi. A
 further round: the same for its training prompts, and 3 forward passes' worth of the generator on each pair, `epochs` times. It
 fails where the wanted text is rarer than one in n, where texts are only good together, and, with rounds, where the best of n fools the

@@ -192,7 +192,9 @@ def test_slurm_that_is_not_there_is_one_line(dpgbench, monkeypatch, tmp_path):
     assert done.code == 2 and "there is no sbatch on this machine" in done.err and done.err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("module", "words"), [("hydra", ["list"]), ("submitit", ["sweep", *LIGHT, "launcher=slurm"])])
+@pytest.mark.parametrize(
+    ("module", "words"), [("yaml", ["list"]), ("omegaconf", ["sweep", *LIGHT]), ("submitit", ["sweep", *LIGHT, "launcher=slurm"])]
+)
 def test_a_package_that_is_missing_is_one_line(tmp_path, module, words):
     """As on a node whose environment was never installed."""
     (tmp_path / "bin").mkdir()
