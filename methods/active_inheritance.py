@@ -6,10 +6,10 @@ For every prompt of the deployment dataset, n completions are drawn and the best
 
 s is the task's own score (`Task.score`) or, where a task has none, the one-step utility: Phi of a fresh target after one optimizer step
 on that text alone. n sets the amount of compute, and one run gives the whole curve: snapshots for the first 1, 2, 4, ... and n of the same
-completions, each charged only for the completions it uses. rounds > 1 (ours: the paper's generator and its student in one, round after
-round) fine-tunes the generator between
-rounds on its own best of n for `round_prompts` training prompts, by likelihood; a later round's deployment texts are best of n of that
-generator. A snapshot's step counts the completions drawn for a prompt, over all rounds.
+completions, drawn and scored once, each charged its own full cost as if there were no other. rounds > 1 (ours: the paper's generator and
+its student in one, round after round) fine-tunes the generator between rounds on its own best of n for `round_prompts` training prompts,
+by likelihood; a later round's deployment texts are best of n of that generator. A snapshot's step counts the completions drawn for a
+prompt, over all rounds.
 Where ours differs from the authors': one generator, the scale's, writes all n texts, where they also pick among those of several models;
 the student is the scale's target, trained as every method's is; and the one-step utility is ours, for tasks whose texts have no score.
 Cost: n times the deployment dataset's sampling, and for the utility 3F per text (F = one forward pass of the target on it) and one Phi. A
@@ -20,6 +20,7 @@ score: the generator inherits that too.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -68,43 +69,64 @@ class ActiveInheritance(Method):
         if self.options.rounds > 1:
             bench.generator.adapt(self.options.get("lora"), bench.seed("lora"))
         n, completed, model = self.options.n, 1, bench.generator.model
+        candidates = _Candidates(bench, self.options.criterion, "deployment")
         if bench.saved is not None:
             restore_weights(model, bench.saved.tensors)
             completed = bench.saved.step // n
         else:
             for size in [2**power for power in range(n.bit_length()) if 2**power < n]:
-                yield self._snapshot(bench, size, size)
-        yield self._snapshot(bench, completed * n, n)
+                yield self._snapshot(bench, candidates, size, size)
+        yield self._snapshot(bench, candidates, completed * n, n)
         while completed < self.options.rounds:
             self._inherit(bench, completed)
             completed += 1
             bench.checkpoint(completed * n, lambda: weights_of(model))
-            yield self._snapshot(bench, completed * n, n)
+            yield self._snapshot(bench, candidates, completed * n, n)
 
-    def _snapshot(self, bench: Workbench, step: int, n: int) -> Snapshot:
+    def _snapshot(self, bench: Workbench, candidates: _Candidates, step: int, n: int) -> Snapshot:
         from dpgbench.worlds.adapters import trained
 
         trains = self.options.rounds > 1
         weights = (lambda: trained(bench.generator.model)) if trains else None
-        return Snapshot(step, lambda prompts: self._best(bench, prompts, n, "deployment")[0], weights=weights)
+        return Snapshot(step, lambda prompts: candidates.best(prompts, n)[0], weights=weights)
 
     def _inherit(self, bench: Workbench, number: int) -> None:
         """Fine-tune the generator on the best of its own texts."""
         options, prompts = self.options, bench.prompts(self.options.round_prompts, "round", number)
-        texts, values = self._best(bench, prompts, options.n, "round", number)
+        texts, values = _Candidates(bench, options.criterion, "round", number).best(prompts, options.n)
         loss = bench.finetune(prompts, texts, number, lr=options.lr, epochs=options.epochs, batch=options.batch)
         bench.record(round=number, value=sum(values) / len(values), loss=loss, texts=texts[:4])
 
-    def _best(self, bench: Workbench, prompts: Sequence[Prompt], n: int, *names: object) -> tuple[list[str], list[float]]:
-        """Each prompt's best text and its value, the first of equals. Of the same draws a smaller n has the first; `base` has one."""
-        draws = [bench.sample(prompts, *names, *([draw] if draw else [])) for draw in range(n)]
-        values = self._values(bench, [text for draw in draws for text in draw])
-        best = [max(range(place, len(values), len(prompts)), key=values.__getitem__) for place in range(len(prompts))]
-        return [draws[index // len(prompts)][index % len(prompts)] for index in best], [values[index] for index in best]
 
-    def _values(self, bench: Workbench, texts: list[str]) -> list[float]:
-        if self.options.criterion != "utility":
-            scores = bench.task.score(texts)
+class _Candidates:
+    """Completions and their values. Whoever takes more than were taken before shares those, and is charged for all that it takes."""
+
+    def __init__(self, bench: Workbench, criterion: str, *names: object):
+        self.bench, self.criterion = bench, criterion
+        self.draws = bench.shared_draws(*names)  # of which `base` has the first
+        self.texts: list[str] = []
+        self.values: list[float] = []
+        self.seconds = 0.0  # what judging them took
+
+    def best(self, prompts: Sequence[Prompt], n: int) -> tuple[list[str], list[float]]:
+        """Each prompt's best text of n and its value, the first of equals. Of the same draws a smaller n has the first."""
+        texts = [text for draw in self.draws.first(n, prompts) for text in draw]
+        self._judge(texts)
+        best = [max(range(place, len(texts), len(prompts)), key=self.values.__getitem__) for place in range(len(prompts))]
+        return [texts[index] for index in best], [self.values[index] for index in best]
+
+    def _judge(self, texts: list[str]) -> None:
+        """Values of these texts; those of the first of them are at hand if the same texts were judged before."""
+        if len(texts) <= len(self.texts) or texts[: len(self.texts)] != self.texts:
+            self.texts, self.values, self.seconds = [], [], 0.0
+        self.bench.account.again(self.seconds)
+        clock = time.perf_counter()
+        self.texts, self.values = texts, self._values_of(texts)
+        self.seconds += time.perf_counter() - clock
+
+    def _values_of(self, texts: list[str]) -> list[float]:
+        if self.criterion != "utility":
+            scores = self.bench.task.score(texts[len(self.values) :])
             if scores is not None:
-                return scores
-        return bench.one_step_utilities(texts)
+                return [*self.values, *scores]
+        return self.bench.one_step_utilities(texts, known=self.values)

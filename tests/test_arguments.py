@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 
 import pytest
@@ -31,6 +32,24 @@ def test_names_and_folders_are_what_was_typed(word):
 )  # fmt: skip
 def test_a_sentence_is_one_value_as_typed(text):
     assert spec_of("method=base", f"scale.instruction={text}").scale.instruction == text
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["language", "dpg_sgd", "_", "a1", "True", "null", "NULL", "nan", "Inf", "true", "nullable", "0", "7", "2024", "007", "1_0", "12e3",
+     "999999999999999999", "1000000000000000000000", "a-b", "a.b", "ä", "٣"],
+)  # fmt: skip
+def test_names_and_whole_numbers_are_read_as_the_grammar_reads_them(word, monkeypatch):
+    """Without Hydra, whose import takes longer than most commands; and as with it."""
+    overrides._read.cache_clear()
+    found = overrides._read(word)
+    overrides._read.cache_clear()
+    never = re.compile("(?!)")
+    monkeypatch.setattr(overrides, "_PLAIN", never)
+    monkeypatch.setattr(overrides, "_WHOLE", never)
+    by_grammar = overrides._read(word)
+    overrides._read.cache_clear()
+    assert repr(found) == repr(by_grammar)
 
 
 def test_a_comma_separates_unless_a_space_follows_or_quotes_are_around_it():

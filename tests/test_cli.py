@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import FINISHED, METHOD_FILE, ROOT, SMALL, TINY
@@ -53,6 +55,19 @@ def test_bad_input_is_2_and_one_line(dpgbench, words):
 
 def test_the_process_exits_with_the_code(program):
     assert program("fly").code == 2 and program("--version").code == 0
+
+
+def test_every_command_is_there_when_it_is_asked_for():
+    """They are named by module and function, and imported late."""
+    named = re.findall(r'_late\("(\w+)", "(\w+)"\)', Path(cli.__file__).read_text(encoding="utf-8"))
+    assert len(named) == len(cli.COMMANDS) + 1  # and what torchrun's other processes do
+    assert all(callable(getattr(importlib.import_module(f"dpgbench.cli.{module}"), function)) for module, function in named)
+
+
+def test_listing_imports_neither_hydra_nor_what_runs_cells(imports_of):
+    loaded = imports_of("list")
+    assert "dpgbench.cli.inspect" in loaded
+    assert not loaded & {"hydra", "omegaconf", "numpy", "torch", "dpgbench.cli.sweep", "dpgbench.launch.slurm"}
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import pytest
 from conftest import ROOT, SMALL, TINY
 
 from dpgbench import config
-from dpgbench.launch import check
+from dpgbench.launch import check, local
 from dpgbench.store import code_snapshot
 from dpgbench.store.run_folder import RunFolder
 
@@ -51,6 +52,35 @@ def test_killed_workers_cost_time_and_nothing_else(tmp_path):
     told = chaos.disturb(words, 2, tmp_path / "disturbed", (3.0, 9.0), seed=1, limit=900)
     assert told["workers killed"] + told["sweeps killed"] > 0
     assert chaos.problems(words, tmp_path / "disturbed", tmp_path / "quiet") == []
+
+
+def test_what_workers_import_beforehand_is_there():
+    """Python's fork server says nothing of a module that it does not find."""
+    assert all(importlib.util.find_spec(name) for name in local.IMPORTS)
+
+
+def test_workers_have_the_environment_of_now_and_one_birth(monkeypatch):
+    """A fork server is older than a sweep that follows another one in the same process; beside an accelerator nobody forks."""
+    monkeypatch.setattr(local, "IMPORTS", [])
+    specs = [cell.spec for cell in config.read(LIGHT, sweep=True).cells]
+    for value in ("one", "two"):
+        monkeypatch.setenv("DPGBENCH_TEST", value)
+        with local.workers(1, specs) as processes:
+            asked = [processes.schedule(os.getenv, args=(name,)).result() for name in ("DPGBENCH_TEST", "OMP_NUM_THREADS")]
+        assert asked == [value, "1"]
+    monkeypatch.setattr(local, "ACCELERATORS", (os.devnull,))
+    assert local._context().get_start_method() == "spawn"
+
+
+def test_a_cells_leftovers_go():
+    class Trainer:
+        pass
+
+    trainer = Trainer()
+    trainer.itself, gone = trainer, weakref.ref(trainer)
+    del trainer
+    local.give_memory_back()
+    assert gone() is None
 
 
 @pytest.mark.slow
@@ -146,8 +176,8 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_goes_on_when_there_is_space(d
 def test_cancel_stops_a_local_sweep_which_keeps_its_checkpoint(dpgbench, tmp_path):
     """Only the named one, and as kindly as a time limit would."""
     words = ["task=language", "method=dpg", *SMALL[1:-1], "steps=500", "snapshots=2", "seed=0,1", f"results={tmp_path}"]
-    local = ["launcher=local", "launcher.workers=2", "launcher.checkpoint_seconds=0.0"]
-    process = start("sweep", *words, *local, "name=mine")
+    in_workers = ["launcher=local", "launcher.workers=2", "launcher.checkpoint_seconds=0.0"]
+    process = start("sweep", *words, *in_workers, "name=mine")
     try:
         wait_for("runs/*/checkpoint.*", tmp_path)
         assert "stopped 0 processes" in dpgbench("cancel", *words, "name=other").out
@@ -193,7 +223,9 @@ def test_slurm_that_is_not_there_is_one_line(dpgbench, monkeypatch, tmp_path):
     assert done.code == 2 and "there is no sbatch on this machine" in done.err and done.err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("module", "words"), [("hydra", ["list"]), ("submitit", ["sweep", *LIGHT, "launcher=slurm"])])
+@pytest.mark.parametrize(
+    ("module", "words"), [("yaml", ["list"]), ("omegaconf", ["sweep", *LIGHT]), ("submitit", ["sweep", *LIGHT, "launcher=slurm"])]
+)
 def test_a_package_that_is_missing_is_one_line(tmp_path, module, words):
     """As on a node whose environment was never installed."""
     (tmp_path / "bin").mkdir()

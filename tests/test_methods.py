@@ -106,7 +106,7 @@ def rewarded(work, monkeypatch):
     from dpgbench.bench import grpo
 
     def first_reward(bench, reward):
-        yield reward(grpo.Rollouts(0, [], ["a text."]))
+        yield reward(grpo.Rollouts(0, [], ["a text."], [[1]]))
 
     monkeypatch.setattr(grpo, "train_policy", first_reward)
     seen = {}

@@ -95,6 +95,10 @@ class Accountant:
             yield
         self._paid.add(name)
 
+    def again(self, seconds: float) -> None:
+        """Wall-clock seconds of work that is charged once more and not done once more."""
+        self.meter.charge_seconds(seconds)
+
     # ---- going on after an interruption
 
     def state(self) -> dict[str, Any]:

@@ -130,13 +130,21 @@ class Differentiating:
         steps = self.spec.scale.deployment_steps or self.spec.training.inner_steps
         return self.account.counted("training", lambda: ascend(self.world.target, self.task.signal, self.optimizer, steps))
 
-    def one_step_utilities(self, texts: Sequence[str]) -> list[float]:
-        """For each text alone: Phi of a fresh target after one step on that text. Cost: 3F and one Phi per text."""
-        encoded = self.world.encode(texts)
-        arguments = (self.world.target, encoded["input_ids"], encoded["labels"], self.task.signal, self.optimizer)
-        values = one_step_values(*arguments, reduction=self.engine.reduction, chunk=self._texts_at_once())
+    def one_step_utilities(self, texts: Sequence[str], known: Sequence[float] = ()) -> list[float]:
+        """For each text alone: Phi of a fresh target after one step on that text. Cost: 3F and one Phi per text.
+
+        `known`: what this gave for the first of these texts before. They are charged again, and not computed again as far as they were
+        computed in whole groups: a value's last bits depend on the texts that it is computed with.
+        """
+        encoded, at_once = self.world.encode(texts), self._texts_at_once()
+        kept = len(known) // at_once * at_once
+        values = list(known[:kept])
+        if kept < len(texts):
+            rest = (encoded["input_ids"][kept:], encoded["labels"][kept:])
+            arguments = (self.world.target, *rest, self.task.signal, self.optimizer)
+            values += one_step_values(*arguments, reduction=self.engine.reduction, chunk=at_once).tolist()
         self.account.judged(encoded, signals=len(texts))
-        return values.tolist()
+        return values
 
     def influences(
         self,

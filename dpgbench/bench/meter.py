@@ -32,6 +32,10 @@ class Meter:
         meter.tokens_generated += generated
         meter.tokens_trained += trained
 
+    def charge_seconds(self, seconds: float) -> None:
+        """Wall-clock seconds that nobody's clock saw; those of work that is done are added by whoever has the clock."""
+        (self._deployment or self).seconds += seconds
+
     @contextmanager
     def deployment(self) -> Iterator[Meter]:
         """Inside, all charges go to the yielded meter as "deployment".

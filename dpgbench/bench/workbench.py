@@ -61,7 +61,7 @@ class Workbench:
 
         drawing = Drawing(spec.seed, world, generator, self.account)
         self.seed, self.prompts, self.sample, self.finetune = drawing.seed, drawing.prompts, drawing.sample, drawing.finetune
-        self.charge_generation = drawing.charge_generation
+        self.charge_generation, self.shared_draws = drawing.charge_generation, drawing.shared_draws
 
         self._differentiating = target = Differentiating(spec, task, world, self.account)
         self.optimizer, self.engine = target.optimizer, target.engine

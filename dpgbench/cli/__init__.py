@@ -5,19 +5,34 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from dpgbench import __version__
+from dpgbench.bench import distributed
+from dpgbench.core.errors import UserError, did_you_mean
+
+
+def _not_installed(name: str) -> str:
+    """For a node whose environment was never installed, or not activated."""
+    return f"dpgbench: {name} is not installed here; activate the environment or `pip install -r requirements.lock`"
+
 
 try:
-    from dpgbench import __version__
-    from dpgbench.bench import distributed
-    from dpgbench.cli import inspect, plugins, report, status, sweep
     from dpgbench.cli.arguments import Command, inert, reader_gone
-except ModuleNotFoundError as missing:  # a node whose environment was never installed, or not activated
-    print(
-        f"dpgbench: {missing.name} is not installed here; activate the environment or `pip install -r requirements.lock`", file=sys.stderr
-    )
+except ModuleNotFoundError as missing:
+    print(_not_installed(missing.name or "a package"), file=sys.stderr)
     sys.exit(2)
-from dpgbench.core.errors import UserError, did_you_mean
+
+
+def _late(module: str, function: str) -> Callable[[list[str]], int]:
+    """A command that is imported when it is asked for: what the others need takes longer than a short one does."""
+
+    def run(words: list[str]) -> int:
+        return getattr(import_module(f"dpgbench.cli.{module}"), function)(words)
+
+    return run
+
 
 CELLS = """\
   key=value[,value...]   task=, method=, scale=, launcher= choose files (all: every task, every method); any other key sets an option:
@@ -36,7 +51,7 @@ SWEEP = """\
 
 COMMANDS = {
     "run": Command(
-        sweep.run, "[key=value ...] [--dry-run]", "one cell: a method on a task with a seed",
+        _late("sweep", "run"), "[key=value ...] [--dry-run]", "one cell: a method on a task with a seed",
         f"""{CELLS}
   spec=RUN/spec.yaml     instead of all others: replay a stored cell
   --dry-run              print what would run, where its results would go and what it would cost, and do nothing
@@ -45,7 +60,7 @@ COMMANDS = {
         "the cell failed, or another process works on it", ("--dry-run",),
     ),
     "sweep": Command(
-        sweep.sweep, "[key=value,value ...] [--dry-run]", "a grid of cells; runs what is not done",
+        _late("sweep", "sweep"), "[key=value,value ...] [--dry-run]", "a grid of cells; runs what is not done",
         f"""{CELLS}
   name=NAME              what to call a sweep without a suite (default: sweep)
   retry=failed           run cells again that failed, or with retry=damaged that were damaged; otherwise they are left alone
@@ -55,36 +70,36 @@ COMMANDS = {
         "a cell failed, or another process works on it", ("--dry-run",),
     ),
     "status": Command(
-        status.show_status, "[name=NAME | suite=NAME | key=value ...] [--watch]", "where every cell stands",
+        _late("status", "show_status"), "[name=NAME | suite=NAME | key=value ...] [--watch]", "where every cell stands",
         f"""{SWEEP}
                          without any of them: every run folder
   --watch                stay until no cell is queued or running""",
         ("name=mine", "suite=core --watch"), "", ("--watch",),
     ),
     "cancel": Command(
-        sweep.cancel_sweep, "[name=NAME | suite=NAME | key=value ...]",
+        _late("sweep", "cancel_sweep"), "[name=NAME | suite=NAME | key=value ...]",
         "stop what that sweep started, here or on SLURM, and nothing else", SWEEP, ("name=mine", "suite=core results=elsewhere"),
     ),
     "report": Command(
-        report.write_report, "[name=NAME | suite=NAME] [--format json]", "tables, figures and page of a sweep",
+        _late("report", "write_report"), "[name=NAME | suite=NAME] [--format json]", "tables, figures and page of a sweep",
         f"""{SWEEP}
   --format json          the same numbers for machines, unrounded, on standard output, instead of the page
   --compare SIDE SIDE    what changed between two suites, commits (core@HEAD~1) or parquet files, and whether it is within noise""",
         ("name=mine", "--compare core@HEAD~1 core"), "", ("--format", "--compare"),
     ),
     "export": Command(
-        report.export_cell, "RUN [to=DIR]", "a run folder's trained generator, for transformers, and its deployment dataset",
+        _late("report", "export_cell"), "RUN [to=DIR]", "a run folder's trained generator, for transformers, and its deployment dataset",
         """\
   RUN                    a folder under results/runs/
   to=DIR                 where to (default: export/ in it)""",
         ("results/runs/language_de.dpg.s0.0123456789", "results/runs/language_de.dpg.s0.0123456789 to=mine"),
     ),
     "list": Command(
-        inspect.list_plugins, "[plugins=DIR]", "every method, task, scale and suite",
+        _late("inspect", "list_plugins"), "[plugins=DIR]", "every method, task, scale and suite",
         "  plugins=DIR            with those in a folder of yours", ("", "plugins=mine"),
     ),
     "new": Command(
-        plugins.new_plugin, "task|method NAME [plugins=DIR]", "the two files of a task or a method of your own, to change",
+        _late("plugins", "new_plugin"), "task|method NAME [plugins=DIR]", "the two files of a task or a method of your own, to change",
         """\
   task NAME              a task in DIR/tasks/NAME.py and DIR/configs/task/NAME.yaml; nothing is overwritten
   method NAME            a method, likewise
@@ -92,7 +107,7 @@ COMMANDS = {
         ("task opening", "method parrot plugins=elsewhere"),
     ),
     "check metagrad": Command(
-        inspect.check_metagradients, "[key=value ...]", "can a cell's rewards be trusted? Measured, in words",
+        _late("inspect", "check_metagradients"), "[key=value ...]", "can a cell's rewards be trusted? Measured, in words",
         f"""{CELLS}
   directions=8           for finite differences: how many
   subsets=32             for the linear datamodelling score: how many halves of the texts
@@ -111,7 +126,8 @@ COMMANDS = {
         "a reward says little about what leaving a text out would do", ("--format",),
     ),
     "check plugin": Command(
-        plugins.check_plugins, "plugins=DIR [task=NAME] [method=NAME]", "does a plug-in keep its contract? A line for each question",
+        _late("plugins", "check_plugins"), "plugins=DIR [task=NAME] [method=NAME]",
+        "does a plug-in keep its contract? A line for each question",
         """\
   plugins=DIR            the folder of your own plug-ins; all of them, unless some are named
   task=NAME              a task: its gradient, determinism, measures, two steps of every method
@@ -150,9 +166,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _answer(words: list[str]) -> int:
     try:
-        return _command(words) if distributed.rank() == 0 else sweep.follow(words)
+        return _command(words) if distributed.rank() == 0 else _late("sweep", "follow")(words)
     except UserError as error:
         said = str(error)
+    except ModuleNotFoundError as missing:
+        if (missing.name or "dpgbench").startswith("dpgbench"):
+            raise
+        print(_not_installed(missing.name), file=sys.stderr)
+        return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG):
             raise

@@ -9,20 +9,18 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from typing import TYPE_CHECKING, Any
 
 from dpgbench.config.overrides import Word, as_texts
 from dpgbench.config.values import FREE, GROUPS, TEXTS, checked_text, checked_value, closest, default_of, resolved_key
 from dpgbench.core.errors import UserError, did_you_mean
+from dpgbench.core.files import yaml_of
 from dpgbench.core.options import leaves_of
 from dpgbench.core.paths import home
 from dpgbench.plugins.registry import Registry
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 SECTIONS = ("task", "method", "training", "scale")  # what a cell is made of; the root `policy` enters through `method.policy`
 
@@ -35,7 +33,7 @@ def presets(registry: Registry, kind: str) -> dict[str, Path]:
 
 def suites(registry: Registry) -> dict[str, str]:
     """Every stored suite's title, by name."""
-    return {name: str(OmegaConf.load(path).get("title", "")) for name, path in files(registry, "suite").items()}
+    return {name: str(yaml_of(path.read_text(encoding="utf-8")).get("title", "")) for name, path in files(registry, "suite").items()}
 
 
 def files(registry: Registry, group: str) -> dict[str, Path]:
@@ -50,6 +48,8 @@ class Composer:
     """
 
     def __init__(self, registry: Registry):
+        from omegaconf import OmegaConf
+
         self.registry = registry
         self._parts: dict[tuple[str, str], DictConfig] = {}
         self._plain_parts: dict[str, dict[str, Any]] = {}
@@ -60,6 +60,8 @@ class Composer:
 
     def grid(self, words: Mapping[str, list[Word]]) -> list[dict[str, Any]]:
         """All resolved configurations of one line of words."""
+        from omegaconf import OmegaConf
+
         chosen = [self._choices(group, words.get(group)) for group in GROUPS]
         settings = {key: values for key, values in words.items() if key not in GROUPS}
         unused, configs = dict.fromkeys(settings), []
@@ -126,6 +128,9 @@ class Composer:
 
     def _compose(self, names: tuple[str, ...]) -> DictConfig:
         """The files chosen, merged in the order of the defaults list of configs/config.yaml."""
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
         chosen = dict(zip(GROUPS, names, strict=True))
         parts = []
         for entry in OmegaConf.to_container(OmegaConf.create({**chosen, "order": self._order}), resolve=True)["order"]:
@@ -147,6 +152,8 @@ class Composer:
             raise UserError(f"{words}: the configuration does not compose: {str(error).splitlines()[0]}") from None
 
     def _plain_of(self, name: str, part: DictConfig) -> dict[str, Any]:
+        from omegaconf import OmegaConf
+
         if name not in self._plain_parts:
             self._plain_parts[name] = OmegaConf.to_container(part, resolve=False)
         return self._plain_parts[name]
@@ -155,6 +162,10 @@ class Composer:
         """One file as Hydra composes it: under its group's name or its `@package`, with whatever its own defaults list brings."""
         if (group, name) in self._parts:
             return self._parts[group, name]
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
+
         folders = [folder / "configs" for folder in self.registry.folders]
         there = [folder for folder in folders if (folder / group / f"{name}.yaml").exists()]
         if not there and optional:
@@ -169,6 +180,9 @@ class Composer:
             package = header[1] if (header := re.match(r"(?:#.*\n)*?# *@package +(\S+)", text)) else group
             self._parts[group, name] = part if package == "_global_" else OmegaConf.create({package: part})
             return self._parts[group, name]
+        from hydra import compose, initialize_config_dir
+        from hydra.errors import HydraException
+
         logging.getLogger("hydra").setLevel(logging.ERROR)  # Hydra sets up logging of its own otherwise
         others = [f"file://{folder}" for folder in folders if folder != there[0] and folder.is_dir()]
         try:
@@ -189,6 +203,9 @@ def _overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(config: DictConfig) -> dict[str, Any]:
     """Resolve interpolations and keep what a cell is made of."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError
 from dpgbench.store.run_folder import RunFolder
@@ -31,6 +29,8 @@ def flops_of(label: str, spec: RunSpec, results: Path) -> float:
 
     Raises UserError unless there is exactly one.
     """
+    from omegaconf import OmegaConf
+
     wanted = _alike(spec.config)
     spent = {}
     for folder in sorted((results / "runs").glob(f"{spec.task.label}.{label}.s{spec.seed}.*")):

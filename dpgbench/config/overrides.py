@@ -13,16 +13,16 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException
-
 from dpgbench.core.errors import UserError
 
 MANY = 100_000  # values of one key
 
 _QUOTED = re.compile(r"""\s*(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?=\s*(?:[,:\])}]|$))""", re.DOTALL)
 _COMMA = re.compile(r"\s*,\s*")
+_PLAIN = re.compile(
+    r"(?!(?:null|true|false|inf|nan)$)[a-z_][a-z_0-9]*", re.IGNORECASE | re.ASCII
+)  # a name to the grammar, and nothing else
+_WHOLE = re.compile(r"0|[1-9][0-9]{0,17}", re.ASCII)
 _ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")  # as in Hydra's grammar
 
 
@@ -99,7 +99,11 @@ def quoted(key: str, text: str) -> str:
         plain = [str(word) for word in as_texts(parse([f"{key}={text}"])[key])] == [text]
     except UserError:
         plain = False
-    return f"{key}={text}" if plain else f"{key}={QuotedString(text, Quote.single).with_quotes()}"
+    if plain:
+        return f"{key}={text}"
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return f"{key}={QuotedString(text, Quote.single).with_quotes()}"
 
 
 def _values(key: str, text: str) -> list[Word]:
@@ -152,7 +156,17 @@ def _is_quoted(part: str) -> bool:
 
 @functools.cache
 def _read(part: str) -> list[tuple[str, Any]]:
-    """A value's text and what the grammar reads in it: one pair, or one for each value of a range or a choice."""
+    """A value's text and what the grammar reads in it: one pair, or one for each value of a range or a choice.
+
+    Names and whole numbers are read without Hydra, whose import takes longer than most commands.
+    """
+    if _PLAIN.fullmatch(part):
+        return [(part, part)]
+    if _WHOLE.fullmatch(part):
+        return [(part, int(part))]
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     try:
         override = OverridesParser.create().parse_override(f"value={part}")
         if override.is_sweep_override():

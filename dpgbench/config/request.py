@@ -20,10 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from dpgbench.config import match_budget, validate
 from dpgbench.config.compose import SECTIONS, Composer, files
 from dpgbench.config.overrides import Word, one, parse
@@ -98,6 +94,10 @@ def checked_name(name: str) -> str:
 
 def replay(path: Path, registry: Registry) -> Cell:
     """The cell stored in a `spec.yaml`, checked like any other."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
         missing = [section for section in (*SECTIONS, "seed") if section not in config]
@@ -112,6 +112,8 @@ def replay(path: Path, registry: Registry) -> Cell:
 
 def _suite(name: str, registry: Registry, words: Mapping[str, list[Word]]) -> tuple[str, list[dict[str, list[Word]]]]:
     """A stored grid: its title and its lines, each with the suite's `common` words under it and the command line's over it."""
+    from omegaconf import OmegaConf
+
     stored_suites = files(registry, "suite")
     if name not in stored_suites:
         raise UserError(f"suite={name}: no such suite; {did_you_mean(name, stored_suites)}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
+from typing import TYPE_CHECKING, Any
 
 from dpgbench.config.overrides import Word, for_shell
 from dpgbench.core.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 GROUPS = ("task", "method", "scale", "launcher")
 PLACES = ("suite", "name", "results", "plugins", "retry")  # words that set no option
@@ -61,11 +62,15 @@ def several_values_form(words: Mapping[str, Sequence[Word]], error: str) -> str:
 
 def default_of(config: DictConfig, full: str, written: Any) -> Any:
     """What a setting is if nobody says otherwise: as written, or what the interpolation that is written comes to."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.select(config, full) if isinstance(written, str) and "${" in written else written
 
 
 def checked_value(key: str, full: str, word: Word, default: Any) -> Any:
     """A value of an option that is no text, of the default's kind."""
+    from omegaconf import OmegaConf
+
     value = word.value
     if isinstance(default, float) and type(value) is int:
         value = float(str(value))

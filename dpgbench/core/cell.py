@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from dpgbench.core.options import Options
@@ -70,9 +71,9 @@ class RunSpec:
     def seed(self) -> int:
         return self.config["seed"]
 
-    @property
+    @cached_property
     def hash(self) -> str:
-        """Ten hex digits over everything that changes the numbers, and over nothing else."""
+        """Ten hex digits over everything that changes the numbers, and over nothing else. From here on `config` stays as it is."""
         relevant = json.loads(json.dumps(self.config))
         for section in ("task", "method"):
             relevant[section].pop("label", None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -11,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import contextmanager
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,11 @@ POLL_SECONDS = 0.5
 
 # glibc hands large blocks back to the kernel and faults them in again at the next step: a fifth to a third of a tiny cell's time.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
+
+
+# What a worker imports before it can begin, seconds of processor time: done once, in a process that the workers are forks of.
+IMPORTS = ["dpgbench.cli", "dpgbench.run.cell", "dpgbench.run.open_cell", "dpgbench.worlds.models", "dpgbench.bench.grpo"]
+ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd")  # a driver that was asked anything before a fork does not work after it
 
 
 def inline(
@@ -42,6 +50,7 @@ def inline(
     for spec in specs:
         on_event(spec, {"state": "started"})
         state = run_cell(spec, results, plugins, watch=lambda line, spec=spec: on_event(spec, line), **how)
+        give_memory_back()
         on_event(spec, {"state": state})
         if state == "interrupted":
             raise KeyboardInterrupt
@@ -75,7 +84,7 @@ def pool(specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: Pa
 
 @contextmanager
 def workers(count: int, specs: Sequence[RunSpec]) -> Iterator[Any]:
-    """A pool of fresh Python processes that run `work`.
+    """A pool of processes that run `work`, one cell after the other.
 
     The environment must be there before torch loads in them; busy processes with a thread per core each crawl. The signals that ask to
     stop wait until a worker can hear them: a process being born inherits the mask, and would die of them otherwise.
@@ -83,11 +92,11 @@ def workers(count: int, specs: Sequence[RunSpec]) -> Iterator[Any]:
     from pebble import ProcessPool
 
     threads = str(max(spec.scale.threads for spec in specs))
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     with _environment({**ALLOCATOR, "OMP_NUM_THREADS": threads}):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
-            processes = ProcessPool(max_workers=count, context=context, initializer=_listen)
+            processes = ProcessPool(max_workers=count, context=context, initializer=_begin, initargs=[dict(os.environ)])
             processes.schedule(_nothing)  # starts the pool's threads, which start all workers, with the mask of this moment
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -106,11 +115,36 @@ def work(spec: RunSpec, results: Path, plugins: Path | None, checkpoint_seconds:
     with Stop.on_signals(), _output_into(RunFolder.of(results, spec).path / "log.txt"):
         from dpgbench.run.cell import run_cell
 
-        return run_cell(spec, results, plugins, checkpoint_seconds=checkpoint_seconds)
+        state = run_cell(spec, results, plugins, checkpoint_seconds=checkpoint_seconds)
+        give_memory_back()
+        return state
 
 
-def _listen() -> None:
-    """A worker's first act: take note of requests to stop, those included that came while it was born."""
+def give_memory_back() -> None:
+    """What a cell left behind: objects that know each other (a trainer and its callbacks), and pages that glibc keeps (ALLOCATOR)."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
+
+
+def _context() -> BaseContext:
+    """How workers are born: as forks of a process that has IMPORTS behind it and has computed nothing; fresh ones beside an accelerator.
+
+    That process is Python's fork server: it lives until this one ends, starts no threads, and replaces a worker that died at once.
+    """
+    if any(os.path.exists(device) for device in ACCELERATORS):
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTS)
+    return context
+
+
+def _begin(environment: dict[str, str]) -> None:
+    """A worker's first act: its environment (a fork server may be older than it) and requests to stop, those sent meanwhile included."""
+    os.environ.clear()
+    os.environ.update(environment)
     Stop.install()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 

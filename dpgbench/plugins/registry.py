@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from yaml import YAMLError, safe_load
+from yaml import YAMLError
 
 from dpgbench.api import Method, Task
 from dpgbench.core.errors import UserError, did_you_mean
+from dpgbench.core.files import yaml_of
 from dpgbench.core.options import Options
 from dpgbench.core.paths import home
 from dpgbench.plugins import contract, source
@@ -132,7 +133,7 @@ class Registry:
 
         def name_in(preset: str, seen: frozenset[str] = frozenset()) -> str | None:
             try:
-                content = safe_load(presets[preset].read_text(encoding="utf-8"))
+                content = yaml_of(presets[preset].read_text(encoding="utf-8"))
             except (KeyError, OSError, UnicodeDecodeError, YAMLError):
                 return None
             if not isinstance(content, dict):

@@ -24,8 +24,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError
 from dpgbench.core.exchange import Prompt, Snapshot
@@ -60,6 +58,8 @@ def export(run: Path, to: Path | None = None) -> Path:
 
     Raises UserError if the cell is not finished, has kept no dataset, or the folder is there already.
     """
+    from omegaconf import OmegaConf
+
     run, to = Path(run), Path(to) if to is not None else Path(run) / "export"
     if not (run / "spec.yaml").exists():
         raise UserError(f"{run}: not a run folder; give one of results/runs/, such as `python -m dpgbench status` lists")
@@ -112,6 +112,8 @@ def _write_generator(spec: RunSpec, weights: Path, to: Path) -> None:
 
 def _readme(spec: RunSpec, result: Mapping[str, Any], env: Mapping[str, Any], trained: bool) -> str:
     """The folder's card: what was made, how far it got, with what."""
+    from omegaconf import OmegaConf
+
     scale, headline = spec.scale, result["headline"]
     if trained:
         generator = LOADS + (ADAPTER if adapters.settings(spec.method) else "")

@@ -10,6 +10,7 @@ A curve is one seed of one method on one task: a snapshot's compute (FLOPs, say)
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -243,8 +244,13 @@ def curves_by_seed(snapshots: pd.DataFrame) -> Iterable[tuple[int, np.ndarray, n
     lacking = [name for name in COLUMNS if name not in snapshots.columns]
     if lacking:
         raise ValueError(f"the snapshots lack the column(s) {', '.join(lacking)}; a curve needs {', '.join(COLUMNS)}")
-    for seed, rows in snapshots.groupby("seed", sort=True):
-        flops, values = rows["flops"].to_numpy(dtype=float), rows["value"].to_numpy(dtype=float)
+    # By numpy: pandas takes half a millisecond for each group, and a report asks for the curves of all its cells a dozen times.
+    seeds = snapshots["seed"].to_numpy()
+    in_order = np.argsort(seeds, kind="stable")
+    seeds, computes, all_values = (column[in_order] for column in (seeds, *(snapshots[name].to_numpy(dtype=float) for name in COLUMNS[1:])))
+    starts = np.flatnonzero(np.r_[True, seeds[1:] != seeds[:-1]]) if len(seeds) else []
+    for start, end in itertools.pairwise([*starts, len(seeds)]):
+        seed, flops, values = seeds[start].item(), computes[start:end], all_values[start:end]
         try:
             _sorted_curve(flops, values)
         except ValueError as error:

@@ -31,8 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import Busy, UserError
 from dpgbench.core.files import write_atomically
@@ -133,6 +131,8 @@ class RunFolder:
 
     def begin(self, env: dict[str, Any], sizes: dict[str, int] | None = None) -> None:
         """Start the cell afresh, removing what an interrupted run left; or go on where its growing files had `sizes` bytes."""
+        from omegaconf import OmegaConf
+
         self.check_owned()
         for name in ("result.json", "error.txt", "picture.png", *(GROWING if sizes is None else ())):
             (self.path / name).unlink(missing_ok=True)
