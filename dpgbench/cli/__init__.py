@@ -115,7 +115,7 @@ COMMANDS = {
         ("task=language lang=de", "scale=small task=l2_norm directions=4 subsets=8"), "they cannot be trusted",
     ),
     "check estimator": Command(
-        inspect.check_estimators, "[key=value ...] [--format json]",
+        _late("inspect", "check_estimators"), "[key=value ...] [--format json]",
         "is a text's reward what leaving it out would do, and how much of a policy gradient is signal?",
         f"""{CELLS}
   batches=12             independent batches of the cell's own size, each a policy gradient of every method
