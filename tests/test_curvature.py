@@ -329,6 +329,18 @@ def test_a_tied_head_and_wide_axes_fall_back(monkeypatch):
     assert relative_error(wide.sides[1].values, torch.tensor([1.0])) > 0  # a diagonal, in its own coordinates
 
 
+def test_a_padding_row_is_not_trained():
+    """An Embedding whose padding_idx occurs in the texts: its row has no second moments, and the others those of the loop."""
+    model, texts = tiny_llama(), tiny_batch(8, seed=2, padded=False)
+    model.model.embed_tokens.padding_idx = 3
+    assert bool((texts["input_ids"][:, :-1] == 3).any())
+    (block,) = curvature(model, **texts, generator=seeded(), names=["model.embed_tokens.weight"])
+    rows = rows_of(block, drawn_gradients(model, texts))
+    basis = eigenvectors(block)
+    assert bool((block.eigenvalues[3] == 0).all()) and bool((block.eigenvalues[4] > 0).any())
+    assert relative_error(block.eigenvalues.flatten(), (basis.T @ (rows.T @ rows / 8) @ basis).diagonal()) < 1e-5
+
+
 def test_only_the_blocks_that_the_direction_reaches():
     """A LayerNorm's weight alone brings its bias along; what no text moves gets zero; nothing else is named."""
     model, texts = tiny_gpt2(), tiny_batch(5, seed=2)

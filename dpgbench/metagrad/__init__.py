@@ -8,6 +8,7 @@ derivatives    exact ways to pull a cotangent back through the gradient of a ste
 settings       how a run is computed, in one value
 memory         the budget: how many bytes a tape holds, where states are kept
 data_parallel  the same over several processes
+curvature      the inverse curvature of the loss times a direction, for influence functions
 diagnostics    can these metagradients be trusted here? measurements, and a verdict in words
 """
 

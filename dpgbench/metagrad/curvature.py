@@ -293,16 +293,14 @@ def _kinds(model: nn.Module, params: Params, wanted: set[str], probe: Batch) -> 
         alone = all(name in params and len(owners[name]) == 1 for name in own.values())
         if usual and alone and wanted & set(own.values()):
             candidates[module] = Layer(module, own["weight"], own.get("bias"))
-    runs: list[nn.Module] = []
+    runs: dict[nn.Module, list[bool]] = {module: [] for module in candidates}  # of each run, whether it was for each token
 
     def look(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-        if inputs.shape[:2] == output.shape[:2] == probe.input_ids.shape:
-            runs.append(module)
-        runs.append(module)
+        runs[module].append(inputs.shape[:2] == output.shape[:2] == probe.input_ids.shape)
 
     with torch.no_grad(), _watched(list(candidates), len(probe.input_ids), look):
         per_example_loss(model, params, *probe)
-    layers = [layer for module, layer in candidates.items() if runs.count(module) == 2]  # it ran once, and for each token
+    layers = [layer for module, layer in candidates.items() if runs[module] == [True]]
     taken = {name for layer in layers for name in (layer.weight, layer.bias)}
     dense, others = [], []
     for module in model.modules():
