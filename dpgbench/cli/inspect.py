@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -178,7 +179,7 @@ def _show_estimators(spec: RunSpec, found: EstimatorFindings, figure: Path) -> N
 
 def _measured(estimate: Estimate, digits: int) -> str:
     """A value with its standard error; a dash where the data do not determine it."""
-    if estimate.value != estimate.value:
+    if math.isnan(estimate.value):
         return "-"
     return f"{estimate.value:.{digits}f} ± {estimate.error:.{digits}f}"
 

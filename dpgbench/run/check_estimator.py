@@ -100,7 +100,7 @@ class Findings:
         if self.pearson.value < TRUSTED:
             doubts.append(f"rewards follow what leaving a text out would do only roughly ({reading}): {smaller}")
         low = self.pearson.value - 2 * self.pearson.error
-        if self.pearson.value >= TRUSTED > low or self.pearson.error != self.pearson.error:
+        if self.pearson.value >= TRUSTED > low or math.isnan(self.pearson.error):
             doubts.append(f"the correlation is known only to {2 * self.pearson.error:.2f}: measure more, texts={2 * self.left_out}")
         return ("with care" if doubts else "trust"), doubts
 
