@@ -29,6 +29,7 @@ from dpgbench.bench.grpo import train_policy
 from dpgbench.bench.sft import pairs
 from dpgbench.core.errors import UserError
 from dpgbench.task_support.score_function import sample
+from dpgbench.worlds import decoding
 from dpgbench.worlds.generator import ends_of
 from dpgbench.worlds.models import load_generator, load_target, without_noise
 from dpgbench.worlds.phrasebook import WEIGHTS, Phrasebook
@@ -103,16 +104,20 @@ def questions(generator, count: int, rng: random.Random):
 
 @contextmanager
 def watched_draws(monkeypatch, forced=None):
-    """Every column that transformers draws while this is open, as (tokens, log-probabilities); `forced` columns are drawn instead."""
-    columns, draw = [], torch.multinomial
+    """Every column that is drawn while this is open, as (tokens, log-probabilities) of all rows; `forced` columns are drawn instead.
 
-    def multinomial(probabilities, num_samples):
-        tokens = draw(probabilities, num_samples) if forced is None else forced[len(columns)][:, None]
-        columns.append((tokens[:, 0], probabilities.gather(1, tokens)[:, 0].log()))
+    A row that has left the batch has pads and zeros.
+    """
+    columns, draw = [], decoding.race
+
+    def race(probabilities, here, rows):
+        tokens = draw(probabilities, here, rows) if forced is None else forced[len(columns)][here]
+        logps = probabilities.gather(1, tokens[:, None])[:, 0].log()
+        columns.append((torch.zeros(rows, dtype=torch.long).index_copy(0, here, tokens), torch.zeros(rows).index_copy(0, here, logps)))
         return tokens
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "multinomial", multinomial)
+        patch.setattr(decoding, "race", race)
         yield columns
 
 

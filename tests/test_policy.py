@@ -13,6 +13,7 @@ from dpgbench.bench.flops import shape_of
 from dpgbench.bench.grpo import advantages, train_policy
 from dpgbench.bench.weight_average import WeightAverage
 from dpgbench.core.errors import CellError
+from dpgbench.worlds.generator import Generator
 from dpgbench.worlds.models import positions_from_the_mask
 
 
@@ -229,14 +230,14 @@ def test_lines_are_json(bench):
 def test_rollouts_are_sampled_in_calls_that_fit(bench, monkeypatch):
     """rollout_batch=8: two calls for sixteen completions, all of them rewarded in the order of their prompts, each call charged its own."""
     work, calls = bench("rollout_batch=8"), []
-    generate, charge = type(work.generator.model).generate, work.charge_generation
+    write, charge = Generator.write, work.charge_generation
 
-    def counting(model, **inputs):
-        calls.append(len(inputs["input_ids"]))
-        return generate(model, **inputs)
+    def counting(generator, prompt_ids):
+        calls.append(len(prompt_ids))
+        return write(generator, prompt_ids)
 
     charged = []
-    monkeypatch.setattr(type(work.generator.model), "generate", counting)
+    monkeypatch.setattr(Generator, "write", counting)
     monkeypatch.setattr(work, "charge_generation", lambda *shape, **more: (charged.append(shape), charge(*shape, **more)))
     seen = []
 
