@@ -22,10 +22,9 @@ from transformers import (
     OPTConfig,
     PhiConfig,
 )  # fmt: skip
-from trl import GRPOTrainer
 
 from dpgbench import config
-from dpgbench.bench.grpo import train_policy
+from dpgbench.bench.grpo import _Trainer, train_policy
 from dpgbench.bench.sft import pairs
 from dpgbench.core.errors import UserError
 from dpgbench.task_support.score_function import sample
@@ -129,7 +128,7 @@ def test_a_rollout_has_one_probability(bench, monkeypatch, tmp_path, changes):
     work, asked, in_update = bench("steps=1", f"scale.generator={folder}"), [], {}
     generator = work.generator
     work.prompts = lambda count, *names: questions(generator, count, random.Random(0))
-    score = GRPOTrainer._get_per_token_logps_and_entropies
+    score = _Trainer._get_per_token_logps_and_entropies
 
     def update(trainer, model, ids, mask, logits_to_keep, *args, **kwargs):
         result = score(trainer, model, ids, mask, logits_to_keep, *args, **kwargs)
@@ -158,7 +157,7 @@ def test_a_rollout_has_one_probability(bench, monkeypatch, tmp_path, changes):
         return [float(len(text)) for text in rollouts.completions]
 
     told: list = []
-    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", update)
+    monkeypatch.setattr(_Trainer, "_get_per_token_logps_and_entropies", update)
     with watched_draws(monkeypatch) as drawn:
         for _ in train_policy(work, reward):
             pass

@@ -32,7 +32,7 @@ def keeps_plain_cache(model: nn.Module) -> bool:
         return False
     if any(getattr(type(model), way, None) is not getattr(GenerationMixin, way) for way in OWN_WAYS):
         return False
-    if not {"past_key_values", "attention_mask", "use_cache"} <= _arguments(model):
+    if not {"past_key_values", "attention_mask", "use_cache"} <= arguments(model):
         return False
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
@@ -93,7 +93,7 @@ def write(model: nn.Module, prompts: Sequence[Sequence[int]], ends: Sequence[int
     of_prompt_B = torch.tensor([numbers[tuple(prompt)] for prompt in prompts], device=device)
     end_tokens = torch.tensor(sorted(ends), device=device)
     cache = Cache(layers=[_RoomyLayer(ids.shape[1] + most - 1) for _ in DynamicCache(config=without_adapters(model).config).layers])
-    known = _arguments(without_adapters(model))
+    known = arguments(without_adapters(model))
 
     def next_logits(ids: Tensor, mask: Tensor) -> Tensor:
         """Of the token after the last of `ids`, which follow what is in the cache; the mask covers both. (B, V) float32."""
@@ -137,7 +137,8 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def _arguments(model: nn.Module) -> set[str]:
+def arguments(model: nn.Module) -> set[str]:
+    """What its forward pass can be told, by name."""
     return set(inspect.signature(model.forward).parameters)
 
 
