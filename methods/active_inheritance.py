@@ -94,7 +94,7 @@ class ActiveInheritance(Method):
 
     def _best(self, bench: Workbench, prompts: Sequence[Prompt], n: int, *names: object) -> tuple[list[str], list[float]]:
         """Each prompt's best text and its value, the first of equals. Of the same draws a smaller n has the first; `base` has one."""
-        draws = [bench.sample(prompts, *names, *([draw] if draw else [])) for draw in range(n)]
+        draws = [bench.sample(prompts, *names, *([draw] if draw else []), remember=True) for draw in range(n)]
         values = self._values(bench, [text for draw in draws for text in draw])
         best = [max(range(place, len(values), len(prompts)), key=values.__getitem__) for place in range(len(prompts))]
         return [draws[index // len(prompts)][index % len(prompts)] for index in best], [values[index] for index in best]

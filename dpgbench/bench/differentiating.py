@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PARAMETERS_AT_ONCE = 100_000_000
+REMEMBERED = 100_000  # texts whose utility is kept
 
 
 class Differentiating:
@@ -33,6 +35,7 @@ class Differentiating:
         self.optimizer = optimizer_of(spec.training)
         self.engine = engine_settings(spec.training, data_parallel=account.group.size > 1)
         self._signal_gradient: dict[str, Tensor] | None = None
+        self._utilities: dict[str, tuple[float, float]] = {}  # of texts judged before, each with its share of the seconds
 
     def batches(self, texts: Sequence[str], *names: object, steps: int | None = None) -> tuple[list[dict[str, Tensor]], Tensor]:
         """The batches of `steps` (default: T) optimizer steps of the target, and for each position in them the index of its text.
@@ -102,12 +105,23 @@ class Differentiating:
         return self.account.counted("training", lambda: ascend(self.world.target, self.task.signal, self.optimizer, steps))
 
     def one_step_utilities(self, texts: Sequence[str]) -> list[float]:
-        """For each text alone: Phi of a fresh target after one step on that text. Cost: 3F and one Phi per text."""
-        encoded = self.world.encode(texts)
-        arguments = (self.world.target, encoded["input_ids"], encoded["labels"], self.task.signal, self.optimizer)
-        values = one_step_values(*arguments, reduction=self.engine.reduction, chunk=self._texts_at_once())
-        self.account.judged(encoded, signals=len(texts))
-        return values.tolist()
+        """For each text alone: Phi of a fresh target after one step on that text. Cost: 3F and one Phi per text.
+
+        A text that was judged before, or stands here twice, is computed once and charged each time.
+        """
+        known = self._utilities
+        self.account.meter.remembered(sum(known[text][1] for text in texts if text in known))
+        if new := [text for text in dict.fromkeys(texts) if text not in known]:
+            clock, encoded = time.perf_counter(), self.world.encode(new)
+            arguments = (self.world.target, encoded["input_ids"], encoded["labels"], self.task.signal, self.optimizer)
+            values = one_step_values(*arguments, reduction=self.engine.reduction, chunk=self._texts_at_once()).tolist()
+            each = (time.perf_counter() - clock) / len(new)
+            known.update((text, (value, each)) for text, value in zip(new, values, strict=True))
+        self.account.judged(self.world.encode(texts), signals=len(texts))
+        found = [known[text][0] for text in texts]
+        while len(known) > REMEMBERED:
+            del known[next(iter(known))]
+        return found
 
     def influences(self, texts: Sequence[str], *, optimizer_aware: bool = False) -> Tensor:
         """What one step from phi_0 on each text alone would do to Phi, to first order: <u_i, grad Phi(phi_0)>, (N,), higher is better.

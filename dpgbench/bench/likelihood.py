@@ -49,8 +49,8 @@ def completion_log_probs(model: nn.Module, ids: Tensor, mask: Tensor, width: int
         for rows, most in zip(pieces, longest, strict=True)
     ]
     back_B = order_B.argsort()
-    log_probs, entropies = (torch.cat([F.pad(values, (0, width - values.shape[1])) for values in each])[back_B] for each in zip(*found))
-    return log_probs, entropies
+    wide = [[F.pad(values, (0, width - values.shape[1])) for values in each] for each in zip(*found, strict=True)]
+    return torch.cat(wide[0])[back_B], torch.cat(wide[1])[back_B]
 
 
 def _prompts_read(model: nn.Module, ids: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:

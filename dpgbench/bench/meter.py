@@ -31,6 +31,10 @@ class Meter:
         meter.tokens_generated += generated
         meter.tokens_trained += trained
 
+    def remembered(self, seconds: float) -> None:
+        """Seconds that work took when it was done, for a caller who is given its outcome again; FLOPs and tokens are charged as ever."""
+        (self._deployment or self).seconds += seconds
+
     @contextmanager
     def deployment(self) -> Iterator[Meter]:
         """Inside, all charges go to the yielded meter as "deployment".

@@ -280,7 +280,7 @@ class _Cell:
         clock = time.perf_counter()
         with self.meter.deployment() as price:
             texts = snapshot.sample(self.prompts)
-            price.seconds = time.perf_counter() - clock
+            price.seconds += time.perf_counter() - clock
         self.bench.account.reserve = price
         if self.bench.spent_share() > 1 + OVERRUN:
             return None

@@ -145,8 +145,8 @@ def arguments(model: nn.Module) -> set[str]:
 def race(p_BV: Tensor, here_B: Tensor, rows: int) -> Tensor:
     """A token for each row that is here, from noise for all `rows`: what `torch.multinomial(p, 1)` would draw, to the bit. (B,) long.
 
-    On a CPU most of a draw is the logarithm in -log(1 - u). torch takes it in float64, of a u from `uniform_`'s own stream; so only the rows
-    that are here need one.
+    On a CPU most of a draw is the logarithm in -log(1 - u). torch takes it in float64, of a u from the stream of `uniform_`, so only the
+    rows that are here need one.
     """
     if p_BV.device.type == "cpu":
         uniform = torch.empty(rows, p_BV.shape[1], dtype=torch.float64).uniform_()
