@@ -3,10 +3,11 @@
     git worktree add ../before <commit>
     python benchmarks/cell_speed.py ../before . --out benchmarks/cell_speed.json
 
-Each cell of CELLS runs in a process of its own in one tree and then in the other, `--repeats` times in turn. A process tells its CPU seconds
-(user and system, all threads) for imports and for the cell, so that other work on the machine does not count, as far as it does not slow
-a core down; the ratio is that of the medians. Rewards, Phi and texts of both trees are compared line by line: a rounding that turns one
-draw of a token is seen as a text that differs, and what follows from there is another run of the same method. FLOPs must be equal.
+Each cell of CELLS runs in a process of its own in one tree and then in the other, `--repeats` times in turn. A process tells its CPU
+seconds (user and system, all threads) for imports and for the cell: other work on the machine does not count, but for how it slows a core
+down, which it does to both. The ratio is that of the medians. Rewards, Phi and texts of both trees are compared line by line: a rounding
+that turns one draw of a token shows as a text that differs, and what follows from there is another run of the same method. FLOPs are
+equal as long as the texts are.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def run(tree: Path, words: tuple[str, ...]) -> dict:
 
 
 def compared(old: dict, new: dict) -> dict:
-    """How far apart the two trees' lines are: texts that differ, the largest relative difference of Phi and of rewards while texts agree."""
+    """How far apart the two trees' lines are: texts that differ; the largest relative difference of rewards and Phi while texts agree."""
     texts = differing = 0
     reward = phi = 0.0
     flops = True

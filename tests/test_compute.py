@@ -122,7 +122,8 @@ def test_a_policy_update_is_charged_what_trl_computes(bench, monkeypatch, shape,
 
     The layers within 5%. The head is charged where there is something to predict, its product and the gradients of its input and, if it
     trains, its weights. TRL computes those in tiles, forward's once more in backward so that no logits are kept, and off a GPU at every
-    position: memory and shapes bought with time, which are nobody's cost here, as with checkpointed activations.
+    position: memory and shapes bought with time, which are nobody's cost here, as with checkpointed activations. Padding and each
+    completion's prompt are charged, and so computed where FLOPs are counted (`padding_computed`).
     """
     from trl import GRPOTrainer
 
@@ -137,12 +138,15 @@ def test_a_policy_update_is_charged_what_trl_computes(bench, monkeypatch, shape,
     add_in_place = {torch.ops.aten.addmm_: lambda total, left, right, *_, **__: 2 * left[0] * left[1] * right[1]}
 
     def counting(trainer, *args, **kwargs):
+        padded = padding_computed()
+        padded.__enter__()
         counter = FlopCounterMode(display=False, custom_mapping=add_in_place).__enter__()
         backward = trainer.accelerator.backward
 
         def to_the_end(*inner, **more):
             backward(*inner, **more)
             counter.__exit__(None, None, None)
+            padded.__exit__(None, None, None)
             trainer.accelerator.backward = backward
             counted_updates.append(counter.get_total_flops())
 

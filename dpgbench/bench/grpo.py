@@ -41,6 +41,7 @@ from dpgbench.core.errors import CellError
 from dpgbench.core.exchange import Prompt, Snapshot
 from dpgbench.core.seeds import derive, torch_seeded
 from dpgbench.core.settings import Policy
+from dpgbench.metagrad.loss import padding_is_computed
 from dpgbench.worlds import adapters
 from dpgbench.worlds.decoding import keeps_plain_cache
 from dpgbench.worlds.generator import Generator
@@ -324,7 +325,7 @@ class _Trainer(GRPOTrainer):
 
     def _shares_prompts(self, prompt_length: int) -> bool:
         """Whether an update can go on from a prompt's keys and values: they are kept, and no wrapper waits for one forward pass."""
-        plain = self.group.size == 1 and not self.args.gradient_checkpointing
+        plain = self.group.size == 1 and not self.args.gradient_checkpointing and not padding_is_computed()
         return plain and prompt_length > 1 and keeps_plain_cache(self.generator.model)
 
     def _dealt(self, mine: dict[str, Tensor]) -> list[dict[str, Tensor]]:

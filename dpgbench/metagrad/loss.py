@@ -29,12 +29,17 @@ _padding_computed: ContextVar[bool] = ContextVar("padding is computed", default=
 
 @contextmanager
 def padding_computed() -> Iterator[None]:
-    """Inside, `per_example_loss` computes pads like tokens: for who counts FLOPs, which are those of batches as they are given."""
+    """Inside, pads are computed like tokens: for who counts FLOPs, which are those of batches as they are given."""
     before = _padding_computed.set(True)
     try:
         yield
     finally:
         _padding_computed.reset(before)
+
+
+def padding_is_computed() -> bool:
+    """Whether this is inside of `padding_computed`."""
+    return _padding_computed.get()
 
 
 def initial_parameters(model: nn.Module) -> Params:
@@ -132,7 +137,7 @@ def by_length(function: Callable[[Tensor, Tensor], Tensor], ids_BL: Tensor, targ
     What comes after a row's last target is padding to a causal model. All at once on an accelerator, where asking for lengths would be
     waiting for it, under a torch.func transform of the rows, and where FLOPs are counted.
     """
-    if _padding_computed.get() or targets_BL.device.type != "cpu" or transformed(targets_BL):
+    if padding_is_computed() or targets_BL.device.type != "cpu" or transformed(targets_BL):
         return function(ids_BL, targets_BL)
     places_L = torch.arange(1, targets_BL.shape[1] + 1)
     needed_B = (places_L * (targets_BL != IGNORED_LABEL)).amax(1)
