@@ -5,9 +5,10 @@
 
 Each cell of CELLS runs in a process of its own in one tree and then in the other, `--repeats` times in turn. A process tells its CPU
 seconds (user and system, all threads): its start (imports, and loading a model once), the cell, and in it a step after the first. Other
-work on the machine does not count, but for how it slows a core down, which it does to both. Ratios are those of the medians. Rewards, Phi and texts of both trees are compared line by line: a rounding
-that turns one draw of a token shows as a text that differs, and what follows from there is another run of the same method. FLOPs are
-equal as long as the texts are.
+work on the machine does not count, but for how it slows a core down, which it does to both. Ratios are those of the medians.
+
+Rewards, Phi and texts of both trees are compared line by line. A rounding that turns one draw of a token shows as a text that differs, and
+what follows from there is another run of the same method. FLOPs are equal as long as the texts are.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dpgbench import config
+from dpgbench.bench import differentiating
 from dpgbench.bench.flops import forward_flops
 from dpgbench.bench.sft import finetune, pairs
 from dpgbench.core.errors import CellError, UserError
@@ -61,6 +62,40 @@ def test_without_a_score_the_utility_decides(bench):
         texts = [draw[place] for draw in draws]
         values = [work.dataset_value([candidate]) for candidate in texts]
         assert values[texts.index(text)] == pytest.approx(max(values), abs=1e-5)
+
+
+def test_what_was_drawn_and_judged_is_not_computed_again(bench, monkeypatch):
+    """Snapshots of 1, 2 and 4 completions draw four times and judge each text once; each is charged its own draws and judgements."""
+    work = bench("task=l2_norm", "method=active_inheritance", "n=4", "training.lr=1e-3")
+    draws, judged = [], []
+    sample, values = type(work.generator).sample, differentiating.one_step_values
+    monkeypatch.setattr(type(work.generator), "sample", lambda *words: draws.append(words[-1]) or sample(*words))
+    monkeypatch.setattr(differentiating, "one_step_values", lambda *words, **more: judged.append(len(words[1])) or values(*words, **more))
+    prompts, prices, found = work.prompts(6, "a test"), [], []
+    for snapshot in method(work).run(work):
+        with work.meter.deployment() as price:
+            found.append(snapshot.sample(prompts))
+        prices.append(price)
+    assert len(draws) == len(set(draws)) == 4 and sum(judged) <= 24
+    monkeypatch.undo()
+    for n, texts, price in zip((1, 2, 4), found, prices, strict=True):
+        alone = bench("task=l2_norm", "method=active_inheritance", f"n={n}", "training.lr=1e-3", f"seed={work.spec.seed}")
+        *_, last = method(alone).run(alone)
+        with alone.meter.deployment() as wanted:
+            assert last.sample(prompts) == texts
+        assert (price.flops, price.tokens_generated, price.tokens_trained) == (wanted.flops, wanted.tokens_generated, wanted.tokens_trained)
+    assert prices[0].seconds < prices[1].seconds < prices[2].seconds
+
+
+def test_texts_are_forgotten_where_the_generator_learns(bench):
+    """After fine-tuning the same call draws anew, from the generator as it is now."""
+    work = bench("task=l2_norm", "method=active_inheritance")
+    prompts = work.prompts(16, "a test")
+    before = work.sample(prompts, "deployment", remember=True)
+    assert work.sample(prompts, "deployment", remember=True) == before == work.sample(prompts, "deployment")
+    assert work.sample(prompts[:4], "deployment", remember=True) == before[:4], "other prompts under the same names are drawn"
+    work.finetune(prompts, ["the dog."] * 16, 0, lr=3e-2, epochs=4, batch=8)
+    assert work.sample(prompts, "deployment", remember=True) == work.sample(prompts, "deployment") != before
 
 
 # ---- rounds

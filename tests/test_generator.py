@@ -9,19 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BloomConfig,
-    FalconConfig,
-    GPT2Config,
-    GPTNeoConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MixtralConfig,
-    OPTConfig,
-    PhiConfig,
-)  # fmt: skip
+from architectures import ARCHITECTURES
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpgbench import config
 from dpgbench.bench.grpo import _Trainer, train_policy
@@ -220,38 +209,6 @@ def test_a_target_stops_at_each_of_its_ends(tmp_path):
     assert not any("." in text for text in samples.texts)
     chosen = [row[row != -100].tolist() for row in samples.labels]
     assert sum(row[-1] == STOP for row in chosen) > 16 and not any(STOP in row[:-1] for row in chosen)
-
-
-ARCHITECTURES = {
-    "bloom": BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2, hidden_dropout=0.5, attention_dropout=0.5),
-    "falcon": FalconConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, hidden_dropout=0.5, attention_dropout=0.5
-    ),
-    "gpt2": GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5),
-    "gpt_neo": GPTNeoConfig(
-        vocab_size=32, hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]], resid_dropout=0.5, embed_dropout=0.5,
-        attention_dropout=0.5,
-    ),
-    "gpt_neox": GPTNeoXConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, hidden_dropout=0.5,
-        attention_dropout=0.5,
-    ),
-    "llama": LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, attention_dropout=0.5
-    ),
-    "mixtral": MixtralConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        router_jitter_noise=0.5, attention_dropout=0.5,
-    ),
-    "opt": OPTConfig(
-        vocab_size=32, hidden_size=16, ffn_dim=16, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16, dropout=0.5,
-        attention_dropout=0.5, layerdrop=0.5,
-    ),
-    "phi": PhiConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, resid_pdrop=0.5, embd_pdrop=0.5,
-        attention_dropout=0.5,
-    ),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", ARCHITECTURES.values(), ids=ARCHITECTURES)
