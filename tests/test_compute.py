@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from dpgbench.api import Options
 from dpgbench.bench.flops import counted_flops, forward_flops, sampling_flops, shape_of
 from dpgbench.bench.meter import Meter
+from dpgbench.metagrad.loss import padding_computed
 from dpgbench.worlds.adapters import adapt
 
 EAGER = {"n_positions": 64, "attn_implementation": "eager"}
@@ -68,7 +69,7 @@ def test_sampling_matches_the_counter(model):
 
 
 def test_metagradients_are_charged_what_they_cost_and_counting_changes_nothing():
-    """The bench's charge for a call is the counter's total, and rewards under the counter are the same bits."""
+    """The bench's charge for a call is the counter's total, and rewards under the counter are the same bits as of padded batches."""
     from dpgbench.metagrad import metagradients
     from dpgbench.metagrad.training import AdamW
 
@@ -81,7 +82,9 @@ def test_metagradients_are_charged_what_they_cost_and_counting_changes_nothing()
 
     plain = rewards()
     under_counter, flops = counted_flops(rewards)
-    assert torch.equal(plain, under_counter)
+    with padding_computed():
+        assert torch.equal(rewards(), under_counter)
+    assert torch.allclose(plain, under_counter, rtol=1e-4, atol=1e-8)
     assert flops > 3 * forward_flops(model, 16, 24)
 
 
@@ -119,7 +122,8 @@ def test_a_policy_update_is_charged_what_trl_computes(bench, monkeypatch, shape,
 
     The layers within 5%. The head is charged where there is something to predict, its product and the gradients of its input and, if it
     trains, its weights. TRL computes those in tiles, forward's once more in backward so that no logits are kept, and off a GPU at every
-    position: memory and shapes bought with time, which are nobody's cost here, as with checkpointed activations.
+    position: memory and shapes bought with time, which are nobody's cost here, as with checkpointed activations. Padding and each
+    completion's prompt are charged, and so computed where FLOPs are counted (`padding_computed`).
     """
     from trl import GRPOTrainer
 
@@ -134,12 +138,15 @@ def test_a_policy_update_is_charged_what_trl_computes(bench, monkeypatch, shape,
     add_in_place = {torch.ops.aten.addmm_: lambda total, left, right, *_, **__: 2 * left[0] * left[1] * right[1]}
 
     def counting(trainer, *args, **kwargs):
+        padded = padding_computed()
+        padded.__enter__()
         counter = FlopCounterMode(display=False, custom_mapping=add_in_place).__enter__()
         backward = trainer.accelerator.backward
 
         def to_the_end(*inner, **more):
             backward(*inner, **more)
             counter.__exit__(None, None, None)
+            padded.__exit__(None, None, None)
             trainer.accelerator.backward = backward
             counted_updates.append(counter.get_total_flops())
 

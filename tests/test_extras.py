@@ -102,13 +102,13 @@ def test_the_loop_runs_on_rollouts_of_other_hands(bench, monkeypatch, lora):
     monkeypatch.setattr(grpo_trainer, "VLLMGeneration", StandIn)
     StandIn.made.clear()
     work, passes = bench(*VLLM, "policy.rollout_batch=8", *lora), []
-    inner = grpo_trainer.GRPOTrainer._get_per_token_logps_and_entropies
+    inner = grpo._Trainer._get_per_token_logps_and_entropies
 
     def counting(trainer, *arguments, **more):
         passes.append(torch.is_grad_enabled())
         return inner(trainer, *arguments, **more)
 
-    monkeypatch.setattr(grpo_trainer.GRPOTrainer, "_get_per_token_logps_and_entropies", counting)
+    monkeypatch.setattr(grpo._Trainer, "_get_per_token_logps_and_entropies", counting)
     steps = [snapshot.step for snapshot in grpo.train_policy(work, lambda rollouts: [float(len(text)) for text in rollouts.completions])]
     (engine,) = StandIn.made
     assert steps == [0, 1, 2] and engine.synced == 2 and engine.calls == [16, 16]

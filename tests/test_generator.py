@@ -9,26 +9,15 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BloomConfig,
-    FalconConfig,
-    GPT2Config,
-    GPTNeoConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MixtralConfig,
-    OPTConfig,
-    PhiConfig,
-)  # fmt: skip
-from trl import GRPOTrainer
+from architectures import ARCHITECTURES
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpgbench import config
-from dpgbench.bench.grpo import train_policy
+from dpgbench.bench.grpo import _Trainer, train_policy
 from dpgbench.bench.sft import pairs
 from dpgbench.core.errors import UserError
 from dpgbench.task_support.score_function import sample
+from dpgbench.worlds import decoding
 from dpgbench.worlds.generator import ends_of
 from dpgbench.worlds.models import load_generator, load_target, without_noise
 from dpgbench.worlds.phrasebook import WEIGHTS, Phrasebook
@@ -103,16 +92,20 @@ def questions(generator, count: int, rng: random.Random):
 
 @contextmanager
 def watched_draws(monkeypatch, forced=None):
-    """Every column that transformers draws while this is open, as (tokens, log-probabilities); `forced` columns are drawn instead."""
-    columns, draw = [], torch.multinomial
+    """Every column that is drawn while this is open, as (tokens, log-probabilities) of all rows; `forced` columns are drawn instead.
 
-    def multinomial(probabilities, num_samples):
-        tokens = draw(probabilities, num_samples) if forced is None else forced[len(columns)][:, None]
-        columns.append((tokens[:, 0], probabilities.gather(1, tokens)[:, 0].log()))
+    A row that has left the batch has pads and zeros.
+    """
+    columns, draw = [], decoding.race
+
+    def race(probabilities, here, rows):
+        tokens = draw(probabilities, here, rows) if forced is None else forced[len(columns)][here]
+        logps = probabilities.gather(1, tokens[:, None])[:, 0].log()
+        columns.append((torch.zeros(rows, dtype=torch.long).index_copy(0, here, tokens), torch.zeros(rows).index_copy(0, here, logps)))
         return tokens
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "multinomial", multinomial)
+        patch.setattr(decoding, "race", race)
         yield columns
 
 
@@ -124,7 +117,7 @@ def test_a_rollout_has_one_probability(bench, monkeypatch, tmp_path, changes):
     work, asked, in_update = bench("steps=1", f"scale.generator={folder}"), [], {}
     generator = work.generator
     work.prompts = lambda count, *names: questions(generator, count, random.Random(0))
-    score = GRPOTrainer._get_per_token_logps_and_entropies
+    score = _Trainer._get_per_token_logps_and_entropies
 
     def update(trainer, model, ids, mask, logits_to_keep, *args, **kwargs):
         result = score(trainer, model, ids, mask, logits_to_keep, *args, **kwargs)
@@ -153,7 +146,7 @@ def test_a_rollout_has_one_probability(bench, monkeypatch, tmp_path, changes):
         return [float(len(text)) for text in rollouts.completions]
 
     told: list = []
-    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", update)
+    monkeypatch.setattr(_Trainer, "_get_per_token_logps_and_entropies", update)
     with watched_draws(monkeypatch) as drawn:
         for _ in train_policy(work, reward):
             pass
@@ -216,38 +209,6 @@ def test_a_target_stops_at_each_of_its_ends(tmp_path):
     assert not any("." in text for text in samples.texts)
     chosen = [row[row != -100].tolist() for row in samples.labels]
     assert sum(row[-1] == STOP for row in chosen) > 16 and not any(STOP in row[:-1] for row in chosen)
-
-
-ARCHITECTURES = {
-    "bloom": BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2, hidden_dropout=0.5, attention_dropout=0.5),
-    "falcon": FalconConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, hidden_dropout=0.5, attention_dropout=0.5
-    ),
-    "gpt2": GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5),
-    "gpt_neo": GPTNeoConfig(
-        vocab_size=32, hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]], resid_dropout=0.5, embed_dropout=0.5,
-        attention_dropout=0.5,
-    ),
-    "gpt_neox": GPTNeoXConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, hidden_dropout=0.5,
-        attention_dropout=0.5,
-    ),
-    "llama": LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, attention_dropout=0.5
-    ),
-    "mixtral": MixtralConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        router_jitter_noise=0.5, attention_dropout=0.5,
-    ),
-    "opt": OPTConfig(
-        vocab_size=32, hidden_size=16, ffn_dim=16, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16, dropout=0.5,
-        attention_dropout=0.5, layerdrop=0.5,
-    ),
-    "phi": PhiConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, resid_pdrop=0.5, embd_pdrop=0.5,
-        attention_dropout=0.5,
-    ),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", ARCHITECTURES.values(), ids=ARCHITECTURES)

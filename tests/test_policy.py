@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
-from trl import GRPOTrainer
 
 from dpgbench.bench.flops import shape_of
-from dpgbench.bench.grpo import advantages, train_policy
+from dpgbench.bench.grpo import _Trainer, advantages, train_policy
 from dpgbench.bench.weight_average import WeightAverage
 from dpgbench.core.errors import CellError
+from dpgbench.worlds.generator import Generator
 from dpgbench.worlds.models import positions_from_the_mask
 
 
@@ -75,7 +75,7 @@ def test_an_update_sees_the_probabilities_that_were_sampled_from(bench, monkeypa
     """GPT-2 has learned positions, and TRL gives it none: a text's probability in the update is that of `Generator.sample`'s model on the
     unpadded text, however far its prompt is padded."""
     work, pairs, widths = bench("steps=1", *words), [], set()
-    score = GRPOTrainer._get_per_token_logps_and_entropies
+    score = _Trainer._get_per_token_logps_and_entropies
 
     def watched(trainer, model, ids, mask, logits_to_keep, *args, **kwargs):
         result = score(trainer, model, ids, mask, logits_to_keep, *args, **kwargs)
@@ -91,7 +91,7 @@ def test_an_update_sees_the_probabilities_that_were_sampled_from(bench, monkeypa
         widths.update(work.generator.tokenize(rollouts.prompts)["attention_mask"].sum(1).tolist())
         return [float(len(text)) for text in rollouts.completions]
 
-    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", watched)
+    monkeypatch.setattr(_Trainer, "_get_per_token_logps_and_entropies", watched)
     for _ in train_policy(work, reward):
         pass
     assert len(widths) > 1, "prompts of one length need no padding, and the test says nothing"
@@ -111,7 +111,7 @@ def test_a_model_that_takes_no_positions_is_given_none():
 def test_what_trl_scores_beside_an_update_is_charged(bench, monkeypatch, minibatch, scored):
     """With mini-batches TRL scores all 16 completions before the first of them moves the model: a forward pass more, and so charged."""
     work, without_gradient, lengths, prompt_lengths = bench("steps=1", f"minibatch={minibatch}"), [], [], []
-    score = GRPOTrainer._get_per_token_logps_and_entropies
+    score = _Trainer._get_per_token_logps_and_entropies
 
     def watched(trainer, model, ids, *args, **kwargs):
         if not torch.is_grad_enabled():
@@ -119,7 +119,7 @@ def test_what_trl_scores_beside_an_update_is_charged(bench, monkeypatch, minibat
         lengths.append(ids.shape[1])
         return score(trainer, model, ids, *args, **kwargs)
 
-    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", watched)
+    monkeypatch.setattr(_Trainer, "_get_per_token_logps_and_entropies", watched)
 
     def reward(rollouts):
         prompt_lengths.append(work.generator.tokenize(rollouts.prompts)["input_ids"].shape[1])
@@ -229,14 +229,14 @@ def test_lines_are_json(bench):
 def test_rollouts_are_sampled_in_calls_that_fit(bench, monkeypatch):
     """rollout_batch=8: two calls for sixteen completions, all of them rewarded in the order of their prompts, each call charged its own."""
     work, calls = bench("rollout_batch=8"), []
-    generate, charge = type(work.generator.model).generate, work.charge_generation
+    write, charge = Generator.write, work.charge_generation
 
-    def counting(model, **inputs):
-        calls.append(len(inputs["input_ids"]))
-        return generate(model, **inputs)
+    def counting(generator, prompt_ids):
+        calls.append(len(prompt_ids))
+        return write(generator, prompt_ids)
 
     charged = []
-    monkeypatch.setattr(type(work.generator.model), "generate", counting)
+    monkeypatch.setattr(Generator, "write", counting)
     monkeypatch.setattr(work, "charge_generation", lambda *shape, **more: (charged.append(shape), charge(*shape, **more)))
     seen = []
 

@@ -186,16 +186,18 @@ def critic_flops(tokens: int, features: int) -> float:
 def counted_flops(function: Callable[[], Result]) -> tuple[Result, float]:
     """What `function` returns, and its FLOPs by torch's own counter; for code whose products only it knows, such as a user's signal.
 
-    Counting changes no number that `function` computes.
+    Padding is computed, and so counted. Counting changes no number that `function` computes beyond rounding.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
+
+    from dpgbench.metagrad.loss import padding_computed
 
     aten = torch.ops.aten  # products that add to their result in place, which the counter does not know
     in_place = {
         aten.addmm_: lambda total, left, right, *_, **__: 2 * left[0] * left[1] * right[1],
         aten.baddbmm_: lambda total, left, right, *_, **__: 2 * left[0] * left[1] * left[2] * right[2],
     }
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    with padding_computed(), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         result = function()
     return result, float(counter.get_total_flops())

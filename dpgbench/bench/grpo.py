@@ -34,6 +34,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from dpgbench.bench import flops, tracking
 from dpgbench.bench.distributed import SINGLE_PROCESS, SingleProcess
+from dpgbench.bench.likelihood import completion_log_probs
 from dpgbench.bench.token_credit import Baseline, alive, returns_to_go, token_advantages
 from dpgbench.bench.training_state import numbers_of, restore_optimizer, restore_weights, tensors_of
 from dpgbench.bench.weight_average import WeightAverage
@@ -42,7 +43,9 @@ from dpgbench.core.errors import CellError
 from dpgbench.core.exchange import Prompt, Snapshot
 from dpgbench.core.seeds import derive, torch_seeded
 from dpgbench.core.settings import Policy
+from dpgbench.metagrad.loss import padding_is_computed
 from dpgbench.worlds import adapters
+from dpgbench.worlds.decoding import keeps_plain_cache
 from dpgbench.worlds.generator import Generator
 from dpgbench.worlds.models import positions_from_the_mask, quiet
 
@@ -339,12 +342,27 @@ class _Trainer(GRPOTrainer):
             self._buffered_inputs = self._dealt(rollouts)
         return self._buffered_inputs[place]
 
-    def _get_per_token_logps_and_entropies(self, model, *inputs, **more):
+    def _get_per_token_logps_and_entropies(self, model, ids, mask, width, batch_size=None, *, compute_aux_loss=False, **more):
         """TRL asks for what mini-batches are compared with before they are dealt out, and padded as they will be: too early."""
         if self._sampling and self.group.size > 1:
             return None, None, None
         with self.generator.products():
-            return super()._get_per_token_logps_and_entropies(model, *inputs, **more)
+            if compute_aux_loss or not self._shares_prompts(ids.shape[1] - width):
+                return super()._get_per_token_logps_and_entropies(
+                    model, ids, mask, width, batch_size, compute_aux_loss=compute_aux_loss, **more
+                )
+
+            def in_tiles(inputs: dict, targets: Tensor) -> tuple[Tensor, Tensor]:
+                outputs = model(**inputs, shift_labels=targets, fused_lm_head=True)
+                return outputs.log_probs, outputs.entropy
+
+            parts = [completion_log_probs(model, ids[part], mask[part], width, in_tiles) for part in _parts(len(ids), batch_size)]
+        return *map(torch.cat, zip(*parts, strict=True)), None
+
+    def _shares_prompts(self, prompt_length: int) -> bool:
+        """Whether an update can go on from a prompt's keys and values: they are kept, and no wrapper waits for one forward pass."""
+        plain = self.group.size == 1 and not self.args.gradient_checkpointing and not padding_is_computed()
+        return plain and prompt_length > 1 and keeps_plain_cache(self.generator.model)
 
     def _dealt(self, mine: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """From every process's rollouts, this process's inputs of each forward pass of the step."""

@@ -7,8 +7,9 @@ Source: DPG = arXiv 2604.08423.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,29 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpgbench.core.labels import IGNORED_LABEL
-from dpgbench.metagrad.fused import cross_entropy, faster_activations
+from dpgbench.metagrad.fused import cross_entropy, faster_activations, transformed
 from dpgbench.metagrad.inputs import check_reduction
 from dpgbench.metagrad.layer_norm import faster_layer_norms
 from dpgbench.metagrad.optimizers import Params
+
+ROWS_TOGETHER = 32  # at least, in a pass of rows that are of one length or nearly so: smaller ones cost more in calls than they save
+PASSES_AT_MOST = 4
+_padding_computed: ContextVar[bool] = ContextVar("padding is computed", default=False)
+
+
+@contextmanager
+def padding_computed() -> Iterator[None]:
+    """Inside, pads are computed like tokens: for who counts FLOPs, which are those of batches as they are given."""
+    before = _padding_computed.set(True)
+    try:
+        yield
+    finally:
+        _padding_computed.reset(before)
+
+
+def padding_is_computed() -> bool:
+    """Whether this is inside of `padding_computed`."""
+    return _padding_computed.get()
 
 
 def initial_parameters(model: nn.Module) -> Params:
@@ -85,13 +105,18 @@ def per_example_loss(
     without labels has loss 0. Batches are right padded and attention is causal, hence no attention mask. Attention runs on
     the MATH kernel, the only one with a double backward and a forward mode. precision="bf16" computes matrix products in
     bfloat16 and the cross-entropy in float32. `activation_checkpointing` recomputes every decoder layer in the backward
-    pass (1F more) instead of keeping its activations. Cost 1F. Source: DPG, arXiv 2604.08423.
+    pass (1F more) instead of keeping its activations. Cost 1F, less the padding where `by_length` leaves it out. Source: DPG, arXiv
+    2604.08423.
     Raises ValueError on an unknown reduction."""
     check_reduction(reduction)
-    loss_BL, targets_BL = _cross_entropies(model, params, input_ids, labels, precision, activation_checkpointing)
+
+    def summed(loss_RW: Tensor) -> Tensor:
+        return loss_RW.sum(1)
+
+    loss_B, targets_BL = _cross_entropies(model, params, input_ids, labels, precision, activation_checkpointing, summed)
     if reduction == "length":
-        return loss_BL.sum(1) / (labels.shape[1] - 1)
-    return loss_BL.sum(1) / (targets_BL != IGNORED_LABEL).sum(1).clamp(min=1)
+        return loss_B / (labels.shape[1] - 1)
+    return loss_B / (targets_BL != IGNORED_LABEL).sum(1).clamp(min=1)
 
 
 def per_token_loss(
@@ -107,14 +132,29 @@ def per_token_loss(
     Column t belongs to the label at position t, predicted from the tokens before it; column 0, which nothing predicts, and ignored labels
     are 0. Rows sum to `per_example_loss`. Attention is causal, so what is right of column t has no part in it. Cost 1F, arguments as there.
     """
-    loss_BL, _ = _cross_entropies(model, params, input_ids, labels, precision, activation_checkpointing)
-    return F.pad(loss_BL[:, :-1], (1, 0)) / (labels.shape[1] - 1)
+    length = labels.shape[1]
+
+    def whole(loss_RW: Tensor) -> Tensor:
+        return F.pad(loss_RW, (0, length - loss_RW.shape[1]))
+
+    loss_BL, _ = _cross_entropies(model, params, input_ids, labels, precision, activation_checkpointing, whole)
+    return F.pad(loss_BL[:, :-1], (1, 0)) / (length - 1)
 
 
 def _cross_entropies(
-    model: nn.Module, params: Mapping[str, Tensor], input_ids: Tensor, labels: Tensor, precision: str, activation_checkpointing: bool
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    input_ids: Tensor,
+    labels: Tensor,
+    precision: str,
+    activation_checkpointing: bool,
+    of_rows: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Of what each position predicts, and that, both (B, L): column t is about the label at position t + 1, the last one about nothing."""
+    """`of_rows` of the cross-entropies of what each position predicts, (R, W) for some of the rows at a time, and those targets, (B, L).
+
+    Column t is about the label at position t + 1, the last one about nothing. What lies beyond W are pads."""
+    # The last position predicts nothing; an ignored target for it is cheaper than a copy of all the other logits.
+    targets_BL = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_autocast(precision, input_ids.device))
@@ -122,12 +162,31 @@ def _cross_entropies(
         stack.enter_context(faster_layer_norms(model))
         if activation_checkpointing:
             stack.enter_context(_checkpointed_layers(model, precision))
-        logits_BLV = torch.func.functional_call(model, dict(params), (), {"input_ids": input_ids, "use_cache": False}).logits
-    if logits_BLV.dtype in (torch.float16, torch.bfloat16):
-        logits_BLV = logits_BLV.float()
-    # The last position predicts nothing; an ignored target for it is cheaper than a copy of all the other logits.
-    targets_BL = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-    return cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten(), IGNORED_LABEL).view(targets_BL.shape), targets_BL
+
+        def loss_of(ids_RW: Tensor, targets_RW: Tensor) -> Tensor:
+            logits_RWV = torch.func.functional_call(model, dict(params), (), {"input_ids": ids_RW, "use_cache": False}).logits
+            if logits_RWV.dtype in (torch.float16, torch.bfloat16):
+                logits_RWV = logits_RWV.float()
+            return of_rows(cross_entropy(logits_RWV.flatten(0, 1), targets_RW.flatten(), IGNORED_LABEL).view(targets_RW.shape))
+
+        return by_length(loss_of, input_ids, targets_BL), targets_BL
+
+
+def by_length(function: Callable[[Tensor, Tensor], Tensor], ids_BL: Tensor, targets_BL: Tensor) -> Tensor:
+    """function(ids, targets), one value or one row of values for each row; rows of one length or nearly so go together, without their pads.
+
+    What comes after a row's last target is padding to a causal model. All at once on an accelerator, where asking for lengths would be
+    waiting for it, under a torch.func transform of the rows, and where FLOPs are counted.
+    """
+    if padding_is_computed() or targets_BL.device.type != "cpu" or transformed(targets_BL):
+        return function(ids_BL, targets_BL)
+    places_L = torch.arange(1, targets_BL.shape[1] + 1)
+    needed_B = (places_L * (targets_BL != IGNORED_LABEL)).amax(1)
+    order_B = needed_B.argsort(stable=True)
+    pieces = order_B.chunk(max(1, min(PASSES_AT_MOST, len(order_B) // ROWS_TOGETHER)))
+    widths = needed_B[torch.stack([rows[-1] for rows in pieces])].clamp(min=1).tolist()
+    parts = [function(ids_BL[rows, :width], targets_BL[rows, :width]) for rows, width in zip(pieces, widths, strict=True)]
+    return torch.cat(parts)[order_B.argsort()]
 
 
 def _autocast(precision: str, device: torch.device):

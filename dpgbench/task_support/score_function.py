@@ -82,10 +82,14 @@ class Samples(NamedTuple):
 
 def log_probabilities(model: nn.Module, samples: Samples) -> Tensor:
     """log p(y) of every whole text, its end included, under the model: (N,), differentiable."""
-    from torch.nn.functional import cross_entropy
+    from dpgbench.metagrad.fused import cross_entropy
+    from dpgbench.metagrad.loss import by_length
 
-    logits = model(input_ids=samples.input_ids, use_cache=False).logits[:, :-1]
-    return -cross_entropy(logits.transpose(1, 2), samples.labels[:, 1:], ignore_index=IGNORED_LABEL, reduction="none").sum(1)
+    def summed(ids: Tensor, targets: Tensor) -> Tensor:
+        logits = model(input_ids=ids, use_cache=False).logits
+        return -cross_entropy(logits.flatten(0, 1), targets.flatten(), IGNORED_LABEL).view(targets.shape).sum(1)
+
+    return by_length(summed, samples.input_ids[:, :-1], samples.labels[:, 1:])
 
 
 def leave_one_out(scores: Tensor) -> Tensor:

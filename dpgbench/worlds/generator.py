@@ -18,7 +18,7 @@ from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTr
 from dpgbench.core.exchange import Prompt
 from dpgbench.core.options import Options
 from dpgbench.core.seeds import derive, torch_seeded
-from dpgbench.worlds import adapters
+from dpgbench.worlds import adapters, decoding
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -73,10 +73,8 @@ class Generator:
         return self._padded(self.token_ids(prompts))
 
     def _padded(self, ids: Sequence[Sequence[int]]) -> BatchEncoding:
-        longest = max(map(len, ids))
-        padded = [[self.tokenizer.pad_token_id] * (longest - len(row)) + list(row) for row in ids]
-        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in ids]
-        return BatchEncoding({"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)})
+        rows, mask = decoding.padded(ids, self.tokenizer.pad_token_id)
+        return BatchEncoding({"input_ids": rows, "attention_mask": mask})
 
     # ---- writing
 
@@ -102,22 +100,29 @@ class Generator:
 
     @torch.no_grad()
     def write(self, prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
-        """One completion per prompt in one call, from torch's default generator: tokens up to and with the end, or cut without one."""
+        """One completion per prompt in one call, from torch's default generator: tokens up to and with the end, or cut without one.
+
+        By `decoding.write` where the model's cache is a plain one, else by transformers' `generate`; for a seed both draw the same noise.
+        """
+        was_training = self.model.training
+        self.model.eval()  # in training mode, and with activations that are computed again, transformers keeps no keys and values
+        try:
+            with self.products():
+                if decoding.keeps_plain_cache(self.model):
+                    return decoding.write(self.model, prompt_ids, self.ends, self.tokenizer.pad_token_id, self.max_completion_tokens)
+                return self._generated(prompt_ids)
+        finally:
+            self.model.train(was_training)
+
+    def _generated(self, prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+        """`write` for any architecture."""
         inputs = self._padded(prompt_ids).to(self.model.device)
         full = GenerationConfig(
             do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=self.max_completion_tokens,
             pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.ends, bos_token_id=self.tokenizer.bos_token_id,
         )  # fmt: skip
-        was_training = self.model.training
-        self.model.eval()  # in training mode, and with activations that are computed again, transformers keeps no keys and values
-        try:
-            with self.products():
-                rows = self.model.generate(**inputs, generation_config=full)[:, inputs["input_ids"].shape[1] :].tolist()
-        finally:
-            self.model.train(was_training)
-        ends = set(self.ends)
-        lengths = [next((place + 1 for place, token in enumerate(row) if token in ends), len(row)) for row in rows]
-        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+        rows = self.model.generate(**inputs, generation_config=full)[:, inputs["input_ids"].shape[1] :].tolist()
+        return decoding.cut(rows, set(self.ends))
 
     def texts_of(self, completion_ids: Sequence[Sequence[int]]) -> list[str]:
         """Completions as `write` gives them, without their ends and without special tokens."""
