@@ -11,16 +11,18 @@ from dpgbench.core.cell import RunSpec
 class _Schedule:
     """Which of a method's snapshots are scored."""
 
-    def __init__(self, steps: set[int] | None = None, shares: Sequence[float] = ()):
+    def __init__(self, steps: set[int] | None = None, shares: Sequence[float] | None = None):
         """At these steps, or else the first at or past each of these shares of the budget, and the very first. With neither, all."""
-        self.steps, self.shares = steps, list(shares)
+        self.steps, self.shares = steps, shares
         self.passed = -1
 
     def is_due(self, step: int, share: float) -> bool:
         if self.steps is not None:
             return step in self.steps
+        if self.shares is None:
+            return True
         passed = sum(share >= threshold for threshold in self.shares)
-        due = passed > self.passed or not self.shares
+        due = passed > self.passed
         self.passed = max(self.passed, passed)
         return due
 
