@@ -87,15 +87,12 @@ def test_a_step_has_the_same_prompts_however_many_there_are(bench):
 
 
 def test_thresholds_are_passed_once():
-    schedule = _Schedule(shares=[0.25, 0.5])
-    assert [schedule.is_due(step, share) for step, share in enumerate((0.1, 0.2, 0.3, 0.4, 0.7, 0.9))] == [
-        True,
-        False,
-        True,
-        False,
-        True,
-        False,
-    ]
+    def due(*thresholds: float) -> list[bool]:
+        schedule = _Schedule(shares=thresholds)
+        return [schedule.is_due(step, share) for step, share in enumerate((0.1, 0.2, 0.3, 0.4, 0.7, 0.9))]
+
+    assert due(0.25, 0.5) == [True, False, True, False, True, False]
+    assert due() == [True, False, False, False, False, False]
 
 
 def test_match_takes_what_the_other_method_spent(tmp_path):
