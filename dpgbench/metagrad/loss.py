@@ -134,18 +134,20 @@ def per_example_loss(
 def by_length(function: Callable[[Tensor, Tensor], Tensor], ids_BL: Tensor, targets_BL: Tensor) -> Tensor:
     """function(ids, targets), a sum over each row's targets, (B,), where rows of one length or nearly so go together and pads are left out.
 
-    What comes after a row's last target is padding to a causal model. All at once on an accelerator, where asking for lengths would be
-    waiting for it, under a torch.func transform of the rows, and where FLOPs are counted.
+    What comes after a row's last target is padding to a causal model, and rows that are the same are computed once. All at once on an
+    accelerator, where asking for lengths would be waiting for it, under a torch.func transform of the rows, and where FLOPs are counted.
     """
     if padding_is_computed() or targets_BL.device.type != "cpu" or transformed(targets_BL):
         return function(ids_BL, targets_BL)
-    places_L = torch.arange(1, targets_BL.shape[1] + 1)
-    needed_B = (places_L * (targets_BL != IGNORED_LABEL)).amax(1)
-    order_B = needed_B.argsort(stable=True)
-    pieces = order_B.chunk(max(1, min(PASSES_AT_MOST, len(order_B) // ROWS_TOGETHER)))
-    widths = needed_B[torch.stack([rows[-1] for rows in pieces])].clamp(min=1).tolist()
-    sums = [function(ids_BL[rows, :width], targets_BL[rows, :width]) for rows, width in zip(pieces, widths, strict=True)]
-    return torch.cat(sums)[order_B.argsort()]
+    different, row_of_B = torch.unique(torch.cat([ids_BL, targets_BL], dim=1), dim=0, return_inverse=True)
+    ids_RL, targets_RL = different.chunk(2, dim=1)
+    places_L = torch.arange(1, targets_RL.shape[1] + 1)
+    needed_R = (places_L * (targets_RL != IGNORED_LABEL)).amax(1)
+    order_R = needed_R.argsort(stable=True)
+    pieces = order_R.chunk(max(1, min(PASSES_AT_MOST, len(order_R) // ROWS_TOGETHER)))
+    widths = needed_R[torch.stack([rows[-1] for rows in pieces])].clamp(min=1).tolist()
+    sums = [function(ids_RL[rows, :width], targets_RL[rows, :width]) for rows, width in zip(pieces, widths, strict=True)]
+    return torch.cat(sums)[order_R.argsort()[row_of_B]]
 
 
 def _autocast(precision: str, device: torch.device):
