@@ -71,7 +71,7 @@ def compared(old: dict, new: dict) -> dict:
     """How far apart the two trees' lines are: texts that differ; the largest relative difference of rewards and Phi while texts agree."""
     steps = list(zip(old["rollouts.jsonl"], new["rollouts.jsonl"], strict=True))
     differing = [sum(a != b for a, b in zip(left["texts"], right["texts"], strict=True)) for left, right in steps]
-    equal = next((place for place, count in enumerate(differing) if count), len(steps))
+    equal = next((place for place, count in enumerate(differing) if count), sys.maxsize)
     metrics = list(zip(old["metrics.jsonl"], new["metrics.jsonl"], strict=True))
     phis = [(left["phi"], right["phi"]) for left, right in metrics if "phi" in left and left.get("step", left.get("snapshot")) <= equal]
     return {

@@ -26,11 +26,11 @@ def small(name: str):
 
 
 def ragged(seed: int = 0):
-    """(ids, mask, width): 12 rows, 3 to a prompt and shuffled, prompts of 2 to 5 tokens, completions of 1 to 7; one of each length."""
+    """(ids, mask, width): 15 rows, shuffled, of 12 different ones, 3 to a prompt; prompts of 2 to 5 tokens, completions of 1 to 7."""
     noise = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(1, 32, (length,), generator=noise).tolist() for length in (5, 2, 3, 4)]
     rows = [(prompts[row // 3], torch.randint(1, 32, (1 + row % 7,), generator=noise).tolist()) for row in range(12)]
-    rows = [rows[place] for place in torch.randperm(12, generator=noise).tolist()]
+    rows = [rows[place] for place in torch.randperm(12, generator=noise).tolist()] + rows[3:6]  # some twice
     ids = torch.tensor([[0] * (5 - len(p)) + p + c + [0] * (7 - len(c)) for p, c in rows])
     mask = torch.tensor([[0] * (5 - len(p)) + [1] * (len(p) + len(c)) + [0] * (7 - len(c)) for p, c in rows])
     return ids, mask, 7
@@ -109,11 +109,12 @@ def test_an_update_is_trls(bench, monkeypatch, words):
 @pytest.mark.parametrize("reduction", ["length", "tokens"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_loss_without_its_padding(name, reduction):
-    """96 examples of 0 to 9 labels in a batch 14 wide, three passes by length: losses and gradients are those of the padded batch."""
+    """96 examples, some the same, of 0 to 9 labels in a batch 14 wide, taken by length: losses and gradients of the padded batch."""
     model, near = small(name)
     params = dict(model.eval().named_parameters())
     ids = torch.randint(0, 32, (96, 14))
     labels = torch.where(torch.arange(14) <= torch.randint(0, 10, (96, 1)), ids, -100)
+    ids[::5], labels[::5] = ids[1].clone(), labels[1].clone()
     weights = torch.randn(96, dtype=model.dtype)
 
     def losses():

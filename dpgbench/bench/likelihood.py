@@ -2,7 +2,8 @@
 
 The completions of a group share their prompt. By causality its keys and values are the same in all of them, so each distinct prompt is read
 once, and its keys and values, with their graph, are what all its completions go on from; the gradient of each flows back into the one
-reading. Completions of one length or nearly so go through the model together, so that little of what is computed is padding.
+reading. Completions of one length or nearly so go through the model together, so that little of what is computed is padding, and those
+that say the same are computed once: a policy that has learned repeats itself.
 
 Shape suffixes: B completions, C tokens of the longest, N tokens, V vocabulary.
 """
@@ -35,6 +36,8 @@ def completion_log_probs(model: nn.Module, ids: Tensor, mask: Tensor, width: int
     `decoding.keeps_plain_cache`, P is 2 or more, and `in_tiles` scores what has more logits than are kept.
     Cost of forward and backward: `Shape.update_flops` at most.
     """
+    different, row_of_B = torch.unique(torch.cat([ids, mask], dim=1), dim=0, return_inverse=True)
+    ids, mask = different.chunk(2, dim=1)
     length = ids.shape[1] - width
     prompts, of_prompt_B = torch.unique(torch.cat([ids[:, :length], mask[:, :length]], dim=1), dim=0, return_inverse=True)
     read = _prompts_read(model, prompts[:, : length - 1], prompts[:, length:-1])
@@ -48,7 +51,7 @@ def completion_log_probs(model: nn.Module, ids: Tensor, mask: Tensor, width: int
         _piece(model, ids[rows, : length + most], mask[rows, : length + most], length, read, of_prompt_B[rows], score)
         for rows, most in zip(pieces, longest, strict=True)
     ]
-    back_B = order_B.argsort()
+    back_B = order_B.argsort()[row_of_B]
     wide = [[F.pad(values, (0, width - values.shape[1])) for values in each] for each in zip(*found, strict=True)]
     return torch.cat(wide[0])[back_B], torch.cat(wide[1])[back_B]
 

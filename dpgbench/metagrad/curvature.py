@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from dpgbench.core.labels import IGNORED_LABEL
 from dpgbench.core.limits import LARGEST_FACTOR
 from dpgbench.metagrad.inputs import Batch, check_batch, check_model, check_number, check_reduction, device_of, micro_batches
-from dpgbench.metagrad.loss import initial_parameters, per_example_loss
+from dpgbench.metagrad.loss import initial_parameters, padding_computed, per_example_loss
 from dpgbench.metagrad.optimizers import Params
 
 LARGEST_DENSE = 4096  # ours: a LayerNorm of width 2048, weight and bias
@@ -298,7 +298,7 @@ def _kinds(model: nn.Module, params: Params, wanted: set[str], probe: Batch) -> 
     def look(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         runs[module].append(inputs.shape[:2] == output.shape[:2] == probe.input_ids.shape)
 
-    with torch.no_grad(), _watched(list(candidates), len(probe.input_ids), look):
+    with torch.no_grad(), padding_computed(), _watched(list(candidates), len(probe.input_ids), look):
         per_example_loss(model, params, *probe)
     layers = [layer for module, layer in candidates.items() if runs[module] == [True]]
     taken = {name for layer in layers for name in (layer.weight, layer.bias)}
@@ -367,7 +367,7 @@ def _inputs_and_slopes(
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     leaves = {name: theta.detach().requires_grad_() for name, theta in params.items()}
     modules = [layer.module for layer in layers]
-    with torch.enable_grad(), _watched(modules, len(part.input_ids), lambda module, *what: seen.update({module: what})):
+    with torch.enable_grad(), padding_computed(), _watched(modules, len(part.input_ids), lambda module, *what: seen.update({module: what})):
         total = _drawn_losses(model, leaves, part.input_ids, part.labels, reduction).sum()
     places = [seen[layer.module] for layer in layers]
     slopes = torch.autograd.grad(total, [output for _, output in places], materialize_grads=True)

@@ -29,7 +29,7 @@ _padding_computed: ContextVar[bool] = ContextVar("padding is computed", default=
 
 @contextmanager
 def padding_computed() -> Iterator[None]:
-    """Inside, pads are computed like tokens: for who counts FLOPs, which are those of batches as they are given."""
+    """Inside, batches are computed as they are given, pads and repeated rows too: for who counts FLOPs or watches modules."""
     before = _padding_computed.set(True)
     try:
         yield
@@ -175,18 +175,20 @@ def _cross_entropies(
 def by_length(function: Callable[[Tensor, Tensor], Tensor], ids_BL: Tensor, targets_BL: Tensor) -> Tensor:
     """function(ids, targets), one value or one row of values for each row; rows of one length or nearly so go together, without their pads.
 
-    What comes after a row's last target is padding to a causal model. All at once on an accelerator, where asking for lengths would be
-    waiting for it, under a torch.func transform of the rows, and where FLOPs are counted.
+    What comes after a row's last target is padding to a causal model, and rows that are the same are computed once. All at once on an
+    accelerator, where asking for lengths would be waiting for it, under a torch.func transform of the rows, and where FLOPs are counted.
     """
     if padding_is_computed() or targets_BL.device.type != "cpu" or transformed(targets_BL):
         return function(ids_BL, targets_BL)
-    places_L = torch.arange(1, targets_BL.shape[1] + 1)
-    needed_B = (places_L * (targets_BL != IGNORED_LABEL)).amax(1)
-    order_B = needed_B.argsort(stable=True)
-    pieces = order_B.chunk(max(1, min(PASSES_AT_MOST, len(order_B) // ROWS_TOGETHER)))
-    widths = needed_B[torch.stack([rows[-1] for rows in pieces])].clamp(min=1).tolist()
-    parts = [function(ids_BL[rows, :width], targets_BL[rows, :width]) for rows, width in zip(pieces, widths, strict=True)]
-    return torch.cat(parts)[order_B.argsort()]
+    different, row_of_B = torch.unique(torch.cat([ids_BL, targets_BL], dim=1), dim=0, return_inverse=True)
+    ids_RL, targets_RL = different.chunk(2, dim=1)
+    places_L = torch.arange(1, targets_RL.shape[1] + 1)
+    needed_R = (places_L * (targets_RL != IGNORED_LABEL)).amax(1)
+    order_R = needed_R.argsort(stable=True)
+    pieces = order_R.chunk(max(1, min(PASSES_AT_MOST, len(order_R) // ROWS_TOGETHER)))
+    widths = needed_R[torch.stack([rows[-1] for rows in pieces])].clamp(min=1).tolist()
+    parts = [function(ids_RL[rows, :width], targets_RL[rows, :width]) for rows, width in zip(pieces, widths, strict=True)]
+    return torch.cat(parts)[order_R.argsort()[row_of_B]]
 
 
 def _autocast(precision: str, device: torch.device):
