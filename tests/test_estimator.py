@@ -369,6 +369,17 @@ def test_the_command_measures_and_keeps_numbers_and_a_figure(dpgbench, tmp_path)
     assert said["methods"][1] == dpg and said["pairs"] == kept["pairs"]
 
 
+@pytest.mark.slow
+def test_an_exported_generator_is_measured(dpgbench, finished, tmp_path):
+    """Another policy than the untrained one, so other completions and other numbers."""
+    (cell,) = (finished / "runs").glob("l2_norm.dpg.s0.*")
+    assert dpgbench("export", str(cell), f"to={tmp_path / 'mine'}").code == 0
+    words = ("check", "estimator", *CELL.split(), "method=dpg", f"results={tmp_path}", "--format=json")
+    before, after = dpgbench(*words), dpgbench(*words, f"scale.generator={tmp_path / 'mine' / 'generator'}")
+    assert after.code in (0, 1), after.err
+    assert json.loads(after.out)["pairs"] != json.loads(before.out)["pairs"]
+
+
 def test_rewards_of_another_count_are_one_line(dpgbench, tmp_path):
     done = dpgbench("check", "estimator", *CELL.split(), "method=mine", own_method(tmp_path, "[1:]"), f"results={tmp_path}")
     assert done.code == 2 and "mine.py: rewards returned shape (15,) for 16 completions" in done.err and done.err.count("\n") == 1
