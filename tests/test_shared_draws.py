@@ -95,7 +95,7 @@ def test_other_prompts_or_weights_make_all_draws_anew(bench):
         work.generator.model.lm_head.weight.mul_(0.0)
     assert draws.first(2, prompts) == [work.sample(prompts, "a test"), work.sample(prompts, "a test", 1)] != first
     optimizer = torch.optim.AdamW(work.generator.model.parameters(), lr=1e-2)
-    work.generator.model(**work.generator.tokenize(prompts)).logits.square().mean().backward()
+    work.generator.model(**work.generator.tokenize(prompts)).logits[..., ::2].mean().backward()
     stale = draws.first(1, prompts)
     optimizer.step()
     assert draws.first(1, prompts) == [work.sample(prompts, "a test")] != stale
