@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError, did_you_mean
-from dpgbench.core.exchange import Prompt, Snapshot, TaskInfo, TaskView
 from dpgbench.core.options import Options
+from dpgbench.core.plugin_types import Prompt, Snapshot, TaskInfo, TaskView
 from dpgbench.core.settings import Scale
 
 if TYPE_CHECKING:

@@ -110,7 +110,7 @@ def test_a_run_with_adapters_starts_as_one_without(bench):
 
 @pytest.mark.slow
 def test_the_policy_learns_what_is_rewarded_with_adapters(bench):
-    """Thirty steps of paying for every "the" bring more of them, as with all weights (tests/test_policy.py)."""
+    """Thirty steps of paying for every "the" bring more of them, as with all weights (tests/test_grpo.py)."""
     work = bench("steps=30", "completions=32", "policy.lr=1e-2", *LORA)
     for _ in train_policy(work, lambda rollouts: [text.split().count("the") for text in rollouts.completions]):
         pass

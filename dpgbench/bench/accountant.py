@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dpgbench.bench import flops as compute
 from dpgbench.bench.distributed import SINGLE_PROCESS, SingleProcess
 from dpgbench.bench.meter import Budget, Meter
-from dpgbench.core.exchange import TaskView
 from dpgbench.core.labels import IGNORED_LABEL
+from dpgbench.core.plugin_types import TaskView
 from dpgbench.metagrad import Metagradients, signal_gradients
 from dpgbench.metagrad.loss import initial_parameters
 from dpgbench.worlds.generator import Generator

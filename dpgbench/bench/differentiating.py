@@ -14,7 +14,7 @@ from dpgbench.bench.accountant import Accountant
 from dpgbench.bench.engine import engine_settings, optimizer_of
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import CellError, UserError
-from dpgbench.core.exchange import TaskView
+from dpgbench.core.plugin_types import TaskView
 from dpgbench.core.seeds import derive, torch_seeded
 from dpgbench.metagrad import Metagradients, ascend, metagradients, signal_gradients
 from dpgbench.metagrad.curvature import inverse_curvature_product

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from dpgbench.bench.accountant import Accountant
 from dpgbench.bench.sft import finetune
 from dpgbench.core.errors import CellError
-from dpgbench.core.exchange import Prompt
+from dpgbench.core.plugin_types import Prompt
 from dpgbench.core.seeds import derive, stream
 from dpgbench.worlds.generator import Generator
 from dpgbench.worlds.world import World

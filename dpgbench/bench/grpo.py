@@ -40,7 +40,7 @@ from dpgbench.bench.training_state import numbers_of, restore_optimizer, restore
 from dpgbench.bench.weight_average import WeightAverage
 from dpgbench.bench.workbench import Workbench
 from dpgbench.core.errors import CellError
-from dpgbench.core.exchange import Prompt, Snapshot
+from dpgbench.core.plugin_types import Prompt, Snapshot
 from dpgbench.core.seeds import derive, torch_seeded
 from dpgbench.core.settings import Policy
 from dpgbench.metagrad.loss import padding_is_computed

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dpgbench.bench.workbench import Workbench
-from dpgbench.core.exchange import Prompt
+from dpgbench.core.plugin_types import Prompt
 from dpgbench.core.seeds import derive, torch_seeded
 from dpgbench.core.settings import LOSS_TYPES
 from dpgbench.worlds.adapters import trained

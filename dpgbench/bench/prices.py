@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dpgbench.bench.flops import Shape
 from dpgbench.core.cell import RunSpec
-from dpgbench.core.exchange import TaskInfo
+from dpgbench.core.plugin_types import TaskInfo
 
 
 class Prices:

@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
-from dpgbench.core.exchange import Prompt
 from dpgbench.core.labels import IGNORED_LABEL
+from dpgbench.core.plugin_types import Prompt
 from dpgbench.worlds.adapters import trained
 from dpgbench.worlds.generator import Generator
 

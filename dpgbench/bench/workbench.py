@@ -12,7 +12,7 @@ from dpgbench.bench.distributed import SINGLE_PROCESS, SingleProcess
 from dpgbench.bench.drawing import Drawing
 from dpgbench.bench.meter import Budget, Meter
 from dpgbench.core.cell import RunSpec
-from dpgbench.core.exchange import TaskView
+from dpgbench.core.plugin_types import TaskView
 from dpgbench.metagrad import Metagradients
 from dpgbench.store.checkpoints import Saved
 from dpgbench.worlds.generator import Generator

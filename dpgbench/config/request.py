@@ -26,8 +26,8 @@ from dpgbench.config.overrides import Word, one, parse
 from dpgbench.config.values import PLACES, one_value_form, several_values_form
 from dpgbench.core.cell import Cell, RunSpec
 from dpgbench.core.errors import UserError, did_you_mean
-from dpgbench.core.exchange import TaskInfo
 from dpgbench.core.options import Options
+from dpgbench.core.plugin_types import TaskInfo
 from dpgbench.plugins import contract
 from dpgbench.plugins.registry import Registry
 from dpgbench.worlds import model_files, text_files

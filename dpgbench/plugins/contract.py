@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from dpgbench.api import Method, Task
 from dpgbench.core.errors import CellError, UserError, did_you_mean
-from dpgbench.core.exchange import Prompt, Snapshot, TaskInfo
 from dpgbench.core.options import Options
+from dpgbench.core.plugin_types import Prompt, Snapshot, TaskInfo
 from dpgbench.plugins.source import PluginFile, set_where
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from dpgbench.bench.distributed import SINGLE_PROCESS, SingleProcess
 from dpgbench.config import optional_packages
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import Busy, CellError, Interrupted, Lost, UserError
-from dpgbench.core.exchange import Snapshot, TaskView
 from dpgbench.core.interrupts import Stop
+from dpgbench.core.plugin_types import Snapshot, TaskView
 from dpgbench.plugins import contract
 from dpgbench.plugins.registry import Registry
 from dpgbench.run.environment import environment

@@ -26,7 +26,7 @@ from dpgbench.bench.workbench import Workbench
 from dpgbench.config.measured_together import BATCHES, TEXTS, check_together
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import CellError
-from dpgbench.core.exchange import TaskView
+from dpgbench.core.plugin_types import TaskView
 from dpgbench.core.seeds import stream
 from dpgbench.metagrad import Metagradients
 from dpgbench.plugins import contract

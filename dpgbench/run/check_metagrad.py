@@ -8,7 +8,7 @@ from dpgbench.bench.meter import Meter
 from dpgbench.bench.workbench import Workbench
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError
-from dpgbench.core.exchange import TaskView
+from dpgbench.core.plugin_types import TaskView
 from dpgbench.core.seeds import derive
 from dpgbench.metagrad.diagnostics import Findings, measure
 from dpgbench.plugins.registry import Registry

@@ -22,8 +22,8 @@ from dpgbench.bench.flops import Shape
 from dpgbench.bench.prices import Prices
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError
-from dpgbench.core.exchange import TaskInfo
 from dpgbench.core.options import Options
+from dpgbench.core.plugin_types import TaskInfo
 from dpgbench.core.settings import Scale
 from dpgbench.plugins import contract
 from dpgbench.plugins.registry import Registry

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError
-from dpgbench.core.exchange import Prompt, Snapshot
 from dpgbench.core.files import replacing, write_atomically
+from dpgbench.core.plugin_types import Prompt, Snapshot
 from dpgbench.store.run_folder import RunFolder, read_lines
 from dpgbench.worlds import adapters
 

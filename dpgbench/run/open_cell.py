@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dpgbench.api import Task
 from dpgbench.core.cell import RunSpec
-from dpgbench.core.exchange import Prompt
+from dpgbench.core.plugin_types import Prompt
 from dpgbench.core.seeds import stream
 from dpgbench.plugins import contract
 from dpgbench.plugins.registry import Registry

@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 from dpgbench.core.errors import UserError, did_you_mean
-from dpgbench.core.exchange import Prompt
+from dpgbench.core.plugin_types import Prompt
 from dpgbench.worlds import text_files
 from dpgbench.worlds.prompts import Wording
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpgbench.core.exchange import Prompt
 from dpgbench.core.options import Options
+from dpgbench.core.plugin_types import Prompt
 from dpgbench.core.seeds import derive, torch_seeded
 from dpgbench.worlds import adapters, decoding
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dpgbench.core.errors import UserError
-from dpgbench.core.exchange import Prompt
+from dpgbench.core.plugin_types import Prompt
 from dpgbench.core.settings import Scale
 
 if TYPE_CHECKING:

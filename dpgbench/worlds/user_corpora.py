@@ -11,7 +11,7 @@ import zlib
 from typing import TYPE_CHECKING
 
 from dpgbench.core.errors import UserError
-from dpgbench.core.exchange import Prompt
+from dpgbench.core.plugin_types import Prompt
 from dpgbench.core.settings import Scale
 from dpgbench.worlds import text_files
 from dpgbench.worlds.corpora import SPLITS, Topics, bucket_of

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from dpgbench.core.exchange import Prompt
 from dpgbench.core.labels import IGNORED_LABEL
+from dpgbench.core.plugin_types import Prompt
 from dpgbench.core.settings import Scale, Training
 from dpgbench.worlds import text_files
 from dpgbench.worlds.corpora import Corpus, Topics
