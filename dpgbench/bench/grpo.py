@@ -129,7 +129,7 @@ def train_policy(
             model=generator.model,
             processing_class=generator.tokenizer,
             args=_trl_settings(bench, policy, generator, scratch),
-            train_dataset=_prompts(bench, policy, instruction, first),
+            train_dataset=_Prompts(bench, policy, instruction).from_step(first, policy.steps or MOST_STEPS),
             reward_funcs=loop.advantages_of,
             callbacks=[loop],
         )
@@ -391,19 +391,33 @@ def _parts(count: int, size: int | None) -> list[slice]:
     return [slice(start, start + (size or count)) for start in range(0, count, size or count)]
 
 
-def _prompts(bench: Workbench, policy: Policy, instruction: str | None, first: int) -> Dataset:
-    """Each step's prompts from `first` on, drawn when they are asked for: the same at step t however many steps there will be."""
-    per_step, steps = policy.completions // policy.group_size, policy.steps or MOST_STEPS
+class _Prompts:
+    """Each step's prompts, drawn when they are asked for: the same at step t however many steps there will be.
 
-    @functools.lru_cache(maxsize=2)
-    def of_step(step: int) -> list[Prompt]:
-        prompts = bench.prompts(per_step, "policy", step)
-        return prompts if instruction is None else bench.world.instruct(prompts, instruction)
+    `datasets` pickles a transform to name it and copies it with its data set: there is one, and its pickle does not hold the bench.
+    """
 
-    def look_up(rows: dict[str, list[int]]) -> dict[str, list[Prompt]]:
-        return {"prompt": [of_step(number // per_step)[number % per_step] for number in rows["number"]]}
+    def __init__(self, bench: Workbench, policy: Policy, instruction: str | None):
+        self.bench, self.instruction = bench, instruction
+        self.per_step = policy.completions // policy.group_size
+        self.of_step = functools.lru_cache(maxsize=2)(self._of_step)
 
-    return Dataset.from_dict({"number": range(first * per_step, steps * per_step)}).with_transform(look_up)
+    def __call__(self, rows: dict[str, list[int]]) -> dict[str, list[Prompt]]:
+        return {"prompt": [self.of_step(number // self.per_step)[number % self.per_step] for number in rows["number"]]}
+
+    def _of_step(self, step: int) -> list[Prompt]:
+        prompts = self.bench.prompts(self.per_step, "policy", step)
+        return prompts if self.instruction is None else self.bench.world.instruct(prompts, self.instruction)
+
+    def __getstate__(self) -> dict:
+        return {}
+
+    def __deepcopy__(self, memo: dict) -> _Prompts:
+        return self
+
+    def from_step(self, first: int, last: int) -> Dataset:
+        """The prompts of steps `first` to `last` - 1, a row each."""
+        return Dataset.from_dict({"number": range(first * self.per_step, last * self.per_step)}).with_transform(self)
 
 
 def _trl_settings(bench: Workbench, policy: Policy, generator: Generator, scratch: str) -> GRPOConfig:
