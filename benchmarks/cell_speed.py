@@ -57,7 +57,7 @@ def run(tree: Path, words: tuple[str, ...]) -> dict:
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", CHILD, folder, *words]
-        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, encoding="utf-8", check=True)
     outcome = json.loads(done.stdout.splitlines()[-1])
     return {**outcome, "step": statistics.median(outcome["steps"] or [0.0])}
 
@@ -105,7 +105,7 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
         if asked.out:
-            asked.out.write_text(json.dumps(rows, indent=1) + "\n")
+            asked.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -123,11 +123,11 @@ def make_up(results: Path, seeds: int) -> int:
             "texts": ["the cat sleeps in the house."] * 12, "seconds_total": 100.0,
         }  # fmt: skip
         env = {"dpgbench": "0", "commit": "", "python": "3", "packages": {}, "machine": "", "device": "cpu"}
-        (folder / "spec.yaml").write_text(specs[key].replace(str(stand_in), str(spec.seed)))
-        (folder / "env.json").write_text(json.dumps(env))
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (folder / "result.json").write_text(json.dumps(result))
-    (results / "runs" / "growth.sweep.json").write_text(json.dumps(words))
+        (folder / "spec.yaml").write_text(specs[key].replace(str(stand_in), str(spec.seed)), encoding="utf-8")
+        (folder / "env.json").write_text(json.dumps(env), encoding="utf-8")
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    (results / "runs" / "growth.sweep.json").write_text(json.dumps(words), encoding="utf-8")
     return len(request.cells)
 
 

