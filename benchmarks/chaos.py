@@ -42,18 +42,18 @@ def written(results: Path) -> int:
 
 
 def workers_of(pid: int) -> list[int]:
-    """The worker processes of a sweep."""
+    """The worker processes of a sweep: forks of a process that has imported what they need, or processes of their own."""
+    children = _children(pid)
+    forks = [fork for child in children if b"forkserver" in _command_line(child) for fork in _children(child)]
+    return forks + [child for child in children if b"spawn_main" in _command_line(child)]
+
+
+def _children(pid: int) -> list[int]:
     try:
-        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
-        children += [
-            int(child)
-            for task in Path(f"/proc/{pid}/task").iterdir()
-            if task.name != str(pid)
-            for child in (task / "children").read_text(encoding="ascii").split()
-        ]
+        lists = [(task / "children").read_text(encoding="ascii") for task in Path(f"/proc/{pid}/task").iterdir()]
     except OSError:
         return []
-    return [child for child in children if b"spawn_main" in _command_line(child)]
+    return [int(child) for words in lists for child in words.split()]
 
 
 def _command_line(pid: int) -> bytes:
