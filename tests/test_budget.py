@@ -30,7 +30,7 @@ def test_the_largest_share_counts():
     assert Budget(flops=1e10, tokens=40, seconds=20.0).share(spent) == 0.75
 
 
-@pytest.mark.parametrize("limit", ["budget.flops=2e10", "budget.tokens=3600"])
+@pytest.mark.parametrize("limit", ["budget.flops=2e10", pytest.param("budget.tokens=3600", marks=pytest.mark.slow)])
 def test_a_policy_fills_its_budget_and_stays_within_it(tmp_path, limit):
     """The last answer's price, deployment included, is the budget but for less than the price of a step."""
     state, snapshots = run(tmp_path, "task=language", "method=dpg", "steps=null", "snapshots=4", limit)

@@ -22,7 +22,7 @@ def batches(steps=1):
 
 
 @pytest.mark.parametrize("optimizer", [SGD(0.05), AdamW(1e-3, eps_root=1e-4)])
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_smooth_run_can_be_trusted(steps, optimizer):
     """Small steps in float32: derivatives agree with finite differences, rewards rank the outcomes, and the answer is yes."""
     model = tiny_gpt2().float()

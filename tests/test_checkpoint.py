@@ -82,7 +82,7 @@ def slow(*values: object):
 @pytest.mark.parametrize(
     ("name", "step"),
     [
-        ("dpg", 1), slow("dpg", 4), slow("mini-batches", 2), slow("adapters", 2), ("token credit", 2), slow("influence", 3),
+        ("dpg", 1), slow("dpg", 4), slow("mini-batches", 2), slow("adapters", 2), slow("token credit", 2), slow("influence", 3),
         slow("less", 2), slow("ekfac", 2),
         slow("naive", 2), slow("optimsyn", 2),
     ],
@@ -105,7 +105,7 @@ def test_a_cell_that_goes_on_ends_as_one_that_never_stopped(quiet, tmp_path, nam
     [
         ("rounds", "round", 2, [3]),
         slow("adapted rounds", "round", 2, [3]),
-        ("search", "candidate", 3, [5]),
+        slow("search", "candidate", 3, [5]),
         slow("search", "candidate", 5, []),
     ],
 )
@@ -145,7 +145,7 @@ def test_a_kill_between_checkpoints_goes_back_to_the_last(quiet, tmp_path):
         assert_same(RunFolder.of(copy, spec), quiet("dpg"))
 
 
-@pytest.mark.parametrize("name", [slow("damaged"), "cut", slow("other_code"), slow("gone")])
+@pytest.mark.parametrize("name", [slow("damaged"), slow("cut"), slow("other_code"), slow("gone")])
 def test_what_no_checkpoint_fits_starts_again(quiet, tmp_path, name):
     """Metrics cut short, other code, checkpoints gone: named by status, and the cell ends with the same numbers from step 0."""
     spec = cell(*METHODS["dpg"])

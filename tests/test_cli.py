@@ -257,6 +257,7 @@ def test_a_run_alone_equals_the_cell_in_a_sweep_with_workers(program, tmp_path):
     assert "4 of 4 cells are done already" in program("sweep", *sweep, *workers, f"results={tmp_path / 'many'}").out
 
 
+@pytest.mark.slow
 def test_collecting_anew_never_loses_a_finished_cell(dpgbench, finished):
     """After a sweep of other seeds, or with run folders gone, the parquet stays, it is said why, and its tables come out alike."""
     words = ["task=l2_norm", "method=base", "seed=0,1", *TINY, f"results={finished}"]

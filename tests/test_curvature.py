@@ -215,6 +215,7 @@ def conjugate_gradients(matrix, right, precondition, tolerance, most=1000):
     return x, math.inf
 
 
+@pytest.mark.slow
 def test_it_preconditions_the_dense_gauss_newton_matrix():
     """1,312 parameters. Conjugate gradients on the exact damped matrix reach the dense solution with the product as preconditioner. What
     EK-FAC approximates are that matrix's blocks: without the blocks' couplings it takes fewer than a quarter of the plain method's steps,

@@ -15,7 +15,7 @@ GUIDES = "".join((ROOT / "docs" / name).read_text() for name in ("cluster.md", "
 COMMANDS = [line.split("#")[0].strip() for line in (README + GUIDES).splitlines() if line.startswith("python -m dpgbench")]
 
 
-MINUTES = ("check plugin", "check metagrad")  # they compute before they answer
+MINUTES = ("check plugin", "check metagrad", "check estimator")  # they compute before they answer
 
 
 @pytest.mark.parametrize(

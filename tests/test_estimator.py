@@ -247,6 +247,7 @@ def means(enumerated):
     return by_effect, by_tau, corrected
 
 
+@pytest.mark.slow
 def test_leave_one_out_is_unbiased_and_so_is_the_correction_by_one_text(enumerated):
     """Both means are the derivative of E Phi, although metagradients alone are visibly not."""
     by_effect, by_tau, corrected = means(enumerated)
@@ -256,6 +257,7 @@ def test_leave_one_out_is_unbiased_and_so_is_the_correction_by_one_text(enumerat
     assert float((by_tau - exact).norm() / exact.norm()) > 0.05
 
 
+@pytest.mark.slow
 def test_the_measurement_finds_what_the_enumeration_says(enumerated):
     """Sampled batches through the functions that the check uses: signal to noise, cosine and bias within four standard errors."""
     worths, exact, generator = enumerated

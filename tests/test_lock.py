@@ -127,6 +127,7 @@ def _take_turns(folder, until: float, dies: bool) -> None:
         mine.release()
 
 
+@pytest.mark.slow
 def test_many_processes_never_own_it_together(tmp_path):
     """Six at a time for three seconds, some dying with the lock in hand and replaced."""
     context, until = multiprocessing.get_context("fork"), time.time() + 3

@@ -117,6 +117,7 @@ def test_equals_the_unrolled_oracle(optimizer, metric, steps, shape):
     assert all(relative_error(out.params[name], trained[name]) < 1e-13 for name in trained) and len(trained) == len(out.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps, options", [(1, {}), (1, {"micro_batch": 2}), (4, {}), (4, {"micro_batch": 2, "checkpoint": 3})])
 @pytest.mark.parametrize("kind", ["gpt2 sdpa", "gpt2 tied", "gpt2 tied sdpa", "llama", "llama sdpa"])
 def test_equals_the_oracle_on_other_models(kind, steps, options):
@@ -188,6 +189,7 @@ def test_float32_agrees_with_float64():
 # ---------------------------------------------------------------- what must not change the result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"micro_batch": 2}, {"micro_batch": 1}, {"checkpoint": "sqrt"}, {"checkpoint": 1}, {"checkpoint": 2},
                 {"checkpoint": 9}, {"checkpoint": "sqrt", "micro_batch": 2}]

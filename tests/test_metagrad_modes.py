@@ -34,6 +34,7 @@ def test_every_mode_equals_the_unrolled_oracle(optimizer, steps, shape, mode):
         assert relative_error(out.rewards, oracle(model, batches, signal, OPTIMIZERS[optimizer], weights)[0]) < 1e-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", FORCED)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_mode_in_single_precision(optimizer, mode):
@@ -69,6 +70,7 @@ def tiny_family(name, attention="eager"):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, attention", [(f, a) for f in ("Llama", *FAMILIES) for a in ("eager", "sdpa") if (f, a) != ("Gemma2", "sdpa")]
 )  # transformers has no Gemma2 with sdpa
@@ -214,6 +216,7 @@ def test_batches_of_different_shapes_share_the_budget():
         assert relative_error(out.rewards, full.rewards) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"micro_batch": 2}, {"micro_batch": 1, "checkpoint": "sqrt"}, {"checkpoint": 2}, {"offload": "cpu"},
                                      {"offload": "disk"}, {"offload": "disk", "checkpoint": "sqrt"}])  # fmt: skip
 @pytest.mark.parametrize("mode", FORCED)

@@ -183,6 +183,7 @@ def test_the_loss_of_a_token_does_not_hang_on_what_follows():
 # ---- cost, processes, refusals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"mode": "reverse"}, {"mode": "forward"}])
 def test_the_products_are_the_same(options):
     """To the last one: what a token's metagradient costs more is elementwise."""

@@ -130,6 +130,7 @@ def test_every_tracker_here_is_one_of_transformers():
     assert set(tracking.PACKAGES) <= set(INTEGRATION_TO_CALLBACK)
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_every_step_and_changes_no_number(tmp_path):
     """Events in the run folder's `tracking`: our reward, Phi and FLOPs beside TRL's own numbers, step by step as in metrics.jsonl, which is
     the same to the byte as without; so is the cell."""

@@ -197,6 +197,7 @@ def test_what_cannot_be_shared_is_refused(monkeypatch, words, says):
         validate.check_processes(cell(*DPG, *PARTS), "inline")
 
 
+@pytest.mark.slow
 def test_sweeps_are_not_shared(dpgbench, monkeypatch):
     """One cell at a time; and a SLURM job has no torchrun in it."""
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():

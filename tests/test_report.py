@@ -24,6 +24,7 @@ def demo(tmp_path_factory):
     return build(demo_frame(), folder, suite="demo", command=COMMAND)
 
 
+@pytest.mark.slow
 def test_the_same_frame_gives_the_same_bytes_in_any_row_order_and_from_parquet(demo, tmp_path):
     demo_frame().sample(frac=1, random_state=3).to_parquet(tmp_path / "demo.parquet")
     build(pd.read_parquet(tmp_path / "demo.parquet"), tmp_path / "stored", suite="demo", command=COMMAND)
@@ -126,7 +127,7 @@ FRAMES = {
 }  # fmt: skip
 
 
-QUICK = {"no column and no row", "one seed", "all values NaN", "zero FLOPs", "ragged tasks", "broken extras", "strange labels"}
+QUICK = {"no column and no row", "all values NaN", "ragged tasks"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in FRAMES])

@@ -34,6 +34,7 @@ def test_there_is_something_committed():
     assert COMMITTED
 
 
+@pytest.mark.slow
 def test_the_readme_quotes_what_was_computed():
     """The report's findings word for word, and a table: a row per method, a column per task, rounded as the README chose to."""
     contents = contents_of(ROOT / "results" / "tiny.parquet")

@@ -33,7 +33,7 @@ def alone(work, n):
     return [texts[index] for index in kept], price
 
 
-@pytest.mark.parametrize("task", ["language", "l2_norm"])
+@pytest.mark.parametrize("task", ["language", pytest.param("l2_norm", marks=pytest.mark.slow)])
 def test_every_point_is_what_it_is_alone_and_pays_for_itself(bench, task):
     """Texts, FLOPs and tokens to the last bit, by a black-box score and by utilities."""
     words = (f"task={task}", "method=active_inheritance", "n=5")

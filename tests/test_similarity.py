@@ -107,6 +107,7 @@ def test_the_baselines_are_presets(reward):
     assert cell.skip == "sixseven has no references, texts that show what is wanted"
 
 
+@pytest.mark.slow
 def test_the_policy_becomes_like_the_references(bench):
     """Ten steps of paying for embeddings near those of German sentences bring texts that are nearer."""
     words = ["task=language", "lang=de", "completions=128", "group_size=16", "steps=10", "policy.lr=2e-3", "scale_advantages=batch"]
