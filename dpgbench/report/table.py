@@ -27,12 +27,13 @@ class Cell:
 
     @property
     def sortable(self) -> str:
+        """Ten digits: the last bits of a mean are the machine's, and a page should not change by them."""
         if self.value is None or (isinstance(self.value, float) and math.isnan(self.value)):
             return ""
         if isinstance(self.value, str):
             return self.value
         value = float(self.value)
-        return repr(value) if math.isfinite(value) else "Infinity" if value > 0 else "-Infinity"
+        return f"{value:.10g}" if math.isfinite(value) else "Infinity" if value > 0 else "-Infinity"
 
     @property
     def plain(self) -> str:
