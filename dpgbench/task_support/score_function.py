@@ -82,6 +82,8 @@ class Samples(NamedTuple):
 
 def log_probabilities(model: nn.Module, samples: Samples) -> Tensor:
     """log p(y) of every whole text, its end included, under the model: (N,), differentiable."""
+    from torch.nn.functional import pad
+
     from dpgbench.metagrad.fused import cross_entropy
     from dpgbench.metagrad.loss import by_length
 
@@ -89,7 +91,7 @@ def log_probabilities(model: nn.Module, samples: Samples) -> Tensor:
         logits = model(input_ids=ids, use_cache=False).logits
         return -cross_entropy(logits.flatten(0, 1), targets.flatten(), IGNORED_LABEL).view(targets.shape).sum(1)
 
-    return by_length(summed, samples.input_ids[:, :-1], samples.labels[:, 1:])
+    return by_length(summed, samples.input_ids, pad(samples.labels[:, 1:], (0, 1), value=IGNORED_LABEL))  # the last predicts nothing
 
 
 def leave_one_out(scores: Tensor) -> Tensor:
