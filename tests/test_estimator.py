@@ -354,15 +354,17 @@ def own_method(folder, cut=""):
 def test_the_command_measures_and_keeps_numbers_and_a_figure(dpgbench, tmp_path):
     """Two methods on a small cell: a table, a verdict, and beside each other the figure and the same numbers. In JSON, and next to a
     method of one's own, of which the harness says no word, each method's numbers are the same but for rounding."""
-    done = dpgbench("check", "estimator", *CELL.split(), "method=dpg,naive", f"results={tmp_path}")
+    done = dpgbench("check", "estimator", *CELL.split(), "method=dpg,dpg_token", f"results={tmp_path}")
     assert done.code in (0, 1), done.err
     assert "l2_norm, scale tiny, seed 0: 3 batches of 16 texts, T=1; 6 of them left out in turn" in done.out
     assert "Can a metagradient stand for a text's effect here? " in done.out
     (figure,) = (tmp_path / "checks").glob("estimator.l2_norm.s0.*.png")
     kept = json.loads(figure.with_suffix(".json").read_text())
     assert figure.read_bytes().startswith(b"\x89PNG") and f"figure: {figure}" in done.out
-    assert [method["label"] for method in kept["methods"]] == ["dpg", "naive"] and len(kept["pairs"]["leave_one_out"]) == 6
-    dpg, _ = kept["methods"]
+    assert [method["label"] for method in kept["methods"]] == ["dpg", "dpg_token"] and len(kept["pairs"]["leave_one_out"]) == 6
+    dpg, by_token = kept["methods"]
+    assert by_token["pearson"]["value"] == pytest.approx(dpg["pearson"]["value"], rel=1e-4), "tokens' credit sums to the text's"
+    assert by_token["snr"]["value"] != pytest.approx(dpg["snr"]["value"], rel=1e-2), "and is paid to single tokens"
     assert dpg["pearson"]["value"] == pytest.approx(kept["pearson"]["value"], abs=1e-9), "the method trains on the metagradients"
     own = own_method(tmp_path / "own")
     other = dpgbench("check", "estimator", *CELL.split(), "method=mine,dpg", own, f"results={tmp_path}", "--format", "json")

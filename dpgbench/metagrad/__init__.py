@@ -9,6 +9,7 @@ settings       how a run is computed, in one value
 memory         the budget: how many bytes a tape holds, where states are kept
 data_parallel  the same over several processes
 curvature      the inverse curvature of the loss times a direction, for influence functions
+leave_one_out  what leaving a text out really does, by training without it
 diagnostics    can these metagradients be trusted here? measurements, and a verdict in words
 """
 

@@ -251,7 +251,7 @@ def _rewards(file: Path, method: Method, bench: Workbench, rollouts: Rollouts) -
     said = contract.called(file, "rewards", method.rewards, bench, rollouts)
     rewards, count = torch.as_tensor(said, dtype=torch.float64).cpu(), len(rollouts.completions)
     if rewards.shape not in ((count,), (count, max(map(len, rollouts.completion_ids)))):
-        raise CellError(f"{file.name}: rewards returned shape {tuple(rewards.shape)} for {count} completions; it must be one each")
+        raise CellError(f"{file.name}: rewards returned shape {tuple(rewards.shape)} for {count} completions; one each, or each token's")
     if not rewards.isfinite().all():
         bad = int((~rewards.isfinite()).view(count, -1).any(1).sum())
         raise CellError(f"{file.name}: {bad} of {count} rewards are not finite; there is no gradient of them")
