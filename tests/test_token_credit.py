@@ -211,8 +211,14 @@ def features_by_hand(critic, ids, row, t, fares):
     return torch.cat([place, codes[tokens[t - 1]] if t else zero, codes[tokens[t - 2]] if t > 1 else zero, mean, fares[row : row + 1]])
 
 
-def test_the_critic_is_a_ridge_regression_on_the_other_half():
-    """Two steps, fitted by a loop over tokens: half the prompts by what the other half and faded earlier steps show."""
+def mean_at(returns, t, rows):
+    """Of the completions `rows` that are so long, 0 for none."""
+    there = [float(returns[row, t]) for row in rows if LENGTHS[row] > t]
+    return sum(there) / len(there) if there else 0.0
+
+
+def test_the_critic_is_position_and_a_ridge_regression_on_the_other_half():
+    """Two steps, fitted by a loop over tokens: what position leaves of half the prompts, by what the other half and faded earlier steps show."""
     critic = Baseline("critic", generator_of(WORDS, places=6), 4)
     size = critic_features(6, 5)
     past = [torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)]
@@ -225,21 +231,24 @@ def test_the_critic_is_a_ridge_regression_on_the_other_half():
         fares = (torch.tensor(others, dtype=torch.float64) - totals.mean()) / scale
         x = {(row, t): features_by_hand(critic, ids, row, t, fares) for row in range(12) for t in range(LENGTHS[row])}
         new = [part.clone() for part in past]
+        halves = [[row for row in range(12) if (row // 4) % 2 == half] for half in (0, 1)]
+        left = {(row, t): float(returns[row, t]) - mean_at(returns, t, set(halves[(row // 4) % 2]) - {row}) for row, t in x}
         for half in (0, 1):
             products, targets = past[0].clone(), past[1].clone()
             for (row, t), features in x.items():
                 if (row // 4) % 2 != half:
                     products += torch.outer(features, features)
-                    targets += features * returns[row, t] / scale
+                    targets += features * left[row, t] / scale
             fitted = torch.linalg.solve(
                 products + (0.03 * products.diagonal().mean() + 1e-6) * torch.eye(size, dtype=torch.float64), targets
             )
             for (row, t), features in x.items():
                 if (row // 4) % 2 == half:
-                    assert float(found[row, t]) == pytest.approx(float(features @ fitted) * scale, rel=1e-7, abs=1e-12 * scale)
+                    position = mean_at(returns, t, set(range(12)) - {row})
+                    assert float(found[row, t]) == pytest.approx(position + float(features @ fitted) * scale, rel=1e-7, abs=1e-12 * scale)
         for (row, t), features in x.items():
             new[0] += torch.outer(features, features)
-            new[1] += features * returns[row, t] / scale
+            new[1] += features * left[row, t] / scale
         past = [0.7 * part for part in new]
         assert all(torch.allclose(mine, theirs) for mine, theirs in zip(past, critic.tensors().values(), strict=True))
 

@@ -133,7 +133,8 @@ class Baseline:
 
     group      the mean of the returns-to-go, at the same place, of the prompt's other completions that are so long; where none is, position
     position   the same over all other completions of the step; where none is so long, 0
-    critic     a ridge regression of returns-to-go on what was written before the token and on how the prompt's other completions fared
+    critic     position, and a ridge regression of what it leaves on what was written before the token and on how the prompt's other
+               completions fared: where these tell nothing, the penalty leaves position
 
     The first two cost nothing and have no state. The critic is fitted on each half of a step's prompts, beside what it kept of earlier
     steps, which fades, and asked about the other half. Its features: the place (one-hot), the codes of the two tokens before, the mean of
@@ -160,11 +161,11 @@ class Baseline:
     def __call__(self, returns_NW: Tensor, completion_ids: Sequence[Sequence[int]]) -> Tensor:
         """The baseline of a step's returns-to-go, (N, W) float64; the critic learns from them as well."""
         alive_NW = alive(completion_ids, returns_NW.shape[1])
-        if self.kind == "critic":
-            return self._critic(returns_NW, alive_NW, completion_ids)
         position_NW, there = _mean_of_others(returns_NW, alive_NW, len(returns_NW))
         if self.kind == "position":
             return torch.where(there, position_NW, 0.0)
+        if self.kind == "critic":
+            return torch.where(there, position_NW, 0.0) + self._critic(returns_NW, alive_NW, completion_ids)
         group_NW, in_group = _mean_of_others(returns_NW, alive_NW, self.group_size)
         return torch.where(in_group, group_NW, torch.where(there, position_NW, 0.0))
 
@@ -180,17 +181,21 @@ class Baseline:
     # ---- the critic
 
     def _critic(self, returns_NW: Tensor, alive_NW: Tensor, completion_ids: Sequence[Sequence[int]]) -> Tensor:
+        """(N, W): what to add to position."""
         totals_N = returns_NW[:, 0]
         scale = max(float(totals_N.std(correction=0)), 1e-300)  # so that old steps and new ones add up
         fares_N = self._others_fare(totals_N) / scale
         half_N = (torch.arange(len(returns_NW)) // self.group_size) % 2
-        sums = []
+        left_NW, sums = torch.zeros_like(returns_NW), []
         for half in (0, 1):
+            mine_N = half_N == half  # what position leaves of this half's, by this half alone: what judges the other must not hang on it
+            position_NW, there = _mean_of_others(returns_NW[mine_N], alive_NW[mine_N], max(1, int(mine_N.sum())))
+            left_NW[mine_N] = returns_NW[mine_N] - torch.where(there, position_NW, 0.0)
             products, targets = (torch.zeros_like(part) for part in self._past)
-            for rows in self._chunks(half_N == half):
+            for rows in self._chunks(mine_N):
                 x_RD = self._features(completion_ids, rows, alive_NW, fares_N)
                 products += x_RD.T @ x_RD
-                targets += x_RD.T @ (returns_NW[rows][alive_NW[rows]] / scale)
+                targets += x_RD.T @ (left_NW[rows][alive_NW[rows]] / scale)
             sums.append((products, targets))
         baseline_NW = torch.zeros_like(returns_NW)
         for half in (0, 1):
