@@ -26,11 +26,13 @@ def largest_within(share_of: Callable[[int], float]) -> int:
     """The largest count whose share of the budget is at most 1; 1 where not even that is.
 
     `share_of` must grow with the count, and is expected to grow about in proportion: a few guesses, each from the one before, come close,
-    and from there it goes on by ones. The last count asked for is the first that is too much, or the guesses asked for a little more.
+    and from there it goes on by ones, so that hardly more is asked for than fits. Raises ValueError if one costs nothing: there is no end.
     """
     fits, share = 1, share_of(1)
     if share > 1:
         return 1
+    if share <= 0:
+        raise ValueError("one takes no share of the budget, so no count is the largest; is there a budget?")
     for caution in (0.5, 0.9, 1.0):
         guess = int(caution * fits / share)
         if guess > fits and (found := share_of(guess)) <= 1:
