@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from conftest import SMALL
 
 from dpgbench import config
 from dpgbench.bench.best_of import Candidates
-from dpgbench.bench.spending import largest_within
 from dpgbench.bench.meter import Budget
+from dpgbench.bench.spending import largest_within
 from dpgbench.core.errors import UserError
 from dpgbench.core.plugin_types import Snapshot
 from dpgbench.core.seeds import stream
@@ -159,57 +160,67 @@ def test_a_round_that_does_not_fit_leaves_the_generator_as_it_was(bench):
 # ---- search
 
 
-def searched(work, monkeypatch, worth: dict[str, float], noise: float = 0.0):
-    """The snapshots' steps and texts, and what was judged, where Phi under an instruction is what `worth` says, and some noise."""
-    said, draws = [], random.Random(0)
-    inner = work.world.instruct
+PHI = 5e8  # what a dataset's training and Phi cost in these tests, whose values are made up
+
+
+def searched(work, monkeypatch, worth: dict[str, float]):
+    """The snapshots' steps and texts, and what was judged, where Phi under an instruction is what `worth` says."""
+    said, inner = [], work.world.instruct
     monkeypatch.setattr(work.world, "instruct", lambda prompts, words: said.append(words) or inner(prompts, words))
-    value = work.dataset_value
-
-    def valued(texts, *names):
-        value(texts, *names)  # which is charged
-        return worth.get(said[-1], 0.0) + draws.gauss(0, noise)
-
-    monkeypatch.setattr(work, "dataset_value", valued)
+    monkeypatch.setattr(work, "dataset_value", lambda texts, *names: work.meter.charge("scoring", PHI) or worth.get(said[-1], 0.0))
     return list(answers(work)), [line["instruction"] for line in work.lines]
 
 
 def test_the_search_halves_its_field_and_spends_the_budget(bench, monkeypatch):
     """All eleven once or more, six of them, three, two: each round's survivors are the best means so far; all but a sweep is spent."""
-    words = ("task=language", "lang=de", "method=prompt_only", "search=budget", "search_texts=8", "budget.flops=5e9")
-    work = bench(*words)
+    work = bench("task=language", "lang=de", "method=prompt_only", "search=budget", "search_texts=8", "budget.flops=2.4e10")
     worth = {name: float(place) for place, name in enumerate(sorted(work.world.instructions()))}
     found, judged = searched(work, monkeypatch, worth)
-    counts = sorted((judged.count(name) for name in worth), reverse=True)
-    assert len(counts) == 11 and counts[-1] >= 1
     ranked = sorted(worth, key=worth.get, reverse=True)
-    assert [judged.count(name) for name in ranked] == counts, "a better one is judged at least as often"
-    assert [sum(count > level for count in counts) for level in sorted(set(counts))[:-1]] == [6, 3, 2]
+    counts = [judged.count(name) for name in ranked]
+    assert len(counts) == 11 and counts == sorted(counts, reverse=True), "a better one is judged at least as often"
+    levels = sorted(set(counts))
+    assert levels[0] >= 1 and [sum(count > level for count in counts) for level in levels[:-1]] == [6, 3, 2]
     steps = [step for step, _ in found]
     assert steps[0] == 1 and steps[-1] == len(judged) == len(work.lines) and len(steps) == 5
+    sweep, room = 2.5 * work.meter.total_flops / len(judged), 0.3 * work.account.reserve.total_flops
+    assert 1 - (sweep + room) / 2.4e10 < work.spent_share() <= 1
     prompts = deployment_prompts(work)
     assert found[-1][1] == work.sample(work.world.instruct(prompts, ranked[0]), "deployment")
-    sweep, room = 2 * work.meter.total_flops / len(judged) * 1.3, 0.3 * work.account.reserve.total_flops
-    assert 5e9 - sweep - room < work.meter.total_flops + work.account.reserve.total_flops <= 5e9
+
+
+def test_halving_keeps_the_better_half_and_the_first_of_equals():
+    """Against ranking by hand: means, not sums, and an odd one out stays."""
+    module = Registry().load("method", "prompt_only").__module__
+    search = sys.modules[module]._Search([[1.0, 3.0], [2.0], [5.0], [2.0], [0.0]], [0, 1, 2, 3, 4])
+    assert search.judged == 6 and search.behind == [1, 2, 3, 4]
+    search.halve()
+    assert search.field == [2, 0, 1] and search.behind == [2, 1]
+    search.halve()
+    assert search.field == [2, 0]
+    search.halve()
+    assert search.field == [2]
 
 
 def test_every_dataset_of_a_search_is_a_fresh_one_and_the_first_that_of_a_plain_search(bench):
+    """Four candidates, with real values."""
     words = ("task=language", "lang=de", "method=prompt_only", "search_texts=8")
-    plain, spending = bench(*words, "search=11"), bench(*words, "search=budget", "budget.flops=5e9")
+    plain, spending = bench(*words, "search=4"), bench(*words, "search=budget", "budget.flops=6e9")
     list(answers(plain))
+    tried = {line["instruction"]: line["phi"] for line in plain.lines}
+    spending.world.instructions = lambda: list(tried)
     list(answers(spending))
-    first = {line["instruction"]: line["phi"] for line in reversed(spending.lines)}
-    assert first == {line["instruction"]: line["phi"] for line in plain.lines}
+    assert {line["instruction"]: line["phi"] for line in reversed(spending.lines)} == tried
     of_one = [line["phi"] for line in spending.lines if line["instruction"] == spending.lines[-1]["instruction"]]
-    assert len(of_one) > 3 and len(set(of_one)) == len(of_one)
+    assert len(of_one) >= 3 and len(set(of_one)) == len(of_one)
 
 
-@pytest.mark.parametrize(("budget", "candidates"), [(5e8, 2), (1e9, 5)])
-def test_a_small_budget_judges_fewer_candidates(bench, budget, candidates):
+@pytest.mark.parametrize(("budget", "candidates"), [(1e9, 1), (2.8e9, 2), (6.3e9, 5)])
+def test_a_small_budget_judges_fewer_candidates(bench, monkeypatch, budget, candidates):
     """As many as it can judge twice over, and never above the budget."""
     work = bench("task=language", "lang=de", "method=prompt_only", "search=budget", "search_texts=8", f"budget.flops={budget!r}")
-    found = list(answers(work))
-    assert len(found) > 1 and len({line["instruction"] for line in work.lines}) == candidates and work.spent_share() <= 1
+    found, judged = searched(work, monkeypatch, {})
+    assert len(set(judged)) == candidates and (len(found) > 1) == (candidates > 1) and work.spent_share() <= 1
 
 
 # ---- words
