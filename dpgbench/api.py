@@ -93,6 +93,11 @@ class Method(ABC):
 
     version: int = 1
     defaults: ClassVar[Mapping[str, Any]] = {}
+    budget_options: ClassVar[tuple[str, ...]] = ()
+    """Whole-number options that may also be the word `budget`: as much as the cell's budget pays for. Written out, as `defaults` are.
+
+    The harness sees to it that there is a budget then; `Workbench.share_with` tells the method how far it reaches.
+    """
 
     def __init__(self, options: Options):
         """Override to reject bad options with a `UserError`; runs before torch is imported."""

@@ -5,11 +5,12 @@ For every prompt of the deployment dataset, n completions are drawn and the best
     x*(q) = argmax_{k <= n} s(x_k),    x_k ~ pi_theta(. | q)
 
 s is the task's own score (`Task.score`) or, where a task has none, the one-step utility: Phi of a fresh target after one optimizer step
-on that text alone. n sets the amount of compute, and one run gives the whole curve: snapshots for the first 1, 2, 4, ... and n of the same
-completions, drawn and scored once, each charged its own full cost as if there were no other. rounds > 1 (ours: the paper's generator and
+on that text alone (`dpgbench.bench.best_of`). n sets the amount of compute, and one run gives the whole curve: snapshots for the first 1,
+2, 4, ... and n of the same completions, drawn and scored once, each charged its own full cost as if there were no other. n=budget: the
+largest n whose whole cost the budget pays for. rounds > 1 (ours: the paper's generator and
 its student in one, round after round) fine-tunes the generator between rounds on its own best of n for `round_prompts` training prompts,
-by likelihood; a later round's deployment texts are best of n of that generator. A snapshot's step counts the completions drawn for a
-prompt, over all rounds.
+by likelihood; a later round's deployment texts are best of n of that generator. rounds=budget: rounds until the next one would not fit. A
+snapshot's step counts the completions drawn for a prompt, over all rounds: with n=budget the last one's is the n it came to.
 Where ours differs from the authors': one generator, the scale's, writes all n texts, where they also pick among those of several models;
 the student is the scale's target, trained as every method's is; and the one-step utility is ours, for tasks whose texts have no score.
 Cost: n times the deployment dataset's sampling, and for the utility 3F per text (F = one forward pass of the target on it) and one Phi. A
@@ -20,32 +21,34 @@ score: the generator inherits that too.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
 
-from dpgbench.api import Method, Options, Prompt, Snapshot, TaskInfo
+from dpgbench.api import Method, Options, Snapshot, TaskInfo
+from dpgbench.bench.best_of import CRITERIA, Candidates
+from dpgbench.bench.spending import BUDGET, Spending, largest_within
 from dpgbench.core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from dpgbench.bench.prices import Prices
     from dpgbench.bench.workbench import Workbench
 
-CRITERIA = ("auto", "score", "utility")
-
 
 class ActiveInheritance(Method):
     version = 2
+    budget_options: ClassVar = ("n", "rounds")
 
     def __init__(self, options: Options):
         super().__init__(options)
-        if options.n < 1:
+        if options.n != BUDGET and options.n < 1:
             raise UserError(f"method.n={options.n}: best of n needs at least one completion per prompt; write n=4")
         if options.criterion not in CRITERIA:
             raise UserError(f"method.criterion={options.criterion}: no such criterion; {did_you_mean(options.criterion, CRITERIA)}")
         for name in ("rounds", "round_prompts", "epochs", "batch"):
-            if options[name] < 1:
+            if options[name] != BUDGET and options[name] < 1:
                 raise UserError(f"method.{name}={options[name]}: must be 1 or more; write {name}=1, and rounds=1 for no fine-tuning")
+        if options.n == BUDGET and options.rounds != 1:
+            raise UserError(f"method.rounds={options.rounds}: with n=budget the first round spends everything; write rounds=1, or n=4")
         if options.lr <= 0:
             raise UserError(f"method.lr={options.lr}: a learning rate is positive; write method.lr=1e-3")
 
@@ -54,79 +57,76 @@ class ActiveInheritance(Method):
             return f"{task.name} has no black-box score of a text; use method.criterion=utility"
 
     def planned_flops(self, prices: Prices) -> float:
-        options, scored = self.options, self.options.criterion != "utility" and "score" in prices.task.defines
-        drawn = options.n * prices.deployment() + (0 if scored else 3 * prices.read(options.n * prices.spec.scale.deployment_texts))
-        prices.earlier = drawn * (options.rounds if options.n > 1 else options.rounds - 1)  # 1 + 2 + 4 + ... completions, and each round's
-        texts = options.round_prompts
-        another = options.n * prices.sampled(texts) + (0 if scored else 3 * prices.read(options.n * texts))
-        if options.rounds > 1:
-            another += options.epochs * prices.finetuned(texts, options.batch)
+        options, texts, written = self.options, prices.spec.scale.deployment_texts, prices.written
+        if options.n == BUDGET:
+            prices.last = prices.all_spent(prices.best_of(1, texts, options.criterion), texts * written)
+            return prices.last
+        drawn = prices.best_of(options.n, texts, options.criterion)
+        another = prices.best_of(options.n, options.round_prompts, options.criterion)
+        if options.rounds != 1:
+            another += options.epochs * prices.finetuned(options.round_prompts, options.batch)
+        prices.last = drawn
+        if options.rounds == BUDGET:
+            whole = prices.all_spent(another, options.n * options.round_prompts * written)
+            prices.earlier = drawn * max(0.0, (whole - drawn) / another)
+            return max(drawn, whole)
+        prices.earlier = drawn * (options.rounds - 1)
         return drawn + (options.rounds - 1) * another
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
+        candidates = Candidates(bench, self.options.criterion, "deployment")
+        if self.options.rounds == 1:
+            yield from self._curve(bench, candidates)
+        else:
+            yield from self._rounds(bench, candidates)
+
+    def _curve(self, bench: Workbench, candidates: Candidates) -> Iterator[Snapshot]:
+        """Best of 1, 2, 4, ... and n of the same completions."""
+        n = self.options.n
+        if n == BUDGET:
+            n = largest_within(lambda size: bench.share_with(self._answer(bench, candidates, size, size)))
+        for size in [2**power for power in range(n.bit_length()) if 2**power < n]:
+            yield self._answer(bench, candidates, size, size)
+        yield self._answer(bench, candidates, n, n)
+
+    def _rounds(self, bench: Workbench, candidates: Candidates) -> Iterator[Snapshot]:
+        """The curve, and then best of n of a generator that was fine-tuned once more before each."""
         from dpgbench.bench.training_state import restore_weights, weights_of
 
-        if self.options.rounds > 1:
-            bench.generator.adapt(self.options.get("lora"), bench.seed("lora"))
-        n, completed, model = self.options.n, 1, bench.generator.model
-        candidates = _Candidates(bench, self.options.criterion, "deployment")
-        if bench.saved is not None:
+        n, completed, model, spending = self.options.n, 1, bench.generator.model, Spending()
+        bench.generator.adapt(self.options.get("lora"), bench.seed("lora"))
+        if bench.saved is None:
+            yield from self._curve(bench, candidates)
+        else:
             restore_weights(model, bench.saved.tensors)
             completed = bench.saved.step // n
-        else:
-            for size in [2**power for power in range(n.bit_length()) if 2**power < n]:
-                yield self._snapshot(bench, candidates, size, size)
-        yield self._snapshot(bench, candidates, completed * n, n)
-        while completed < self.options.rounds:
+            spending = Spending(*bench.saved.numbers.get("spending", ()))  # a checkpoint made before there was a choice has none
+            yield self._answer(bench, candidates, completed * n, n)
+        while self._is_another(bench, completed, spending):
+            before = {name: weight.clone() for name, weight in weights_of(model).items()} if self.options.rounds == BUDGET else {}
             self._inherit(bench, completed)
+            answer = self._answer(bench, candidates, (completed + 1) * n, n)
+            if before and bench.share_with(answer) > 1:  # the round before it is the last that fits, and its generator the result
+                restore_weights(model, before)
+                return
             completed += 1
-            bench.checkpoint(completed * n, lambda: weights_of(model))
-            yield self._snapshot(bench, candidates, completed * n, n)
+            bench.checkpoint(completed * n, lambda: weights_of(model), lambda: {"spending": [spending.spent, spending.dearest]})
+            yield answer
 
-    def _snapshot(self, bench: Workbench, candidates: _Candidates, step: int, n: int) -> Snapshot:
+    def _is_another(self, bench: Workbench, completed: int, spending: Spending) -> bool:
+        if self.options.rounds == BUDGET:
+            return spending.leaves_a_step(completed - 1, bench.spent_share())
+        return completed < self.options.rounds
+
+    def _answer(self, bench: Workbench, candidates: Candidates, step: int, n: int) -> Snapshot:
         from dpgbench.worlds.adapters import trained
 
-        trains = self.options.rounds > 1
-        weights = (lambda: trained(bench.generator.model)) if trains else None
+        weights = (lambda: trained(bench.generator.model)) if self.options.rounds != 1 else None
         return Snapshot(step, lambda prompts: candidates.best(prompts, n)[0], weights=weights)
 
     def _inherit(self, bench: Workbench, number: int) -> None:
         """Fine-tune the generator on the best of its own texts."""
         options, prompts = self.options, bench.prompts(self.options.round_prompts, "round", number)
-        texts, values = _Candidates(bench, options.criterion, "round", number).best(prompts, options.n)
+        texts, values = Candidates(bench, options.criterion, "round", number).best(prompts, options.n)
         loss = bench.finetune(prompts, texts, number, lr=options.lr, epochs=options.epochs, batch=options.batch)
         bench.record(round=number, value=sum(values) / len(values), loss=loss, texts=texts[:4])
-
-
-class _Candidates:
-    """Completions and their values. Whoever takes more than were taken before shares those, and is charged for all that it takes."""
-
-    def __init__(self, bench: Workbench, criterion: str, *names: object):
-        self.bench, self.criterion = bench, criterion
-        self.draws = bench.shared_draws(*names)  # of which `base` has the first
-        self.texts: list[str] = []
-        self.values: list[float] = []
-        self.seconds = 0.0  # what judging them took
-
-    def best(self, prompts: Sequence[Prompt], n: int) -> tuple[list[str], list[float]]:
-        """Each prompt's best text of n and its value, the first of equals. Of the same draws a smaller n has the first."""
-        texts = [text for draw in self.draws.first(n, prompts) for text in draw]
-        self._judge(texts)
-        best = [max(range(place, len(texts), len(prompts)), key=self.values.__getitem__) for place in range(len(prompts))]
-        return [texts[index] for index in best], [self.values[index] for index in best]
-
-    def _judge(self, texts: list[str]) -> None:
-        """Values of these texts; those of the first of them are at hand if the same texts were judged before."""
-        if len(texts) <= len(self.texts) or texts[: len(self.texts)] != self.texts:
-            self.texts, self.values, self.seconds = [], [], 0.0
-        self.bench.account.again(self.seconds)
-        clock = time.perf_counter()
-        self.texts, self.values = texts, self._values_of(texts)
-        self.seconds += time.perf_counter() - clock
-
-    def _values_of(self, texts: list[str]) -> list[float]:
-        if self.criterion != "utility":
-            scores = self.bench.task.score(texts[len(self.values) :])
-            if scores is not None:
-                return [*self.values, *scores]
-        return self.bench.one_step_utilities(texts, known=self.values)

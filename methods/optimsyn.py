@@ -12,8 +12,9 @@ Where ours differs from the authors': the inner product instead of the cosine; A
 that u_j is nearly a sign (`influence` has both forms, as adam and less); and no penalty of 0.1 for rubrics that do not parse: here
 every rubric is valid, and a rubric that the generator does not understand gets the influence of the texts written under it.
 Cost per step (F = one forward pass of the target on the texts): 3F, sampling rubrics and m times as many texts, and 3 forward passes'
-worth of policy update on the rubrics. It fails where no instruction that the generator follows leads to better texts (a picture in the
-weights, a string that cannot be said), where a group's rubrics are all alike, and where influence does: see `influence`.
+worth of policy update on the rubrics; as every policy's, its steps go on until the budget ends. It fails where no instruction that the
+generator follows leads to better texts (a picture in the weights, a string that cannot be said), where a group's rubrics are all alike,
+and where influence does: see `influence`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class OptimSyn(Method):
             raise UserError(f"method.texts={options.texts}: a rubric is judged by a text or more; write texts=1")
         if options.rubric_tokens < 1:
             raise UserError(f"method.rubric_tokens={options.rubric_tokens}: a rubric has a token or more; write rubric_tokens=24")
+        if options.policy.get("best_of", 1) > 1:
+            raise UserError(f"policy.best_of={options.policy.best_of}: a rubric has one text written under it; write policy.best_of=1")
 
     def planned_flops(self, prices: Prices) -> float | None:
         rubric, texts = self.options.rubric_tokens, self.options.texts * self.options.policy.completions

@@ -33,13 +33,15 @@ from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
 from dpgbench.bench import flops, tracking
+from dpgbench.bench.best_of import Candidates
 from dpgbench.bench.distributed import SINGLE_PROCESS, SingleProcess
 from dpgbench.bench.likelihood import completion_log_probs
+from dpgbench.bench.spending import Spending
 from dpgbench.bench.token_credit import Baseline, alive, returns_to_go, token_advantages
 from dpgbench.bench.training_state import numbers_of, restore_optimizer, restore_weights, tensors_of
 from dpgbench.bench.weight_average import WeightAverage
 from dpgbench.bench.workbench import Workbench
-from dpgbench.core.errors import CellError
+from dpgbench.core.errors import CellError, UserError
 from dpgbench.core.plugin_types import Prompt, Snapshot
 from dpgbench.core.seeds import derive, torch_seeded
 from dpgbench.core.settings import Policy
@@ -86,7 +88,8 @@ def train_policy(
     A `reward` that gives one number per completion has the group's mean subtracted (`advantages`). One that gives credit to single tokens
     has each token paid its return-to-go less `baseline`, one of `token_credit.BASELINES`.
 
-    A policy that writes the deployment texts itself needs no more than that. Any other one is `generator`, a copy of the bench's, trained
+    A policy that writes the deployment texts itself needs no more than that; with `policy.best_of` each of them is the best of so many of
+    the trained generator's (`best_of.Candidates`), charged as such. Any other one is `generator`, a copy of the bench's, trained
     on the same prompts with `instruction` after each; `sample` says how a snapshot writes texts, and is called with the averaged weights
     in that copy.
     Ends after `policy.steps`, or before the step that would go over the cell's budget. Learning rate and entropy bonus follow the nearer
@@ -97,6 +100,9 @@ def train_policy(
     Raises CellError if a reward is not finite or has the wrong count, and whatever `reward` raises: never a batch of zeros.
     """
     policy, saved = bench.options.policy, bench.saved
+    best_of = policy.get("best_of", 1)
+    if sample is not None and best_of > 1:
+        raise UserError(f"policy.best_of={best_of}: {bench.spec.method.label} has its own way of writing deployment texts; write best_of=1")
     generator = generator or bench.generator
     generator.adapt(adapters.settings(bench.options), bench.seed("lora"))
     average = WeightAverage(generator.model, policy.averaging)
@@ -108,12 +114,16 @@ def train_policy(
     def snapshot(step: int) -> Snapshot:
         def write(prompts: Sequence[Prompt]) -> list[str]:
             with average.loaded():
-                return sample(prompts) if sample else bench.sample(prompts, "deployment")
+                if sample is not None:
+                    return sample(prompts)
+                if best_of == 1:
+                    return bench.sample(prompts, "deployment")
+                return Candidates(bench, "auto", "deployment").best(prompts, best_of)[0]
 
         return Snapshot(step, write, weights=average.weights if sample is None else None)
 
     first = saved.step if saved else 0
-    spending = _Spending(*(saved.numbers["spending"] if saved else ()))
+    spending = Spending(*(saved.numbers["spending"] if saved else ()))
     yield snapshot(first)
     if first == (policy.steps or MOST_STEPS) or not spending.leaves_a_step(first, bench.spent_share()):
         return
@@ -146,20 +156,6 @@ def train_policy(
             yield snapshot(step)
             if not spending.leaves_a_step(step, bench.spent_share()):
                 return
-
-
-@dataclass
-class _Spending:
-    """Shares of the budget: what is spent, and what the dearest step was."""
-
-    spent: float = 0.0
-    dearest: float = 0.0
-
-    def leaves_a_step(self, step: int, share: float) -> bool:
-        """Told the share spent after each step: whether another one as dear as the dearest fits."""
-        self.dearest = max(self.dearest, share - self.spent) if step > 1 else share - self.spent
-        self.spent = share
-        return step == 0 or self.spent + self.dearest <= 1
 
 
 def advantages(rewards: torch.Tensor, group_size: int, scaling: str) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from dpgbench.bench.flops import Shape
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.plugin_types import TaskInfo
@@ -16,14 +18,27 @@ class Prices:
         self.at_once, self.updated = spec.scale.sampling_batch, 0  # texts sampled and updated on at a time, for memory
         self.earlier = 0.0
         """Of deployment datasets before the last, where they cost more than the generator's: nobody's charge, but this machine's time."""
+        self.last: float | None = None
+        """The last deployment dataset, where it costs another sum than `deployment` says."""
 
     def sampled(self, texts: int, *, after: int = 0, written: int | None = None) -> float:
         """One text each for so many prompts that are `after` tokens longer; texts of `written` tokens where they are others than usual."""
         return self.generator.sampling_flops(texts, self.prompt + after, self.written if written is None else written)
 
     def deployment(self, *, after: int = 0) -> float:
-        """A deployment dataset written by the generator."""
-        return self.sampled(self.spec.scale.deployment_texts, after=after)
+        """A deployment dataset written by the generator, or by its policy as best of so many (`policy.best_of`)."""
+        texts, best_of = self.spec.scale.deployment_texts, (self.spec.method.get("policy") or {}).get("best_of", 1)
+        return self.sampled(texts, after=after) if best_of == 1 else self.best_of(best_of, texts, after=after)
+
+    def best_of(self, n: int, texts: int, criterion: str = "auto", *, after: int = 0) -> float:
+        """So many texts, each the best of n by a criterion of `best_of.CRITERIA`. Left out: Phi, of which only the task knows the cost."""
+        judged_for_free = criterion != "utility" and "score" in self.task.defines
+        return n * self.sampled(texts, after=after) + (0.0 if judged_for_free else 3 * self.read(n * texts))
+
+    def all_spent(self, flops: float, tokens: int) -> float:
+        """The whole budget, spent on work of which a piece costs so many FLOPs and generates so many tokens."""
+        budget = self.spec.budget
+        return min(budget.get("flops", math.inf), flops * budget.get("tokens", math.inf) / tokens)
 
     def read(self, texts: int) -> float:
         """F: one forward pass of the target on so many texts; training on them is 3F."""

@@ -12,7 +12,7 @@ from dpgbench.bench.distributed import SINGLE_PROCESS, SingleProcess
 from dpgbench.bench.drawing import Drawing
 from dpgbench.bench.meter import Budget, Meter
 from dpgbench.core.cell import RunSpec
-from dpgbench.core.plugin_types import TaskView
+from dpgbench.core.plugin_types import Snapshot, TaskView
 from dpgbench.metagrad import Metagradients
 from dpgbench.store.checkpoints import Saved
 from dpgbench.worlds.generator import Generator
@@ -45,10 +45,11 @@ class Workbench:
         record: Callable[[dict[str, Any]], None],
         checkpoint: Checkpoint = lambda step, tensors, numbers: None,
         group: SingleProcess = SINGLE_PROCESS,
+        share_with: Callable[[Snapshot], float] = lambda snapshot: 0.0,
     ):
         self.spec, self.task, self.world, self.generator, self.meter = spec, task, world, generator, meter
         self.options = spec.method
-        self._record, self._checkpoint, self.group = record, checkpoint, group
+        self._record, self._checkpoint, self._share_with, self.group = record, checkpoint, share_with, group
         self.makes_checkpoints = False
         self.tracking: Path | None = None
         """Where trackers' files go, if the method trains a policy that reports to some."""
@@ -80,6 +81,14 @@ class Workbench:
     def scores(self, texts: Sequence[str]) -> list[float]:
         """The task's black-box score of each text. It runs no model here, so it costs seconds but no FLOPs."""
         return list(self.task.score(texts))
+
+    def share_with(self, snapshot: Snapshot) -> float:
+        """The share of the budget that would be spent if this were the answer: 0 without a budget, above 1 if it is too much.
+
+        For methods that spend a whole budget (`Method.budget_options`) and so ask before they answer. Its deployment dataset is drawn to
+        know its price; neither its FLOPs nor its time are charged.
+        """
+        return self._share_with(snapshot)
 
     # ---- telling
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpgbench.bench.spending import BUDGET
 from dpgbench.config.overrides import Word, as_texts
 from dpgbench.config.values import FREE, GROUPS, TEXTS, checked_text, checked_value, closest, default_of, resolved_key
 from dpgbench.core.errors import UserError, did_you_mean
@@ -73,7 +74,8 @@ class Composer:
             known |= set(leaves)
             applied = {key: full for key in settings if (full := resolved_key(key, leaves))}
             defaults = {full: default_of(base, full, leaves.get(full, {} if f"{full}." in FREE else None)) for full in applied.values()}
-            checked = [self._values(key, full, settings[key], defaults[full]) for key, full in applied.items()]
+            countable = {f"method.{option}" for option in self.registry.find("method", plain["method"]["name"]).budget_options}
+            checked = [self._values(key, full, settings[key], defaults[full], full in countable) for key, full in applied.items()]
             for key in applied:
                 unused.pop(key, None)
             # Nothing is computed from the seed, so all seeds of a setting share its resolved configuration.
@@ -98,9 +100,12 @@ class Composer:
             if all(key in unused for unused in self.unused):
                 raise UserError(f"{key}={words[key][0]}: no chosen task, method or scale has this option; {closest(key, self.known)}")
 
-    def _values(self, key: str, full: str, words: Sequence[Word], default: Any) -> list[Any]:
-        """A key's values as they will be set, insisting that they are of the default's kind."""
+    def _values(self, key: str, full: str, words: Sequence[Word], default: Any, countable: bool) -> list[Any]:
+        """A key's values as they will be set, insisting that they are of the default's kind, or `budget` where that is a count too."""
         checked = checked_value
+        if countable:
+            default = 1 if default == BUDGET else default
+            return [BUDGET if word == BUDGET else checked(key, full, word, default) for word in words]
         if isinstance(default, str) or full in TEXTS:
             words, checked = as_texts(words), checked_text
         return [None if word.value is None and self._may_be_null(full, default) else checked(key, full, word, default) for word in words]

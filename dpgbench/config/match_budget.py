@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpgbench.core.cell import RunSpec
+from dpgbench.core.cell import ADDED_SETTINGS, SETTINGS_WITHOUT_EFFECT, RunSpec
 from dpgbench.core.errors import UserError
 from dpgbench.store.run_folder import RunFolder
 
@@ -50,6 +50,15 @@ def flops_of(label: str, spec: RunSpec, results: Path) -> float:
 
 
 def _alike(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts in which the two must agree: everything but method and budget, and but where a user's file lies."""
+    """The parts in which the two must agree: everything but method and budget, and but what does not change what a method spends.
+
+    That is where a user's file lies, settings without effect, those that the finished cell is too old to have, and further deployments.
+    """
     parts = {name: config[name] for name in ALIKE}
-    return {**parts, "task": {key: value for key, value in config["task"].items() if key != "file"}}
+    ignored = {"task": ("file",), "scale": ("more_deployments", *SETTINGS_WITHOUT_EFFECT["scale"])}
+    ignored["training"] = SETTINGS_WITHOUT_EFFECT["training"]
+    for section, names in ignored.items():
+        added = ADDED_SETTINGS.get(section, {})
+        kept = {key: value for key, value in config[section].items() if key not in names}
+        parts[section] = {key: value for key, value in kept.items() if not (key in added and added[key] == value)}
+    return parts

@@ -145,6 +145,7 @@ def _cell(config: dict[str, Any], registry: Registry, reasons: dict[str, str | N
     asked = repr({**config, "seed": None})
     if asked not in reasons:
         validate.check(config)
+        validate.check_spent(config, registry.find("method", spec.method.name).budget_options)
         reasons[asked] = _skip_reason(spec, registry)
     return Cell(spec, reasons[asked])
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpgbench.bench import distributed
+from dpgbench.bench.spending import BUDGET
 from dpgbench.bench.tracking import PACKAGES
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError, did_you_mean
@@ -29,7 +30,7 @@ KINDS = {
             "snapshots",
             "max_prompt_tokens?",
         ],
-        "policy": ["completions", "group_size", "rollout_batch?", "minibatch?", "micro_batch?"],
+        "policy": ["completions", "group_size", "rollout_batch?", "minibatch?", "micro_batch?", "best_of"],
     },
     "a number": {
         "training": ["lr", "eps", "eps_root", "weight_decay"],
@@ -103,6 +104,15 @@ def _is_storable(value: Any) -> bool:
 def _short(number: int) -> str:
     """Python refuses to write out more than 4300 digits."""
     return str(number) if number.bit_length() < 200 else f"{'-' if number < 0 else ''}2^{number.bit_length() - 1} or more"
+
+
+def check_spent(config: Mapping[str, Any], options: Sequence[str]) -> None:
+    """Those of a method's options that may be `budget` need one in FLOPs or tokens: what fits into seconds is the machine's."""
+    budget = config.get("budget", {})
+    for option in options:
+        if config["method"].get(option) == BUDGET and not {"flops", "tokens"} & set(budget):
+            why = "seconds alone do not say how many" if "seconds" in budget else "there is no budget"
+            raise UserError(f"method.{option}=budget: as many as the budget pays for, and {why}; write budget.flops=1e12, or {option}=8")
 
 
 class _Section:
@@ -191,6 +201,7 @@ def _check_scale(scale: _Section, inner_steps: int) -> None:
     steps, source = (given, "deployment_steps") if given else (inner_steps, "inner_steps")
     fix = f"write deployment_texts={max(1, texts // steps) * steps}"
     scale.require("deployment_texts", texts >= 1 and texts % steps == 0, f"must divide into {source}={steps} batches; {fix}")
+    _check_more_deployments(scale, steps, source)
     for role in ("generator", "target"):
         scale.require_one_of(f"{role}_dtype", "float32", "bfloat16")
     corpus = str(scale["corpus"])
@@ -210,6 +221,20 @@ def _check_scale(scale: _Section, inner_steps: int) -> None:
     scale.require("languages", good, "a list of language codes; write scale.languages=[en,de]")
     scale.require("snapshots", scale["snapshots"] >= 1, "at least the last snapshot is scored; write snapshots=1")
     scale.require("threads", scale["threads"] >= 1, "a cell needs a thread; write threads=1")
+
+
+def _check_more_deployments(scale: _Section, steps: int, source: str) -> None:
+    """Other sizes of the deployment dataset; cells stored before there were any have none."""
+    sizes = scale.values.get("more_deployments", [])
+    if not isinstance(sizes, list) or not all(type(size) is int for size in sizes):
+        scale.require("more_deployments", False, "a list of whole numbers; write scale.more_deployments=[64,1024], or [] for none")
+    if any(size < 1 or size % steps for size in sizes):
+        fix = ",".join(str(max(1, size // steps) * steps) for size in sizes)
+        scale.require("more_deployments", False, f"each must divide into {source}={steps} batches; write scale.more_deployments=[{fix}]")
+    others = sorted(set(sizes) - {scale["deployment_texts"]})
+    if len(others) < len(sizes):
+        said = f"each once, and deployment_texts={scale['deployment_texts']} is among them anyway"
+        scale.require("more_deployments", False, f"{said}; write scale.more_deployments=[{','.join(map(str, others))}]")
 
 
 def _check_policy(policy: _Section, inner_steps: int, budget: bool) -> None:
@@ -246,6 +271,8 @@ def _check_policy(policy: _Section, inner_steps: int, budget: bool) -> None:
     policy.require("entropy_bonus", policy["entropy_bonus"] >= 0, "a bonus is 0 or more; write entropy_bonus=0 for none")
     policy.require("averaging", 0 <= policy["averaging"] < 1, "a decay is at least 0 and below 1; write averaging=0.9, or 0 for none")
     policy.require_one_of("scale_advantages", "group", "batch", "none")
+    if "best_of" in policy.values:  # cells stored before there was a choice have none
+        policy.require("best_of", policy["best_of"] >= 1, "a deployment text is the best of one completion or more; write policy.best_of=1")
 
 
 def _check_lora(lora: _Section) -> None:

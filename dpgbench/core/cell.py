@@ -23,7 +23,8 @@ ADDED_SETTINGS = {
     "training": {"precision": "full"},
     "scale": dict.fromkeys(
         ("generator_revision", "target_revision", "max_prompt_tokens", "corpus_subset", "corpus_column", "corpus_revision")
-    ),
+    )
+    | {"more_deployments": []},
     "method": {
         "lora": None,
         **{"credit": "text", "baseline": "group"},
@@ -31,7 +32,7 @@ ADDED_SETTINGS = {
         **{"over_references": "max", "edit_distance": "relative", "language_score": "identified"},
         "target_lr": None,
     },
-    "policy": {"rollout": "transformers", "lora": None, "rollout_batch": None},
+    "policy": {"rollout": "transformers", "lora": None, "rollout_batch": None, "best_of": 1},
 }
 # How a generator's texts are drawn and updated: raised where that changed what stored cells had. 2: no dropout, every end token, the full
 # distribution, prompts padded on the left, float32 weights in training. The embedded generator's texts were those all along.

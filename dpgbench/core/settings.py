@@ -32,6 +32,7 @@ class Scale(Options):
     instruction: str | None
     deployment_texts: int
     deployment_steps: int | None
+    more_deployments: list[int]
     snapshots: int
     keep_generator: bool
 
@@ -86,5 +87,6 @@ class Policy(Options):
     entropy_bonus: float
     entropy_bonus_final: float | None
     averaging: float
+    best_of: int
     lora: Lora | None
     report_to: list[str]

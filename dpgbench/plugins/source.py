@@ -38,6 +38,8 @@ class PluginFile:
     """Names of the class body, and of dpgbench's own classes that it extends: methods it overrides, attributes it sets."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Options that its YAML need not give."""
+    budget_options: tuple[str, ...] = ()
+    """A method's options that may also be the word `budget`."""
     error: str | None = None
     """Why the file cannot be used, in one line."""
 
@@ -64,7 +66,8 @@ def read(kind: Kind, path: Path, *, trusted: bool = False) -> PluginFile:
     error = None if fault is None else f"{path.name}, line {fault[0].lineno}: {fault[1]}"
     version = source.literal("version", 1)
     summary = (ast.get_docstring(tree) or "").split("\n")[0]
-    return PluginFile(kind, path.stem, path, summary, version, source.defines, source.literal("defaults", {}), error)
+    defaults, budget_options = source.literal("defaults", {}), source.literal("budget_options", ())
+    return PluginFile(kind, path.stem, path, summary, version, source.defines, defaults, budget_options, error)
 
 
 def _instead(kind: Kind, tree: ast.Module, classes: list[ast.ClassDef]) -> str:
@@ -144,14 +147,15 @@ class _Source:
     def _attributes(self) -> Iterator[tuple[ast.AST, str]]:
         kinds = {"version": (int, "a whole number from 1 up, such as version = 1"), "headline": (str, "a name that `measure` returns")}
         kinds |= {"higher_is_better": (bool, "True or False"), "defaults": (dict, "a dict of options, written out")}
+        kinds |= {"budget_options": (tuple, "a tuple of options' names, such as ('n',), written out")}
         for name, (kind, rule) in kinds.items():
             expression = self.own.get(name)
             if expression is None or name not in self.known:
                 continue
             try:
                 value = ast.literal_eval(expression)
-            except ValueError:  # computed, which only these two may not be: they are read from here
-                if name in ("version", "defaults"):
+            except ValueError:  # computed, which only these may not be: they are read from here
+                if name in ("version", "defaults", "budget_options"):
                     yield expression, f"{name} = {ast.unparse(expression)}: must be {rule}, written out"
                 continue
             if type(value) is not kind or (name == "version" and value < 1):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from dpgbench.core.files import write_atomically
+from dpgbench.report.deployment_size import draw_sizes, size_tables
 from dpgbench.report.format import file_names
 from dpgbench.report.over_tasks import Across, compute_across
 from dpgbench.report.results import SuiteResults, read_frame
@@ -44,6 +45,7 @@ def read_contents(frame: pd.DataFrame, suite: str) -> Contents:
     across = compute_across(results)
     by_task = {
         task.label: tables_of_task(task, across.rows[task.label], across.pairs[task.label], across.anchors.get(task.label))
+        + size_tables(task, results)
         for task in results.tasks
     }
     versus = versus_tables(results, across)
@@ -68,7 +70,7 @@ def build(frame: pd.DataFrame, folder: str | Path, *, suite: str, command: str, 
     contents = read_contents(frame, suite)
     results = contents.results
     figures = {task.label: draw_figures(task, results.styles, contents.across.rows[task.label]) for task in results.tasks}
-    overall = draw_summary_figures(results, contents.across)
+    overall = [*draw_summary_figures(results, contents.across), *draw_sizes(results)]
 
     for name, text in table_files(contents).items():
         _write(folder / "tables" / name, text)

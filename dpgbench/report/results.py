@@ -2,13 +2,14 @@
 
 The frame has one row per (cell, snapshot) and one row per cell without a result. Needed: cell, task_label, method,
 method_label, seed, status, step. Used where present: reason, flops, flops_by_phase, tokens_generated, tokens_trained, seconds,
-phi, headline, higher_is_better, `metric:<name>`, texts, picture, spec, env, task_description, method_description.
+phi, headline, higher_is_better, `metric:<name>`, texts, picture, spec, env, task_description, method_description. Rows with a number in
+`deployment_texts` are no snapshots but points of another axis (deployment_size.py).
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,9 @@ from dpgbench.report.format import and_more, file_names, plural
 
 NEEDED = ("cell", "task_label", "method", "method_label", "seed", "status", "step")
 NUMBERS = ("step", "flops", "tokens_generated", "tokens_trained", "seconds", "phi")
-OPTIONAL = ("reason", "headline", "higher_is_better", "flops_by_phase", "texts", "picture", "spec", "env", "task_description")
+OPTIONAL = (
+    "reason", "headline", "higher_is_better", "flops_by_phase", "deployment_texts", "texts", "picture", "spec", "env", "task_description",
+)  # fmt: skip
 BASE, ORACLE = "base", "oracle"  # plug-in names with a role on the page: the control, and the ceiling that does not compete
 
 # seaborn's colorblind palette without its grey (kept for the reference methods) and with its pale yellow last; then all of it, darker.
@@ -94,6 +97,8 @@ class SuiteResults:
     styles: dict[str, Style]  # by method label, in the order shown
     cells_by_status: dict[str, int]
     frame: pd.DataFrame
+    deployments: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """Rows of last answers deployed at several sizes (`deployment_size`), which `frame`, a row per snapshot, does not have."""
 
     def labels(self, *roles: str) -> list[str]:
         """The method labels of these roles ("method", "base", "oracle"), in the order shown."""
@@ -121,12 +126,14 @@ def read_frame(frame: pd.DataFrame, suite: str) -> SuiteResults:
     # Python ints where seeds are ints: parquet with holes turns them into floats, and "seed 0.0" is nobody's name for it.
     frame["seed"] = pd.Series([int(seed) if pd.notna(seed) else -1 for seed in frame["seed"]], dtype=int)
     frame = frame.sort_values(["task_label", "method_label", "seed", "cell", "step"], kind="stable").reset_index(drop=True)
+    of_sizes = frame["deployment_texts"].notna()
+    frame, deployments = frame[~of_sizes].reset_index(drop=True), frame[of_sizes].reset_index(drop=True)
 
     tasks_in_order = sorted(frame["task_label"].unique(), key=natural)
     names = file_names(tasks_in_order)
     tasks = tuple(_read_task(frame[frame["task_label"] == label], label, names[label]) for label in tasks_in_order)
     status = frame.drop_duplicates("cell")["status"].value_counts()
-    return SuiteResults(suite, tasks, _styles(frame), {name: int(status[name]) for name in sorted(status.index)}, frame)
+    return SuiteResults(suite, tasks, _styles(frame), {name: int(status[name]) for name in sorted(status.index)}, frame, deployments)
 
 
 def _read_task(rows: pd.DataFrame, label: str, file_name: str) -> TaskResults:

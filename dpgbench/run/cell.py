@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpgbench.api import Task
 from dpgbench.bench.distributed import SINGLE_PROCESS, SingleProcess
+from dpgbench.bench.meter import Meter
 from dpgbench.config import optional_packages
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import Busy, CellError, Interrupted, Lost, UserError
 from dpgbench.core.interrupts import Stop
-from dpgbench.core.plugin_types import Snapshot, TaskView
+from dpgbench.core.plugin_types import Prompt, Snapshot, TaskView
+from dpgbench.core.seeds import stream
 from dpgbench.plugins import contract
 from dpgbench.plugins.registry import Registry
 from dpgbench.run.environment import environment
@@ -112,12 +114,18 @@ class _Scored(NamedTuple):
     params: dict[str, Tensor]
 
 
+class _Answer(NamedTuple):
+    """A snapshot that counts, and what the method had spent by then, its deployment dataset aside."""
+
+    snapshot: Snapshot
+    spent: Meter
+
+
 class _Cell:
     """The work of `run_cell`, with its parts at hand."""
 
     def __init__(self, spec: RunSpec, context: RunContext):
         optional_packages.check(spec)
-        from dpgbench.bench.meter import Meter
         from dpgbench.bench.workbench import Workbench
 
         self.spec, self.folder, self.watch, self.group = spec, context.folder, context.watch, context.group
@@ -128,6 +136,7 @@ class _Cell:
         self.lines: list[dict[str, Any]] = []  # of the scored snapshots
         self.texts: list[str] = []  # of the last of them, and the target trained on them
         self.params: dict[str, Tensor] | None = None
+        self.answer: _Answer | None = None  # the last one, if this process has seen it
         registry = Registry(context.plugins)
         self.method = registry.make("method", spec.method.name, spec.method)
         opened = open_cell(spec, registry)
@@ -135,8 +144,9 @@ class _Cell:
         self.files = {"task": opened.task_file.path, "method": registry.find("method", spec.method.name).path}
         self.meter = Meter()
         self.bench = Workbench(
-            spec, TaskView(self.task), self.world, opened.generator, self.meter, self._record, self._checkpoint, self.group
-        )
+            spec, TaskView(self.task), self.world, opened.generator, self.meter, self._record, self._checkpoint, self.group,
+            self._share_with,
+        )  # fmt: skip
         self.bench.tracking = self.folder.path / TRACKERS
 
     def begin(self) -> None:
@@ -184,6 +194,23 @@ class _Cell:
         self.folder.check_owned()
         self.checkpoints.save(step, tensors(), content)
 
+    def _share_with(self, snapshot: Snapshot) -> float:
+        """What `Workbench.share_with` does. The time is nobody's cost."""
+        clock = time.perf_counter()
+        self.meter.seconds += clock - self._clock  # the method's time since its last snapshot, up to here
+        price = self._priced(snapshot, self.prompts)[1] if self.group.first else None
+        share = self.bench.account.budget.share(self.meter + price) if price is not None else None
+        self._clock = time.perf_counter()
+        return self.group.broadcast(share)
+
+    def _priced(self, snapshot: Snapshot, prompts: list[Prompt]) -> tuple[Any, Meter]:
+        """A deployment dataset, as the method gives it, and what it costs."""
+        clock = time.perf_counter()
+        with self.meter.deployment() as price:
+            texts = snapshot.sample(prompts)
+            price.seconds += time.perf_counter() - clock
+        return texts, price
+
     def _agree_on_the_account(self) -> None:
         """What was spent decides what comes next, so it is the first process's account, clock and all, that counts in every process."""
         meter, reserve = self.group.broadcast((self.meter.state(), self.bench.account.reserve.state()))
@@ -225,6 +252,7 @@ class _Cell:
             "higher_is_better": self.task.higher_is_better,
             "snapshots": self.lines,
             "texts": self.texts[:SAMPLE_TEXTS],
+            **self._deployments(snapshot),
             "seconds_total": round(time.perf_counter() - self.started, 3),
         }
         self.folder.finish(result, self._picture())
@@ -237,7 +265,31 @@ class _Cell:
         keep(self.folder, snapshot, self.prompts, scored.texts)
         self.lines.append({**scored.line, "seconds": scored.seconds})
         self.texts, self.params = scored.texts, scored.params
+        self.answer = _Answer(snapshot, Meter() + self.meter)
         return True
+
+    def _deployments(self, newest: Snapshot) -> dict[str, Any]:
+        """The last answer's own deployment dataset and those of `scale.more_deployments`, by size; nothing where none is asked for.
+
+        Each is charged what the method had spent before its answer, once, and its own texts; it may cost more than the budget. Left out,
+        with the reason, where a policy went on to an answer that was none and the weights of the one before are gone.
+        """
+        scale = self.spec.scale
+        if not scale.get("more_deployments"):
+            return {}
+        own = {"deployment_texts": scale.deployment_texts, **self.lines[-1]}
+        answer = self.answer
+        trains = self.spec.method.get("policy") is not None or (answer is not None and answer.snapshot.weights is not None)
+        if answer is None or (trains and answer.snapshot is not newest):
+            return {"deployments": [own], "deployments_left_out": "the generator was trained beyond the last answer within the budget"}
+        found = [own]
+        for count in scale.more_deployments:
+            prompts = self.world.prompts("test", count, stream(self.spec.seed, "deployment prompts"))
+            texts, price = self._priced(answer.snapshot, prompts)
+            scored = self._measured(answer.snapshot, texts, count, answer.spent + price)
+            self._check_finite(scored.line)
+            found.append({"deployment_texts": count, **scored.line, "seconds": scored.seconds})
+        return {"deployments": sorted(found, key=lambda line: line["deployment_texts"])}
 
     def _timed(self, snapshots: Iterator[Snapshot]) -> Iterator[Snapshot]:
         """The same snapshots; the time the method takes to come up with each is charged to it."""
@@ -266,25 +318,30 @@ class _Cell:
         self._append(line)
 
     def _append(self, line: dict[str, Any]) -> None:
+        self._check_finite(line)
+        self.folder.append(line, time.perf_counter() - self.started)
+        self.watch({key: value for key, value in line.items() if key != "rollouts"})
+
+    def _check_finite(self, line: dict[str, Any]) -> None:
         bad = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
         if bad:
             where = line.get("step", line.get("snapshot"))
             raise CellError(f"{bad[0]} is {line[bad[0]]} at step {where}; lower training.lr={self.spec.training.lr}")
-        self.folder.append(line, time.perf_counter() - self.started)
-        self.watch({key: value for key, value in line.items() if key != "rollouts"})
 
     def _score(self, snapshot: Snapshot) -> _Scored | None:
         """Draw the deployment dataset (charged), train a fresh target on it and measure that (not charged). None if it is over budget."""
-        from dpgbench.metagrad.training import loaded
-
-        clock = time.perf_counter()
-        with self.meter.deployment() as price:
-            texts = snapshot.sample(self.prompts)
-            price.seconds += time.perf_counter() - clock
-        self.bench.account.reserve = price
+        texts, self.bench.account.reserve = self._priced(snapshot, self.prompts)
         if self.bench.spent_share() > 1 + OVERRUN:
             return None
-        texts = contract.texts_of(self.files["method"], snapshot, texts, len(self.prompts))
+        scored = self._measured(snapshot, texts, len(self.prompts), self.meter + self.bench.account.reserve)
+        self._append(scored.line)
+        return scored
+
+    def _measured(self, snapshot: Snapshot, texts: Any, count: int, total: Meter) -> _Scored:
+        """What a fresh target trained on the deployment texts is like; `count` of them, if the method keeps its contract."""
+        from dpgbench.metagrad.training import loaded
+
+        texts = contract.texts_of(self.files["method"], snapshot, texts, count)
         target = self.world.target
         params = snapshot.params or self._trained(texts)
         with loaded(target, params):
@@ -293,14 +350,12 @@ class _Cell:
             with torch.no_grad():
                 phi = float(self.task.signal(target))
                 measures = self.task.measure(target, texts)
-            if math.isfinite(phi):  # else the training is at fault, and `_append` says so
+            if math.isfinite(phi):  # else the training is at fault, and `_check_finite` says so
                 measures = contract.measures(self.files["task"], self.task, measures)
-        total = self.meter + price
         line = {
             "snapshot": snapshot.step, "phi": phi, "measures": measures, "flops": total.total_flops, "flops_by_phase": total.flops,
             "tokens_generated": total.tokens_generated, "tokens_trained": total.tokens_trained,
         }  # fmt: skip
-        self._append(line)
         return _Scored(line, round(total.seconds, 3), texts, params)
 
     def _trained(self, texts: list[str]) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ class Estimate:
     flops: float
     memory: float
     evaluation: float = 0.0
-    """FLOPs that nobody is charged: the deployment datasets of the snapshots before the last, and a target trained on each."""
+    """FLOPs that no budget counts: the deployment datasets of the snapshots before the last, those of other sizes, a target on each."""
     width: int = 0
     """Of the generator's hidden states."""
 
@@ -124,8 +124,10 @@ def estimate(spec: RunSpec, registry: Registry) -> Estimate | None:
     if flops is None:
         return None
     scale, limit = spec.scale, spec.budget.get("flops", math.inf)
-    scored = scale.snapshots if spec.method.get("policy") is not None else 1
-    evaluation = prices.earlier + (scored - 1) * prices.deployment() + 3 * scored * prices.read(scale.deployment_texts)
+    scored, more = scale.snapshots if spec.method.get("policy") is not None else 1, sum(scale.get("more_deployments", []))
+    last = prices.deployment() if prices.last is None else prices.last
+    evaluation = prices.earlier + (scored - 1) * prices.deployment() + more / scale.deployment_texts * last
+    evaluation += 3 * prices.read(scored * scale.deployment_texts + more)
     memory = _memory(spec, generator, target, prices.prompt + prices.written, prices.at_once, prices.updated)
     return Estimate(min(flops, limit), memory, evaluation, generator.width)
 

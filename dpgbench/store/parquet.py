@@ -23,6 +23,8 @@ SCHEMA = "1"
 def frame_of(cells: Sequence[Cell], results: Path, descriptions: Mapping[str, str]) -> pandas.DataFrame:
     """One row per (cell, snapshot), and one for each cell without a result, with the reason.
 
+    A cell with `scale.more_deployments` has rows of its last answer's deployment datasets besides, its own among them, with their sizes in
+    `deployment_texts`: no part of the curve, whose rows have nothing there (`report.results` keeps them apart).
     `descriptions` says in a line what each task is.
     Raises UserError on a damaged cell.
     """
@@ -50,7 +52,11 @@ def frame_of(cells: Sequence[Cell], results: Path, descriptions: Mapping[str, st
         rows += _snapshot_rows(row, folder)
     frame = pandas.DataFrame(rows)
     measures = sorted(column for column in frame.columns if column.startswith("metric:"))
-    return frame.reindex(columns=[*COLUMNS, *measures, *BLOBS])
+    own = [SIZE] if SIZE in frame.columns else []
+    return frame.reindex(columns=[*COLUMNS, *own, *measures, *BLOBS])
+
+
+SIZE = "deployment_texts"
 
 
 COLUMNS = [
@@ -62,16 +68,17 @@ BLOBS = ["texts", "picture", "spec", "env"]
 
 def _snapshot_rows(row: dict[str, Any], folder: RunFolder) -> list[dict[str, Any]]:
     result = folder.result()
-    rows = [
-        {
-            **row, "status": "done", "step": snapshot["snapshot"], "flops": snapshot["flops"],
-            "flops_by_phase": json.dumps(snapshot["flops_by_phase"]), "tokens_generated": snapshot["tokens_generated"],
-            "tokens_trained": snapshot["tokens_trained"], "seconds": snapshot["seconds"], "phi": snapshot["phi"],
+
+    def scored(line: dict[str, Any]) -> dict[str, Any]:
+        return {
+            **row, "status": "done", "step": line["snapshot"], "flops": line["flops"],
+            "flops_by_phase": json.dumps(line["flops_by_phase"]), "tokens_generated": line["tokens_generated"],
+            "tokens_trained": line["tokens_trained"], "seconds": line["seconds"], "phi": line["phi"],
             "headline": result["headline"], "higher_is_better": result["higher_is_better"],
-            **{f"metric:{name}": value for name, value in snapshot["measures"].items()},
-        }
-        for snapshot in result["snapshots"]
-    ]  # fmt: skip
+            **{f"metric:{name}": value for name, value in line["measures"].items()},
+        }  # fmt: skip
+
+    rows = [scored(snapshot) for snapshot in result["snapshots"]]
     picture = folder.path / "picture.png"
     rows[-1] |= {
         "texts": json.dumps(result["texts"], ensure_ascii=False),
@@ -79,7 +86,7 @@ def _snapshot_rows(row: dict[str, Any], folder: RunFolder) -> list[dict[str, Any
         "spec": (folder.path / "spec.yaml").read_text(encoding="utf-8"),
         "env": (folder.path / "env.json").read_text(encoding="utf-8"),
     }
-    return rows
+    return rows + [{**scored(line), SIZE: line[SIZE]} for line in result.get("deployments", [])]
 
 
 def write_parquet(frame: pandas.DataFrame, path: Path, *, suite: str, title: str, command: str) -> None:
