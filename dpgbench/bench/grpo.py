@@ -84,7 +84,7 @@ def train_policy(
     """GRPO with one batch-level reward call per step; yields the untrained generator (step 0) and then every step.
 
     A `reward` that gives one number per completion has the group's mean subtracted (`advantages`). One that gives credit to single tokens
-    has each token paid its return-to-go less `baseline`, one of `token_credit.BASELINES`.
+    has each token paid its return-to-go less `baseline`, one of `credit.BASELINES`.
 
     A policy that writes the deployment texts itself needs no more than that. Any other one is `generator`, a copy of the bench's, trained
     on the same prompts with `instruction` after each; `sample` says how a snapshot writes texts, and is called with the averaged weights
