@@ -119,7 +119,7 @@ class Method(ABC):
         """
 
     baseline: str = "group"
-    """What credit for single tokens is compared with, one of `bench.token_credit.BASELINES`; for rewards of whole completions unused."""
+    """What credit for single tokens is compared with, one of `bench.credit.BASELINES`; for rewards of whole completions unused."""
 
     def rewards(self, bench: Workbench, rollouts: Rollouts) -> Sequence[float] | Tensor:
         """For a method that trains the generator by GRPO: one reward per completion of `rollouts`, higher is better, in any unit.

@@ -25,6 +25,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from dpgbench.api import Method, Options, Snapshot
+from dpgbench.bench import credit
 from dpgbench.core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from dpgbench.bench.workbench import Workbench
 
 OPTIMIZERS = ("adamw", "sgd")
-CREDITS = ("text", "token")
-BASELINES = ("group", "position", "critic")
 
 
 class DPG(Method):
@@ -53,30 +52,21 @@ class DPG(Method):
             raise UserError(
                 f"method.inner_lr={options.inner_lr}: a learning rate is positive; write method.inner_lr=0.1, or null for the target's own"
             )
-        for name, known in (("credit", CREDITS), ("baseline", BASELINES)):
-            if options[name] not in known:
-                raise UserError(f"method.{name}={options[name]}: no such {name}; {did_you_mean(options[name], known)}")
-        if options.credit == "text" and options.baseline != "group":
-            raise UserError(f"method.baseline={options.baseline}: a baseline of single tokens; write method.credit=token with it")
+        credit.check_options(options)
         self.baseline = options.baseline
 
     def target_passes(self, steps: int) -> float:
         return 5 + 9 * (1 - 1 / steps)
 
     def planned_flops(self, prices: Prices) -> float | None:
-        from dpgbench.bench.flops import critic_code, critic_features, critic_flops
-
-        texts, written = self.options.policy.completions, prices.written
-        rewards = self.target_passes(prices.spec.training.inner_steps) * prices.read(texts)
-        if self.options.baseline == "critic":
-            rewards += critic_flops(texts * written, critic_features(written, critic_code(prices.generator.width)))
-        steps = prices.policy(rewards)
+        passes = self.target_passes(prices.spec.training.inner_steps)
+        steps = prices.policy(passes * prices.read(self.options.policy.completions) + prices.baseline(self.baseline))
         return None if steps is None else steps + prices.deployment()
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         from dpgbench.bench.grpo import train_policy
 
-        self._check(bench)
+        credit.check_causal(bench.spec)
         yield from train_policy(bench, partial(self.rewards, bench), baseline=self.baseline)
 
     def rewards(self, bench: Workbench, rollouts: Rollouts) -> Tensor:
@@ -84,7 +74,7 @@ class DPG(Method):
 
         from dpgbench.bench.token_credit import in_generated_tokens
 
-        self._check(bench)
+        credit.check_causal(bench.spec)
         by_token = self.options.credit == "token"
         through = {"optimizer": self.options.inner_optimizer, "lr": self.options.inner_lr}
         datasets = 1 if self.options.cross_group else self.options.policy.group_size
@@ -96,9 +86,3 @@ class DPG(Method):
             return rewards
         texts = rollouts.completions, rollouts.completion_ids
         return in_generated_tokens(rewards, *texts, bench.generator, bench.world.target_tokenizer)
-
-    def _check(self, bench: Workbench) -> None:
-        reduction = bench.spec.training.reduction
-        if self.options.credit == "token" and reduction != "length":
-            why = "with a divisor that later tokens change, no token's credit is its own and the later ones'"
-            raise UserError(f"method.credit=token with training.reduction={reduction}: {why}; write training.reduction=length")

@@ -15,16 +15,19 @@ had at every scale (of a pretrained target's own corpus only its authors have mo
 For less they are W = `warmup_steps` batches; for ekfac the texts of which G is the mean curvature, with labels drawn from phi_0, and
 lambda = `damping` times the mean eigenvalue of each module's block (`dpgbench.metagrad.curvature`, its memory too). kronfluence 1.0.1 and
 bergson 2.5.1 were looked at for this: the former tracks Linear and Conv2d alone, neither takes a metric of the weights.
+dot and ekfac are linear in the text's gradient, hence sums over its tokens' losses: `credit=token` pays each token its own and the later
+tokens' terms, less `baseline` (docs/method.md, "Credit for single tokens"), out of the same product at the same cost. adam and less divide
+by moments that later tokens change, so that no token's credit is its own.
 Where ours differs from the authors': LESS scores by a cosine of randomly projected LoRA gradients, summed over the checkpoints of four
 epochs on 5% of the candidates, and selects once from a fixed pool; less has the inner product of whole gradients at one checkpoint. `adam`
 is not LESS: its moments know of one text. Grosse et al. take G from the pretraining corpus and of MLP layers alone; ekfac reaches every
 parameter that Phi's gradient does.
 Cost per step (F = one forward pass of the target on the completions): 3F, by a forward-mode product for dot and ekfac and by per-text
-gradients for adam and less; sampling; and 3 forward passes' worth of policy update. Once: sampling `influence_texts`, and 3F of those for
-less, for ekfac 3F to 8F and the products of its factors. It fails where Phi's gradient at phi_0 has another direction than after T
-steps, and where the optimizer step of a batch is not like the sum of the steps of its texts (dot under AdamW). It does not see the effect
-of the other texts in the batch, so it also fails where the metric saturates or where a text adds nothing to what the batch already does;
-ekfac also where G is mostly damping: directions that the sampled texts do not move.
+gradients for adam and less; sampling; 3 forward passes' worth of policy update; and what `baseline=critic` takes. Once: sampling
+`influence_texts`, and 3F of those for less, for ekfac 3F to 8F and the products of its factors. It fails where Phi's gradient at phi_0 has
+another direction than after T steps, and where the optimizer step of a batch is not like the sum of the steps of its texts (dot under
+AdamW). It does not see the effect of the other texts in the batch, so it also fails where the metric saturates or where a text adds
+nothing to what the batch already does; ekfac also where G is mostly damping: directions that the sampled texts do not move.
 """
 
 from __future__ import annotations
@@ -32,9 +35,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dpgbench.api import Method, Options, Snapshot
+from dpgbench.bench import credit
 from dpgbench.core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -45,10 +49,12 @@ if TYPE_CHECKING:
     from dpgbench.bench.workbench import Workbench
 
 ESTIMATORS = ("dot", "adam", "less", "ekfac")
+LINEAR = ("dot", "ekfac")  # in the text's gradient
 
 
 class Influence(Method):
     version = 3
+    defaults: ClassVar = {"credit": "text", "baseline": "group"}
 
     def __init__(self, options: Options):
         super().__init__(options)
@@ -62,9 +68,14 @@ class Influence(Method):
             raise UserError(f"method.influence_texts={texts}: less and ekfac learn from a text or more; write influence_texts=512")
         if steps < 1 or (texts % steps and options.estimator == "less"):
             raise UserError(f"method.warmup_steps={steps}: 1 or more, and must divide influence_texts={texts}; write warmup_steps=1, say")
+        credit.check_options(options)
+        if options.credit == "token" and options.estimator not in LINEAR:
+            why = "it divides by moments that later tokens change, so no token's credit is its own"
+            raise UserError(f"method.credit=token with estimator={options.estimator}: {why}; write estimator=dot or ekfac with it")
+        self.baseline = options.baseline
 
     def planned_flops(self, prices: Prices) -> float | None:
-        steps = prices.policy(3 * prices.read(self.options.policy.completions))
+        steps = prices.policy(3 * prices.read(self.options.policy.completions) + prices.baseline(self.baseline))
         return None if steps is None else steps + self._once(prices) + prices.deployment()
 
     def _once(self, prices: Prices) -> float:
@@ -77,11 +88,19 @@ class Influence(Method):
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         from dpgbench.bench.grpo import train_policy
 
+        credit.check_causal(bench.spec)
         self._prepared(bench)  # while the generator is untouched, in a run that goes on as well
-        yield from train_policy(bench, partial(self.rewards, bench))
+        yield from train_policy(bench, partial(self.rewards, bench), baseline=self.baseline)
 
     def rewards(self, bench: Workbench, rollouts: Rollouts) -> Tensor:
-        return bench.influences(rollouts.completions, **self._prepared(bench))
+        from dpgbench.bench.token_credit import in_generated_tokens
+
+        credit.check_causal(bench.spec)
+        texts, judging = rollouts.completions, self._prepared(bench)
+        if self.options.credit == "text":
+            return bench.influences(texts, **judging)
+        by_token = bench.influences(texts, **judging, per_token=True)
+        return in_generated_tokens(by_token, texts, rollouts.completion_ids, bench.generator, bench.world.target_tokenizer)
 
     def _prepared(self, bench: Workbench) -> dict[str, Any]:
         """How `Workbench.influences` is to judge, found out once."""

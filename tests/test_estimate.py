@@ -69,7 +69,7 @@ def test_known_models_have_their_published_sizes():
             ["method=dpg"], ["method=dpg", "rank=4"], ["method=dpg_token"], ["method=naive"], ["method=langid"], ["method=oracle"],
             ["method=optimsyn"], ["method=influence_less", "influence_texts=64"], ["method=influence_ekfac", "influence_texts=64"],
             ["method=active_inheritance_rounds", "n=2", "rounds=3", "round_prompts=32"], ["method=influence"],
-            ["method=prompt_only", "search=3", "search_texts=16"],
+            ["method=influence", "credit=token", "baseline=critic"], ["method=prompt_only", "search=3", "search_texts=16"],
         )
     ],
     ids=" ".join,

@@ -105,7 +105,7 @@ def rewarded(work, monkeypatch):
     """What the method hands to `influences` at its first step, without training anything."""
     from dpgbench.bench import grpo
 
-    def first_reward(bench, reward):
+    def first_reward(bench, reward, baseline):
         yield reward(grpo.Rollouts(0, [], ["a text."], [[1]]))
 
     monkeypatch.setattr(grpo, "train_policy", first_reward)

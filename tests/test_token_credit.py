@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dpgbench import config
-from dpgbench.bench import grpo, token_credit
+from dpgbench.bench import grpo
 from dpgbench.bench.flops import counted_flops, critic_features, critic_flops
 from dpgbench.bench.grpo import train_policy
 from dpgbench.bench.token_credit import Baseline, alive, in_generated_tokens, returns_to_go, token_advantages
@@ -218,7 +218,8 @@ def mean_at(returns, t, rows):
 
 
 def test_the_critic_is_position_and_a_ridge_regression_on_the_other_half():
-    """Two steps, fitted by a loop over tokens: what position leaves of half the prompts, by what the other half and faded earlier steps show."""
+    """Two steps, fitted by a loop over tokens: what position leaves of half the prompts, by what the other half and faded earlier steps
+    show."""
     critic = Baseline("critic", generator_of(WORDS, places=6), 4)
     size = critic_features(6, 5)
     past = [torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)]
@@ -370,6 +371,43 @@ def test_dpg_pays_the_credit_of_its_own_training(bench, words):
     assert float((sums - whole.double()).abs().max() / whole.abs().max()) < 1e-4  # float32
 
 
+@pytest.mark.parametrize("words", [["baseline=position"], ["estimator=ekfac", "influence_texts=16", "baseline=critic"]])
+def test_influence_pays_each_token_what_it_and_later_ones_do_along_the_direction(bench, words):
+    """The sums are what credit=text pays. Exact: the return-to-go of a token is the text's influence less that of the text whose labels
+    from that token on are taken away, by a backward pass for each."""
+    work = bench("task=l2_norm", "method=influence", "credit=token", *words)
+    work.world.target.double()
+    method = Registry().load("method", "influence")(work.options)
+    torch.manual_seed(0)
+    ids = work.generator.write(work.generator.token_ids(work.prompts(6, "a test")))
+    texts = work.generator.texts_of(ids)
+    paid = method.rewards(work, grpo.Rollouts(0, [], texts, ids))
+    judging = method._prepared(work)
+    assert torch.allclose(paid.sum(1), work.influences(texts, **judging), rtol=1e-9, atol=0)
+    target, encoded = work.world.target, work.world.encode(texts)
+    weight = target.lm_head.weight
+    (along,) = judging.get("direction", {"": torch.autograd.grad(work.task.signal(target), weight)[0]}).values()
+
+    def influence(row, labels):
+        loss = loss_by_hand(target, encoded["input_ids"][row], labels)
+        return -float((torch.autograd.grad(loss, weight)[0] * along).sum())
+
+    returns = returns_to_go(paid)
+    for row in (0, 3):
+        labels = encoded["labels"][row]
+        for t in range(len(ids[row])):
+            tail = torch.arange(len(labels)) > t  # the target adds <s> in front: token t is label t + 1
+            expected = influence(row, labels) - (influence(row, labels.masked_fill(tail, -100)) if t else 0.0)
+            assert float(returns[row, t]) == pytest.approx(expected, rel=1e-8, abs=1e-10 * float(paid.abs().max()))
+
+
+def loss_by_hand(target, ids_L, labels_L):
+    """Cross-entropies over L - 1, from plain logits."""
+    logps = target(input_ids=ids_L[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+    real = labels_L[1:] != -100
+    return -logps[real].gather(1, labels_L[1:][real][:, None]).sum() / (len(labels_L) - 1)
+
+
 # ---- options
 
 
@@ -382,10 +420,14 @@ def test_a_cell_of_before_keeps_its_hash():
     plain = spec_of("method=dpg")
     method = {name: value for name, value in plain.config["method"].items() if name not in ("credit", "baseline")}
     assert RunSpec({**plain.config, "method": method}).hash == plain.hash == spec_of("method=dpg", "credit=text").hash
+    influence = spec_of("method=influence_ekfac")
+    method = {name: value for name, value in influence.config["method"].items() if name not in ("credit", "baseline")}
+    assert RunSpec({**influence.config, "method": method}).hash == influence.hash != spec_of("method=influence_ekfac", "credit=token").hash
     hashes = {spec_of("method=dpg", "credit=token", f"baseline={baseline}").hash for baseline in ("group", "position", "critic")}
     assert len(hashes | {plain.hash}) == 4 and spec_of("method=dpg_token").hash in hashes
 
 
+@pytest.mark.parametrize("method", ["dpg", "influence"])
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -397,18 +439,23 @@ def test_a_cell_of_before_keeps_its_hash():
         (["baseline=critic"], "method.baseline=critic: a baseline of single tokens; write method.credit=token with it"),
     ],
 )
-def test_bad_options_are_one_line(words, message):
+def test_bad_options_are_one_line(method, words, message):
     with pytest.raises(UserError) as caught:
-        spec_of("method=dpg", *words)
+        spec_of(f"method={method}", *words)
     assert str(caught.value) == message
 
 
-def test_a_loss_that_is_not_causal_is_refused(bench):
-    work = bench("task=l2_norm", "method=dpg_token", "reduction=tokens")
+@pytest.mark.parametrize("estimator", ["adam", "less"])
+def test_an_influence_that_is_no_sum_over_tokens_is_refused(estimator):
+    with pytest.raises(UserError) as caught:
+        spec_of(f"method=influence_{estimator}", "credit=token")
+    why = "it divides by moments that later tokens change, so no token's credit is its own"
+    assert str(caught.value) == f"method.credit=token with estimator={estimator}: {why}; write estimator=dot or ekfac with it"
+
+
+@pytest.mark.parametrize("method", ["dpg", "influence"])
+def test_a_loss_that_is_not_causal_is_refused(bench, method):
+    work = bench("task=l2_norm", f"method={method}", "credit=token", "reduction=tokens")
     with pytest.raises(UserError, match=r"method.credit=token with training.reduction=tokens: .*; write training.reduction=length"):
-        next(Registry().load("method", "dpg")(work.options).run(work))
+        next(Registry().load("method", method)(work.options).run(work))
     assert not work.meter.total_flops
-
-
-def test_baselines_are_named_alike():
-    assert Registry().load("method", "dpg").__init__.__globals__["BASELINES"] == token_credit.BASELINES

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dpgbench.bench.flops import counted_flops, forward_flops
+from dpgbench.metagrad import derivatives
 from dpgbench.metagrad.training import SGD, AdamW, Moments, first_step_dots, gradient_dots, loaded, one_step_values, per_example_loss, train
 
 VOCAB, LENGTH = 23, 7
@@ -354,6 +355,35 @@ def test_gradient_dots_equal_gradients_text_by_text(make, names):
     ]  # fmt: skip
     assert values.shape == (5,) and not values.requires_grad and values[4] == 0
     assert relative_error(values, torch.stack(expected)) < (1e-12 if make is tiny_gpt2 else 1e-6)
+
+
+@pytest.mark.parametrize("way", ["forward", "no forward mode"])
+@pytest.mark.parametrize("reduction", ["length", "tokens"])
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_gradient_dots_of_single_labels_equal_their_own_gradients(make, reduction, way, monkeypatch):
+    """Column t is <grad of label t's share of the loss, direction> by a backward pass for each label, from the tokens before it alone, in
+    micro-batches and without a forward mode as well. Rows sum to the texts' own; pads and a text without labels get zero."""
+    model, texts = make(), tiny_batch(4, seed=2)
+    texts["labels"][3] = -100
+    direction, parameters = random_direction(model), dict(model.named_parameters())
+    expected = torch.zeros(4, LENGTH, dtype=torch.float64)
+    for row, labels in enumerate(texts["labels"]):
+        real = [t for t in range(1, LENGTH) if labels[t] != -100]
+        for t in real:
+            logits = model(input_ids=texts["input_ids"][row : row + 1, :t]).logits[0, -1]
+            loss = -logits.log_softmax(-1)[labels[t]] / (LENGTH - 1 if reduction == "length" else len(real))
+            slopes = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+            expected[row, t] = sum((slope * direction[name]).sum() for name, slope in zip(parameters, slopes, strict=True))
+    if way == "no forward mode":
+        monkeypatch.setattr(derivatives, "forward_mode_fault", lambda *arguments, **named: way)
+        monkeypatch.setattr(derivatives, "reverse_over_forward", None)
+    tolerance = 1e-11 if make is tiny_gpt2 else 1e-5  # Llama's norms compute in float32
+    for micro_batch in (None, 3):
+        how = {"direction": direction, "micro_batch": micro_batch, "reduction": reduction}
+        whole, single = gradient_dots(model, **texts, **how), gradient_dots(model, **texts, **how, per_token=True)
+        assert not single.requires_grad and bool((single[texts["labels"] == -100] == 0).all()) and bool((single[:, 0] == 0).all())
+        assert relative_error(single, expected) < tolerance
+        assert relative_error(single.sum(1), whole) < tolerance
 
 
 def test_gradient_dots_cost_three_forwards():

@@ -153,15 +153,20 @@ class Differentiating:
         optimizer_aware: bool = False,
         direction: Mapping[str, Tensor] | None = None,
         checkpoint: Checkpoint | None = None,
+        per_token: bool = False,
     ) -> Tensor:
         """What one step on each text alone would do to Phi, to first order: <u_i, grad Phi(phi_0)>, (N,), higher is better.
 
         u_i is minus the text's gradient, or with `optimizer_aware` the next update that the target's optimizer makes of it. Every text is
         judged alone and at phi_0, whatever T is: there the optimizer has seen nothing and the update is its first. With a `checkpoint`
         (`warmed_up`) all three are taken there: the text's gradient, grad Phi, and the optimizer's state that the update starts from. A
-        `direction`, by parameter name, stands in for grad Phi (`inverse_curvature_product`).
-        Cost: 3F in any case, and once per cell Phi's gradient at each of the points, counted. Raises CellError if a value is not finite.
+        `direction`, by parameter name, stands in for grad Phi (`inverse_curvature_product`). With `per_token` (N, L): column t is the
+        share of token t of a text as `World.encode` gives it, and a row sums to the text's; no other cost.
+        Cost: 3F in any case, and once per cell Phi's gradient at each of the points, counted. Raises CellError if a value is not finite,
+        ValueError for `per_token` with `optimizer_aware`: an update is no sum over tokens.
         """
+        if per_token and optimizer_aware:
+            raise ValueError("per_token with optimizer_aware: an optimizer's update is no sum over tokens; leave one of them out")
         encoded = self.world.encode(texts)
         where = checkpoint or self._start
         given = (encoded["input_ids"], encoded["labels"], self._gradient_of_signal(where) if direction is None else dict(direction))
@@ -170,10 +175,10 @@ class Differentiating:
                 how = {"reduction": self.engine.reduction, "chunk": self._texts_at_once(), "state": where.state, "step": where.step}
                 values = first_step_dots(target, *given, self.optimizer, **how)
             else:
-                values = -gradient_dots(target, *given, **self.engine.for_training())
+                values = -gradient_dots(target, *given, per_token=per_token, **self.engine.for_training())
         self.account.judged(encoded)
         if not bool(values.isfinite().all()):
-            bad = int((~values.isfinite()).sum())
+            bad = int((~values.isfinite()).view(len(texts), -1).any(1).sum())
             raise CellError(f"influences: {bad} of {len(texts)} are not finite; look at the task's signal at the initial target")
         return values
 

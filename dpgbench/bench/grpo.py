@@ -86,7 +86,7 @@ def train_policy(
     """GRPO with one batch-level reward call per step; yields the untrained generator (step 0) and then every step.
 
     A `reward` that gives one number per completion has the group's mean subtracted (`advantages`). One that gives credit to single tokens
-    has each token paid its return-to-go less `baseline`, one of `token_credit.BASELINES`.
+    has each token paid its return-to-go less `baseline`, one of `credit.BASELINES`.
 
     A policy that writes the deployment texts itself needs no more than that; with `policy.best_of` each of them is the best of so many of
     the trained generator's (`best_of.Candidates`), charged as such. Any other one is `generator`, a copy of the bench's, trained

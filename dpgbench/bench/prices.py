@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dpgbench.bench.flops import Shape
+from dpgbench.bench.flops import Shape, critic_code, critic_features, critic_flops
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.plugin_types import TaskInfo
 
@@ -47,6 +47,13 @@ class Prices:
     def curvature(self, texts: int) -> float:
         """EK-FAC of the target on so many texts, if Phi's gradient reaches all of it."""
         return self.target.curvature_flops(texts, self.spec.training.max_length)
+
+    def baseline(self, kind: str) -> float:
+        """What a policy step's tokens are compared with, one of `credit.BASELINES`: nothing but for a critic, which is fitted."""
+        if kind != "critic":
+            return 0.0
+        features = critic_features(self.written, critic_code(self.generator.width))
+        return critic_flops(self.spec.method.policy.completions * self.written, features)
 
     def finetuned(self, texts: int, batch: int) -> float:
         """Teaching the generator so many texts, `batch` at a time."""

@@ -5,7 +5,8 @@ of a text has no part in the losses of the labels before it. So what a text adds
 weights at zero, is all that token t can answer for; its first-order term is the **return-to-go** sum_{s >= t} tau_{i,s}. Paid instead of
 tau_i it leaves out what was settled before t, which is noise to token t: less variance, and the same expectation but for terms of order
 1/N, as tau_i has them anyway. A baseline that does not see token t takes away more. This is reward-to-go with a baseline (Sutton et al.
-1999, "Policy gradient methods"); the DPG paper (arXiv 2604.08423) pays every token tau_i.
+1999, "Policy gradient methods"); the DPG paper (arXiv 2604.08423) pays every token tau_i. An influence that is linear in a text's gradient
+is such a sum as well, and there nothing is left out: it does not hang on the other texts, so tails are its exact credit.
 
 `in_generated_tokens` moves credit from the target's tokens to the generator's, `Baseline` knows what a return-to-go is compared with, and
 `token_advantages` scales what is left.
@@ -26,9 +27,6 @@ from transformers import PreTrainedTokenizerBase
 from dpgbench.bench.flops import critic_code, critic_features, critic_flops
 from dpgbench.core.seeds import derive
 from dpgbench.worlds.generator import Generator
-
-BASELINES = ("group", "position", "critic")
-
 
 # ---------------------------------------------------------------- from the target's tokens to the generator's
 

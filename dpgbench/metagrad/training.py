@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dpgbench.core.labels import IGNORED_LABEL
 from dpgbench.metagrad import derivatives
 from dpgbench.metagrad.derivatives import Share, StepLoss
 from dpgbench.metagrad.inputs import (
@@ -185,22 +186,33 @@ def gradient_dots(
     micro_batch: int | None = None,
     reduction: str = "length",
     precision: str = "full",
+    per_token: bool = False,
 ) -> Tensor:
     """<grad l_i(phi_0), direction> for each of N texts: (N,), detached. One forward-mode product of the loss vector, no gradient is formed.
 
+    With `per_token` (N, L): column t is the same of the share of l_i that the label at position t has, whatever the reduction, and a row
+    sums to the text's. It costs the same, because the product of the loss vector goes through all labels' shares anyway.
     Where a model has no forward mode, or a wrong one (found on two texts, once per model), each text's gradient is formed after all, in
-    full precision.
+    full precision; for single labels it is reverse over reverse, at 5F.
 
     direction: by parameter name; a parameter it does not name counts as zero. `micro_batch` and `precision` as in `train`.
     Cost: 3F when the direction reaches every layer (the products of weights and activations, and both their tangents), less otherwise.
     Raises ValueError as `train` does."""
     params, texts = _start(model, input_ids, labels)
     check_precision(precision, params)
-    loss = StepLoss(model, micro_batch, reduction, precision)
-    share = Share(texts, torch.ones(len(input_ids), device=texts.input_ids.device), 1)
+    check_reduction(reduction)
+    loss = StepLoss(model, micro_batch, reduction, precision, per_token=per_token)
+    like = next(iter(params.values()))
+    share = Share(texts, torch.ones(input_ids.shape if per_token else input_ids.shape[:1], dtype=like.dtype, device=like.device), 1)
+    way = derivatives.reverse_over_forward
     if derivatives.forward_mode_fault(loss, params, share, second_order=False):
-        return -first_step_dots(model, input_ids, labels, direction, SGD(lr=1.0), reduction)
-    return derivatives.reverse_over_forward(loss, params, share, dict(direction), second_order=False)[0]
+        if not per_token:
+            return -first_step_dots(model, input_ids, labels, direction, SGD(lr=1.0), reduction)
+        way = derivatives.reverse_over_reverse
+    dots = way(loss, params, share, dict(direction), second_order=False)[0]
+    if per_token and reduction == "tokens":  # labels' shares are over L - 1; a text's divisor is a number that no parameter moves
+        dots = dots * ((labels.shape[1] - 1) / (texts.labels[:, 1:] != IGNORED_LABEL).sum(1, keepdim=True).clamp(min=1))
+    return dots
 
 
 def _start(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Params, Batch]:
