@@ -20,7 +20,7 @@ from dpgbench.stats.aggregates import (
     probability_of_improvement,
     score_grid,
 )
-from dpgbench.stats.curves import curves_by_seed, value_at
+from dpgbench.stats.curves import answer_at, curves_by_seed
 from dpgbench.stats.equal_compute import MatchedComparison
 from dpgbench.stats.ranks import MeanRanks, mean_ranks
 
@@ -34,7 +34,7 @@ Pairs = dict[tuple[str, str], MatchedComparison]
 
 @dataclass(frozen=True, eq=False)
 class BudgetCurve:
-    """One method's IQM of the normalised score against FLOPs. Beyond `all_until` some of its runs had ended and hold their last value."""
+    """One method's IQM of the normalised score against FLOPs. Beyond `all_until` some of its runs had ended and hold their last answer."""
 
     flops: np.ndarray
     value: np.ndarray
@@ -152,7 +152,7 @@ def _budget_curve(label: str, runs: dict, anchors: Mapping[str, Anchors], end: f
     flops = np.unique(np.concatenate([np.geomspace(start, end, GRID_POINTS), [start, all_until, end]]))
     levels = pd.DataFrame(
         {
-            (task, seed): (value_at(*run, flops, after="hold") - anchors[task].base) / (anchors[task].ceiling - anchors[task].base)
+            (task, seed): (answer_at(*run, flops) - anchors[task].base) / (anchors[task].ceiling - anchors[task].base)
             for (task, seed), run in runs.items()
         }
     ).T
