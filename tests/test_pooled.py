@@ -95,6 +95,7 @@ def test_scales_units_and_order_of_tasks_do_not_matter_to_s():
     assert pooled_test(by_task([[2.0] * 5, [7.0] * 5])).statistic == pytest.approx(1.0), "ahead by the same with every seed, on every task"
 
 
+@pytest.mark.filterwarnings("error")
 def test_holes_rounding_and_bad_input():
     same = advantages_by_seed(pd.Series([0.1 + 0.2, 1.0, 5.0]), pd.Series([0.3, 1.0, 4.0]))
     assert same.tolist() == [0.0, 0.0, 1.0], "what differs in the last bits is the same"
@@ -106,8 +107,12 @@ def test_holes_rounding_and_bad_input():
     with_equal = pooled_test(by_task([[0.0] * 4, [1.0, 2.0, 1.0, 1.0]]))
     assert with_equal.statistic == pytest.approx(0.5 * 1.25 / np.sqrt(7 / 4)), "a task without any difference counts as none"
     assert np.isnan(pooled_test(by_task([[inf, 1.0]])).p) and np.isnan(pooled_test({}).p) and pooled_test({}).n == 0
-    for given, said in (({"flip": "tasks"}, "flip is 'tasks'"), ({"scales": {"t0": 0.0}}, "scale of task t0 is 0.0, but scales are positive"),
-                        ({"weights": {"t0": -1.0}}, "weight of task t0")):  # fmt: skip
+    scaled = "scale of task t0 is 0.0, but scales are positive"
+    for given, said in (
+        ({"flip": "tasks"}, "flip is 'tasks'"),
+        ({"scales": {"t0": 0.0}}, scaled),
+        ({"weights": {"t0": -1.0}}, "weight of"),
+    ):
         with pytest.raises(ValueError, match=said):
             pooled_test(by_task([[1.0, 2.0]]), **given)
     with pytest.raises(ValueError, match="task t has more than one value for a seed"):
@@ -174,7 +179,7 @@ def test_size_under_the_null_at_full_length(null):
 
 
 def test_luck_that_a_seed_shares_between_tasks_is_what_flipping_whole_seeds_is_for():
-    """Correlation 0.5 between tasks of one seed, 3 tasks x 6 seeds: pairs flipped one by one reject far more than 5%, whole seeds do not."""
+    """Correlation 0.5 between tasks of one seed, 3 tasks x 6 seeds: flipping pairs rejects far more than 5%, whole seeds do not."""
 
     def shared(rng, shape):
         return rng.normal(size=(1, shape[1])) + rng.normal(size=shape)
@@ -210,9 +215,7 @@ def test_power_table_of_the_protocol():
     """The table in docs/protocol.md: 200 experiments a row."""
     for seeds, effect in ((6, 0.3), (6, 0.5), (9, 0.3), (9, 0.5), (9, 0.7), (12, 0.3)):
         pooled, by_flips, by_t, share = power(effect, 8, seeds, 200, np.random.default_rng(seeds))
-        print(
-            f"power, {seeds} seeds, effect {effect}: pooled {pooled:.2f}, a task by flips {by_flips:.2f}, by t {by_t:.2f}, share {share:.3f}"
-        )
+        print(f"power, {seeds} seeds, effect {effect}: pooled {pooled:.2f}, a task by flips {by_flips:.2f}, by t {by_t:.2f} ({share:.3f})")
         assert pooled > share + 0.1 and pooled > by_flips
 
 
