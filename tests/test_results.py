@@ -7,6 +7,8 @@ import functools
 import pytest
 from conftest import README, ROOT
 
+from dpgbench import config
+from dpgbench.plugins.registry import Registry
 from dpgbench.report import read_contents, table_files
 from dpgbench.store.parquet import read_parquet
 
@@ -17,7 +19,7 @@ COMMITTED = [path for path in SUITES if (path.parent / path.stem / "tables").is_
 @functools.cache
 def contents_of(parquet):
     frame, about = read_parquet(parquet)
-    return read_contents(frame, about["suite"])
+    return read_contents(frame, about["suite"], config.protocol_of(Registry(), about["suite"]))
 
 
 @pytest.mark.slow

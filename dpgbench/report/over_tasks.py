@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from dpgbench.core.protocol import Protocol
 from dpgbench.report.format import and_more, plural
+from dpgbench.report.pooled import Family, pooled_comparisons
 from dpgbench.report.results import BASE, ORACLE, SuiteResults, natural
 from dpgbench.report.task_tables import MethodRow, generator_for, matched_pairs, method_rows
 from dpgbench.stats.aggregates import (
@@ -59,6 +61,7 @@ class Across:
     ranks: MeanRanks
     rows: dict[str, list[MethodRow]]
     pairs: dict[str, Pairs]
+    pooled: Family
     notes: tuple[str, ...]
 
     @property
@@ -66,8 +69,11 @@ class Across:
         return [task for task, found in self.anchors.items() if not found.why_undefined]
 
 
-def compute_across(results: SuiteResults) -> Across:
-    """Cost: seconds, most of them for the bands of the budget curves and the effect sizes of all pairs."""
+def compute_across(results: SuiteResults, protocol: Protocol) -> Across:
+    """`protocol` says which methods the primary tests are about.
+
+    Cost: seconds, most of them for the bands of the budget curves and the effect sizes of all pairs.
+    """
     scores = _final_scores(results)
     directions = {task.label: task.higher_is_better for task in results.tasks}
     # The roles' own names, which normalise knows; a row keeps its label beside.
@@ -101,6 +107,7 @@ def compute_across(results: SuiteResults) -> Across:
         ranks=ranks,
         rows={task.label: method_rows(task) for task in results.tasks},
         pairs={task.label: matched_pairs(task) for task in results.tasks},
+        pooled=pooled_comparisons(results, normalised.anchors, protocol),
         notes=_notes(normalised.anchors),
     )
 

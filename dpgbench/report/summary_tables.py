@@ -9,6 +9,7 @@ import numpy as np
 from dpgbench.report import task_tables
 from dpgbench.report.format import DASH, amount, and_more, decimals_for, interval, number, plural, probability
 from dpgbench.report.over_tasks import Across, ahead_of_all
+from dpgbench.report.pooled import primary_findings
 from dpgbench.report.results import BASE, ORACLE, SuiteResults, TaskResults
 from dpgbench.report.table import Cell, Column, Row, Table, escape, markdown, text_cell
 from dpgbench.stats.aggregates import OverTasks
@@ -179,6 +180,7 @@ def findings(results: SuiteResults, across: Across, winners: Table) -> list[str]
         others = and_more(label for label in with_it if label != first)
         told = f"the tasks do not tell it apart from {others}" if others else "the tasks tell it apart from every other"
         said.append(f"Best mean rank: {first}, {number(ranks.iloc[0], 2)}; {told}.")
+    said += primary_findings(across.pooled)
     said += winners.findings
     ahead = {}
     for label in results.labels("method"):

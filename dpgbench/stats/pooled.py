@@ -71,9 +71,11 @@ def advantages_by_seed(values_a: pd.Series, values_b: pd.Series, *, higher_is_be
     listed twice.
     """
     pairs, _ = pairs_by_seed(values_a, values_b)
+    a, b = pairs["a"].to_numpy(), pairs["b"].to_numpy()
     with np.errstate(invalid="ignore"):
-        difference = (pairs["a"] - pairs["b"]) * (1 if higher_is_better else -1)
-        return difference.where(~(difference.abs() <= SAME * pairs.abs().max(axis=1)), 0.0)
+        differences = (a - b) * (1 if higher_is_better else -1)
+        differences[np.abs(differences) <= SAME * np.maximum(np.abs(a), np.abs(b))] = 0.0
+    return pd.Series(differences, index=pairs.index)
 
 
 def pooled_test(
