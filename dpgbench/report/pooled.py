@@ -143,8 +143,9 @@ def _table(
     caption = (
         f"The primary tests: {reference} against every rival over all tasks that both have, final answers, paired by task and seed "
         f"(positive: {reference} is better). Effect: mean advantage as a share of the way from base to oracle, with 95% t interval"
-        f"{matters}. S: the advantage of each task over its root mean square, averaged; p: its two-sided sign-flip test over all pairs, every pattern "
-        f"counted; Holm-adjusted over the {plural(len(family), 'comparison')} of this family. Last column: each task left out."
+        f"{matters}. S: the advantage of each task over its root mean square, averaged; p: its two-sided sign-flip test over all pairs, "
+        f"every pattern counted; Holm-adjusted over the {plural(len(family), 'comparison')} of this family. Last column: each task left "
+        "out."
     )
     notes = []
     without_gap = [task.label for task in results.tasks if np.isnan(_gap(task, anchors))]
