@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from dpgbench.stats.over_seeds import mean_interval, paired_difference, smallest_sign_flip_p
 
@@ -118,6 +119,19 @@ def test_above_twelve_pairs_the_named_generator_decides():
     enumerated = (abs(signs @ a.to_numpy()) >= abs(a.sum()) - 1e-9).mean()
     assert first.p == pytest.approx(enumerated, abs=4 * np.sqrt(enumerated * (1 - enumerated) / 20_000))
     assert first.smallest_p == 2 / 2**13
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_paired_t_test_beside_it():
+    """Differences 1, 2, 3: t = 2 / 0.5774 = 3.464, two degrees of freedom: p = 1 - t / sqrt(t^2 + 2) = 0.0742; else scipy's."""
+    assert paired_difference(by_seed([2, 4, 6]), by_seed([1, 2, 3])).t_p == pytest.approx(0.07418, abs=1e-5)
+    generator = np.random.default_rng(4)
+    for n in (2, 6, 9, 12):
+        a, b = generator.normal(0.8, 1, n), generator.normal(0, 1, n)
+        assert paired_difference(by_seed(a), by_seed(b)).t_p == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-9)
+    assert paired_difference(by_seed([1, 2]), by_seed([1, 2])).t_p == 1, "no difference at all"
+    for without in (([0.1 + 0.2, 0.3], [0.3 - 1, 0.3 - 1]), ([3.0], [1.0]), ([np.inf, 1.0], [0.0, 0.0]), ([], [])):
+        assert np.isnan(paired_difference(by_seed(without[0]), by_seed(without[1])).t_p), without
 
 
 def test_a_seed_given_twice_is_refused():

@@ -28,41 +28,44 @@ pytestmark = pytest.mark.filterwarnings("error")
 #   g = 0.33; the sums of the 8 patterns are +-0.3, +-0.5, +-0.1 twice each way: |sum| >= 0.3 four times, p = 4/8.
 # late 0.0, 0.3, 0.3: mean 0.2, sd 0.1732. Minus base -0.1, 0.1, 0: mean 0, sd 0.1, p = 1, d = 0.
 # Holm over three: 0.25 x 3 = 0.75, then max(0.75, 0.5 x 2) = 1, then 1.
+# Paired t with 2 degrees of freedom: p = 1 - t / sqrt(t^2 + 2). dpg t = 0.6 sqrt(3) / 0.1 = 10.39: 0.0091, times 3 is 0.027; best_n4 t = 1:
+#   0.4226, times 2 is 0.85; late t = 0: 1.
 RESULTS = """\
 | method | n | acc | difference to base | effect size | p | Holm p | FLOPs | tokens generated | tokens trained | time |
 |-|
-| dpg | 3 | **0.800 [0.303, 1.297]** | +0.600 [+0.352, +0.848] | +3.4 [+0.8, +11.6] | 0.25 | 0.75 | 1.00e+10 | 1.50k | 2.50M | 20 min |
-| best_n4 | 3 | 0.300 [0.052, 0.548] | +0.100 [-0.330, +0.530] | +0.3 [-0.7, +1.8] | 0.5 | 1 | 1.00e+09 | 1.50k | 0 | 4.2 s |
+| dpg | 3 | **0.800 [0.303, 1.297]** | +0.600 [+0.352, +0.848] | +3.4 [+0.8, +11.6] | 0.25 t 0.0091 | 0.75 t 0.027 \
+| 1.00e+10 | 1.50k | 2.50M | 20 min |
+| best_n4 | 3 | 0.300 [0.052, 0.548] | +0.100 [-0.330, +0.530] | +0.3 [-0.7, +1.8] | 0.5 t 0.42 | 1 t 0.85 | 1.00e+09 | 1.50k | 0 | 4.2 s |
 | base (reference) | 3 | 0.200 [-0.048, 0.448] | – | – | – | – | 10.0M | 1.50k | 0 | 4.2 s |
-| late | 3 | 0.200 [-0.230, 0.630] | 0.000 [-0.248, +0.248] | 0.0 [-1.1, +1.1] | 1 | 1 | 1.00e+12 | 1.50k | 0 | 4.2 s |
+| late | 3 | 0.200 [-0.230, 0.630] | 0.000 [-0.248, +0.248] | 0.0 [-1.1, +1.1] | 1 t 1 | 1 t 1 | 1.00e+12 | 1.50k | 0 | 4.2 s |
 | naive | 0 of 3 | – | – | – | – | – | – | – | – | – |
 
-> With 3 paired seeds the smallest p this test can reach is 0.25, 0.75 after Holm's correction for 3 comparisons: fewer than 6 seeds \
-cannot reach 0.05, whatever the data; this table needs 7.
+> With 3 paired seeds the smallest p that sign flips can reach is 0.25, 0.75 after Holm's correction for 3 comparisons, whatever the \
+data: below 0.05 needs 7 seeds. The paired t test (t) has no such bound, but takes the differences to be Gaussian.
 """
 
-# dpg at 1e9, half way over log FLOPs between 0.2 at 1e8 and its end: 0.4, 0.5, 0.6. Minus best_n4: 0.1, 0.1, 0.4, mean 0.2, sd 0.1732,
-# half-width 0.430, d = 1.155, g = 0.65, p = 2/8; the only comparison, so Holm changes nothing. late starts where dpg has ended.
+# Answers at the FLOPs of whichever spent more, the other holding its last. dpg minus best_n4 at 1e10: 0.3, 0.4, 0.8, mean 0.5, sd 0.2646,
+# half-width 0.657, d = 1.890 (-0.176, 3.908), g = 1.07, t = 3.273, p = 0.082. dpg minus late at 1e12: 0.6, 0.5, 0.7, mean 0.6, sd 0.1: as
+# dpg to base above. best_n4 minus late: 0.3, 0.1, -0.1, mean 0.1, sd 0.2, half-width 0.497, d = 0.5 (-0.767, 1.672), g = 0.28, t = 0.866,
+# p = 0.48; |sum| of the patterns: 0.3, 0.5, 0.1, 0.3, so 6 of 8 are as extreme. Holm over three: 0.75 thrice; t: 0.027, 0.16, 0.48.
 EQUAL_FLOPS = """\
 | method | against | n | FLOPs | advantage | effect size | p | Holm p |
 |-|
-| dpg | best_n4 | 3 | 1.00e+09 | +0.200 [-0.230, +0.630] | +0.7 [-0.4, +2.6] | 0.25 | 0.25 |
+| dpg | late | 3 | 1.00e+12 | +0.600 [+0.352, +0.848] | +3.4 [+0.8, +11.6] | 0.25 t 0.0091 | 0.75 t 0.027 |
+| dpg | best_n4 | 3 | 1.00e+10 | +0.500 [-0.157, +1.157] | +1.1 [-0.2, +3.9] | 0.25 t 0.082 | 0.75 t 0.16 |
+| best_n4 | late | 3 | 1.00e+12 | +0.100 [-0.397, +0.597] | +0.3 [-0.8, +1.7] | 0.75 t 0.48 | 0.75 t 0.48 |
 
-> With 3 paired seeds the smallest p this test can reach is 0.25: fewer than 6 seeds cannot reach 0.05, whatever the data; it needs 6.
-
-> No common FLOPs, so not compared: best_n4 and late (no common compute: one ends at 1e+09, the other starts at 1e+12), \
-dpg and late (no common compute: one ends at 1e+10, the other starts at 1e+12).
+> With 3 paired seeds the smallest p that sign flips can reach is 0.25, 0.75 after Holm's correction for 3 comparisons, whatever the \
+data: below 0.05 needs 7 seeds. The paired t test (t) has no such bound, but takes the differences to be Gaussian.
 """
 
-# Area of a straight line per decade: (0.2 + end) / 2 = 0.4, 0.5, 0.6, mean 0.5, half-width 0.248.
-# No oracle, so the ceiling is dpg's mean 0.8: levels 0.2 + 0.5 x 0.6 = 0.5 and 0.2 + 0.9 x 0.6 = 0.74.
-# dpg reaches 0.5 at 10^(8 + 2 x 0.3/0.4) = 3.16e9, 10^(8 + 2 x 0.3/0.6) = 1e9 and 10^(8 + 2 x 0.3/0.8) = 5.62e8: median 1e9.
-# 0.74: seed 0 never, the others at 10^(8 + 2 x 0.9) = 6.31e9 and 10^(8 + 2 x 0.675) = 2.24e9; never counts as more: median 6.31e9.
+# From 1e8 to 1e10 dpg has its first answer, 0.2 with every seed: no spread. No oracle, so the ceiling is dpg's mean 0.8: levels
+# 0.2 + 0.5 x 0.6 = 0.5 and 0.2 + 0.9 x 0.6 = 0.74. Its second snapshot, at 1e10, reaches 0.5 with all seeds and 0.74 with two of three.
 COMPUTE = """\
 | method | snapshots | FLOPs | mean over log FLOPs | FLOPs to 0.500: 50% | FLOPs to 0.740: 90% |
 |-|
 | best_n4 | 1 | 1.00e+09 to 1.00e+09 | – | not reached (0 of 3) | not reached (0 of 3) |
-| dpg | 2 | 100M to 1.00e+10 | 0.500 [0.252, 0.748] | 1.00e+09 (3 of 3) | 6.31e+09 (2 of 3) |
+| dpg | 2 | 100M to 1.00e+10 | 0.200 [0.200, 0.200] | 1.00e+10 (3 of 3) | 1.00e+10 (2 of 3) |
 | late | 1 | 1.00e+12 to 1.00e+12 | – | not reached (0 of 3) | not reached (0 of 3) |
 """
 
@@ -106,22 +109,24 @@ def test_versus_and_overview_by_hand(small):
                  r"No oracle on 1 task: there 1 is the best final mean, .* no finding \(dpg on toy\)"):  # fmt: skip
         assert re.search(line, summary), line
     versus = squeezed((small / "versus_dpg.md").read_text(encoding="utf-8"))
-    assert "| toy acc ↑ | +0.200 [-0.230, +0.630] p 0.25 n=3 | – |" in versus
+    assert "| toy acc ↑ | +0.500 [-0.157, +1.157] p 0.5 t 0.082 n=3 | +0.600 [+0.352, +0.848] p 0.5 t 0.018 n=3 |" in versus
     assert "Ahead of every other method it can be compared with on 1 of 1 task: toy. Behind at least one on 0." in versus
     assert "Behind at least one on 1: toy (dpg)." in (small / "versus_best_n4.md").read_text(encoding="utf-8")
 
 
 def test_the_winner_and_the_difference_over_tasks_by_hand(small):
     """dpg minus best_n4, the next: 0.3, 0.4, 0.8, mean 0.5, sd 0.2646, half-width 0.657; against each of the others all three differences
-    are positive, so each p is 2/8, and so is the largest. Over its one task, at equal FLOPs: (0.1, 0.1, 0.4) / 0.6, mean 1/3, half-width
-    0.430 / 0.6 = 0.717, p = 2/8."""
+    are positive, so each p is 2/8, and so is the largest; of the t tests that is 0.082. Over its one task, at equal FLOPs:
+    (0.3, 0.4, 0.8) / 0.6, mean 0.833, half-width 0.657 / 0.6 = 1.095, p = 2/8."""
     summary = squeezed((small / "summary.md").read_text(encoding="utf-8"))
     line = "| toy acc ↑ | dpg | 0.800 [0.303, 1.297] | best_n4 | +0.500 [-0.157, +1.157] | 1.00e+10 next: 1.00e+09 | 3 | 0.25 "
     assert line in summary
-    assert "No method is shown to be better than every other on toy (dpg leads, p 0.25)." in summary
+    assert "No method is shown to be better than every other on toy (dpg leads, p 0.25 t 0.082)." in summary
     versus = squeezed((small / "versus_dpg.md").read_text(encoding="utf-8"))
-    assert "| best_n4 | 1 | 3 | +0.333 [-0.384, +1.050] | 0.25 | 0.25 |" in versus
-    assert "| dpg | 1 | 3 | -0.333 [-1.050, +0.384] | 0.25 | 0.25 |" in squeezed((small / "versus_best_n4.md").read_text(encoding="utf-8"))
+    assert "| best_n4 | 1 | 3 | +0.833 [-0.262, +1.929] | 0.25 t 0.082 | 0.5 t 0.082 |" in versus
+    assert "| dpg | 1 | 3 | -0.833 [-1.929, +0.262] | 0.25 t 0.082 | 0.5 t 0.16 |" in squeezed(
+        (small / "versus_best_n4.md").read_text(encoding="utf-8")
+    )
 
 
 def test_phi_has_a_table_of_its_own_unless_it_is_every_headline(small):
@@ -154,7 +159,7 @@ def test_enough_seeds_and_a_clear_lead_are_a_win(tmp_path):
     assert "Better than every other (adjusted p &lt; 0.05): dpg on toy." in summary and "**0.0078 one task: 0.0078" in summary
     assert "Better than every other (adjusted p &lt; 0.05): dpg on toy." in (tmp_path / "index.html").read_text(encoding="utf-8")
     versus = squeezed((tmp_path / "tables/versus_dpg.md").read_text(encoding="utf-8"))
-    assert "Over tasks, adjusted p &lt; 0.05: better than naive; worse than none." in versus
+    assert "Over tasks, adjusted p &lt; 0.05 by sign flips: better than naive; worse than none." in versus
 
 
 def test_lower_is_better_turns_the_order_and_the_oracle_scales_and_does_not_compete(tmp_path):
@@ -170,7 +175,7 @@ def test_lower_is_better_turns_the_order_and_the_oracle_scales_and_does_not_comp
     assert re.search(r"\| dpg \| 1 \| 3 \| -3\.000 ", summary), "(0.8 - 0.2) / (0 - 0.2)"
     assert re.search(r"\| oracle \(not a competitor\) \| 1 \| 3 \| 1\.000 [^|]*\| – \|", summary) and "No oracle" not in summary
     equal = squeezed((tmp_path / "tables/toy.md").read_text(encoding="utf-8"))
-    assert "| best_n4 | dpg | 3 | 1.00e+09 | +0.200 [-0.230, +0.630] |" in equal, "the lower one is ahead"
+    assert "| best_n4 | dpg | 3 | 1.00e+10 | +0.500 [-0.157, +1.157] |" in equal, "the lower one is ahead"
 
 
 def test_holm_family_is_the_table_and_six_seeds_reach_what_they_can():
@@ -188,7 +193,7 @@ def test_holm_family_is_the_table_and_six_seeds_reach_what_they_can():
     assert cells == [["0.031", "0.062"], ["0.031", "0.062"], ["–", "–"]]
     assert reachable_note([6, 6], 2) == contents.by_task["toy"][0].notes
     assert (
-        "0.031, 0.062 after Holm's correction for 2 comparisons: no difference can reach 0.05 here; this table needs 7"
+        "0.031, 0.062 after Holm's correction for 2 comparisons, whatever the data: below 0.05 needs 7 seeds. The paired t test"
         in contents.by_task["toy"][0].notes[0]
     )
     assert reachable_note([7, 7], 2) == () and reachable_note([6], 1) == () and reachable_note([], 3) == ()

@@ -39,15 +39,15 @@ def test_seeds_that_a_task_lacks_are_left_out_and_named():
 
 def test_better_than_all_by_hand():
     """p of 1, 2, 3 is 2/8; of 3, -1, 1 the sums are +-3, +-5, +-1, +-3 (|sum| >= 3: six of eight). The larger is the claim's."""
-    clear, hard = against(1, 2, 3), against(3, -1, 1)
+    clear, hard = against(1, 2, 3), against(3, -1, 1)  # t tests: 0.074; t = 1 / (2 / sqrt(3)) = 0.866, p = 1 - t / sqrt(t^2 + 2) = 0.478
     assert (clear.p, hard.p) == (0.25, 0.75)
     found = better_than_all({"base": clear, "naive": hard})
-    assert (found.p, found.hardest, found.n, found.ahead) == (0.75, "naive", 3, True)
+    assert (found.p, found.hardest, found.n, found.ahead) == (0.75, "naive", 3, True) and found.t_p == pytest.approx(0.4778, abs=1e-4)
     behind = better_than_all({"base": clear, "naive": against(-1, -2, -3)})
-    assert (behind.p, behind.hardest, behind.ahead) == (1.0, "naive", False)
+    assert (behind.p, behind.hardest, behind.ahead, behind.t_p) == (1.0, "naive", False, 1.0)
     assert better_than_all({"twin": against(0, 0, 0)}).p == 1.0, "the same is not better"
     unknown = better_than_all({"base": clear, "naive": against()})
-    assert np.isnan(unknown.p) and unknown.hardest == "naive" and unknown.n == 0 and not unknown.ahead
+    assert np.isnan([unknown.p, unknown.t_p]).all() and unknown.hardest == "naive" and unknown.n == 0 and not unknown.ahead
     with pytest.raises(ValueError, match="at least one rival"):
         better_than_all({})
 

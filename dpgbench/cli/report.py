@@ -47,7 +47,8 @@ def write_report(words: list[str]) -> int:
             collect.write_parquet(frame, parquet, suite=name, title=request.title, command=f"python -m dpgbench sweep {said}")
     frame, about = collect.read_parquet(parquet)
     command = f"{about['command']}\npython -m dpgbench report {selector(name)}={name}"
-    what = {"suite": about["suite"], "command": command, "title": about["title"] or None}
+    protocol = config.protocol_of(request.registry if request is not None else Registry(), about["suite"])
+    what = {"suite": about["suite"], "command": command, "title": about["title"] or None, "protocol": protocol}
     if as_json:
         print(json.dumps(machine_readable(frame, **what), indent=1, ensure_ascii=False, allow_nan=False))
     else:

@@ -18,6 +18,7 @@ from dpgbench.core.errors import UserError, did_you_mean
 from dpgbench.core.files import yaml_of
 from dpgbench.core.options import leaves_of
 from dpgbench.core.paths import home
+from dpgbench.core.protocol import Protocol, read_protocol
 from dpgbench.plugins.registry import Registry
 
 if TYPE_CHECKING:
@@ -35,6 +36,13 @@ def presets(registry: Registry, kind: str) -> dict[str, Path]:
 def suites(registry: Registry) -> dict[str, str]:
     """Every stored suite's title, by name."""
     return {name: str(yaml_of(path.read_text(encoding="utf-8")).get("title", "")) for name, path in files(registry, "suite").items()}
+
+
+def protocol_of(registry: Registry, suite: str) -> Protocol:
+    """What a stored suite fixed beforehand; an empty one for a suite that is not stored or fixed nothing. UserError for a bad one."""
+    path = files(registry, "suite").get(suite)
+    stored = None if path is None else yaml_of(path.read_text(encoding="utf-8")).get("protocol")
+    return read_protocol(stored, str(path))
 
 
 def files(registry: Registry, group: str) -> dict[str, Path]:

@@ -8,9 +8,11 @@ from pathlib import Path
 import pandas as pd
 
 from dpgbench.core.files import write_atomically
+from dpgbench.core.protocol import NOTHING_FIXED, Protocol
 from dpgbench.report.deployment_size import draw_sizes, size_tables
 from dpgbench.report.format import file_names
 from dpgbench.report.over_tasks import Across, compute_across
+from dpgbench.report.pooled import pooled_tables
 from dpgbench.report.results import SuiteResults, read_frame
 from dpgbench.report.summary_tables import means_table, overview_table, phi_table, summary_markdown, versus_tables
 from dpgbench.report.table import Table, latex, markdown, records
@@ -24,8 +26,8 @@ __all__ = ["build", "machine_readable"]
 class Contents:
     """What a report says, before it is drawn: the tables over all tasks, of every method against the others, and of every task.
 
-    `over_tasks` has a method against the others on all tasks at once; not every method of `versus` need have one. `phi` is None where every
-    headline is Phi.
+    `pooled` has the primary tests, none where the suite's protocol names no reference. `over_tasks` has a method against the others on all
+    tasks at once; not every method of `versus` need have one. `phi` is None where every headline is Phi.
     """
 
     results: SuiteResults
@@ -34,15 +36,19 @@ class Contents:
     winners: Table
     means: Table
     phi: Table | None
+    pooled: list[Table]
     versus: dict[str, Table]
     over_tasks: dict[str, Table]
     by_task: dict[str, list[Table]]
 
 
-def read_contents(frame: pd.DataFrame, suite: str) -> Contents:
-    """Every table of a suite. ValueError if a non-empty frame lacks a column the report cannot do without."""
+def read_contents(frame: pd.DataFrame, suite: str, protocol: Protocol = NOTHING_FIXED) -> Contents:
+    """Every table of a suite; its primary tests are those of `protocol`.
+
+    ValueError if a non-empty frame lacks a column the report cannot do without.
+    """
     results = read_frame(frame, suite)
-    across = compute_across(results)
+    across = compute_across(results, protocol)
     by_task = {
         task.label: tables_of_task(task, across.rows[task.label], across.pairs[task.label], across.anchors.get(task.label))
         + size_tables(task, results)
@@ -51,10 +57,13 @@ def read_contents(frame: pd.DataFrame, suite: str) -> Contents:
     versus = versus_tables(results, across)
     over_tasks = {label: table for label in versus if (table := over_tasks_table(label, results, across))}
     overall = overview_table(results, across), winners_table(results, across), means_table(results, across), phi_table(results, across)
-    return Contents(results, across, *overall, versus, over_tasks, by_task)
+    pooled = pooled_tables(results, across.anchors, across.pooled, protocol)
+    return Contents(results, across, *overall, pooled, versus, over_tasks, by_task)
 
 
-def build(frame: pd.DataFrame, folder: str | Path, *, suite: str, command: str, title: str | None = None) -> Path:
+def build(
+    frame: pd.DataFrame, folder: str | Path, *, suite: str, command: str, title: str | None = None, protocol: Protocol = NOTHING_FIXED
+) -> Path:  # fmt: skip
     """Write `index.html`, `tables/*.md|tex` and `figures/*.png|svg` into `folder` and return the path of `index.html`.
 
     `frame` holds one row per (cell, snapshot) and one row per cell without a result (columns: report/results.py); `command` is
@@ -67,7 +76,7 @@ def build(frame: pd.DataFrame, folder: str | Path, *, suite: str, command: str, 
     from dpgbench.report.task_figures import draw_figures
 
     folder = Path(folder)
-    contents = read_contents(frame, suite)
+    contents = read_contents(frame, suite, protocol)
     results = contents.results
     figures = {task.label: draw_figures(task, results.styles, contents.across.rows[task.label]) for task in results.tasks}
     overall = [*draw_summary_figures(results, contents.across), *draw_sizes(results)]
@@ -83,12 +92,16 @@ def build(frame: pd.DataFrame, folder: str | Path, *, suite: str, command: str, 
 
 
 def table_files(contents: Contents) -> dict[str, str]:
-    """{file name: content}: the summary, a file per task, a file per method against the others; Markdown and LaTeX each."""
+    """{file name: content}: summary, primary tests, a file per task, a file per method against the others; Markdown and LaTeX each."""
     results = contents.results
     over_all = [contents.overview, contents.winners, contents.means, *filter(None, [contents.phi])] if results.tasks else []
     stems = file_names([*(task.file_name for task in results.tasks), *(f"versus_{label}" for label in contents.versus)])
     task_files = [stems[task.file_name] for task in results.tasks]
-    files = {"summary.md": summary_markdown(results, over_all, [*stems.values()]), "summary.tex": _latex(over_all)}
+    primary = ["pooled"] if contents.pooled else []
+    files = {"summary.md": summary_markdown(results, over_all, [*primary, *stems.values()]), "summary.tex": _latex(over_all)}
+    if contents.pooled:
+        shown = "\n".join(markdown(table, "#" if number % 2 == 0 else "##") for number, table in enumerate(contents.pooled))
+        files |= {"pooled.md": shown.rstrip("\n") + "\n", "pooled.tex": _latex(contents.pooled)}
     for task, stem in zip(results.tasks, task_files, strict=True):
         shown = contents.by_task[task.label]
         files |= {f"{stem}.md": task_markdown(task, shown, contents.across.rows[task.label]), f"{stem}.tex": _latex(shown)}
@@ -103,13 +116,15 @@ def _latex(tables: list[Table]) -> str:
     return "\n".join(["% \\usepackage{booktabs}", *(latex(table) for table in tables)])
 
 
-def machine_readable(frame: pd.DataFrame, *, suite: str, command: str, title: str | None = None) -> dict[str, object]:
+def machine_readable(
+    frame: pd.DataFrame, *, suite: str, command: str, title: str | None = None, protocol: Protocol = NOTHING_FIXED
+) -> dict[str, object]:  # fmt: skip
     """Every table of the report with the unrounded numbers behind it, and every hole, as what JSON can hold. Errors as in `build`."""
-    contents = read_contents(frame, suite)
+    contents = read_contents(frame, suite, protocol)
     results, ranks = contents.results, contents.across.ranks
     found = {
         "suite": suite, "title": title or "", "command": command, "cells": results.cells_by_status, "overview": records(contents.overview),
-        "winners": records(contents.winners),
+        "winners": records(contents.winners), "pooled": [records(table) for table in contents.pooled],
         "means": records(contents.means), "phi": records(contents.phi) if contents.phi else None,
         "versus": {label: records(table) for label, table in contents.versus.items()},
         "over_tasks": {label: records(table) for label, table in contents.over_tasks.items()},

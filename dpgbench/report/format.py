@@ -10,8 +10,8 @@ DASH = "–"  # what a cell without a number shows; never an empty cell, which r
 
 
 def file_names(labels: Iterable[str]) -> dict[str, str]:
-    """A distinct, portable file name (no suffix) for every label, in order; `summary` is taken by the summary table."""
-    taken, names = {"summary"}, {}
+    """A distinct, portable file name (no suffix) for every label, in order; `summary` and `pooled` are taken."""
+    taken, names = {"summary", "pooled"}, {}
     for label in labels:
         stem = re.sub(r"[^A-Za-z0-9._=+-]+", "_", label).strip("._")[:80] or "task"
         name, count = stem, 2

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from dpgbench.core.protocol import Protocol
 from dpgbench.report.format import and_more, plural
+from dpgbench.report.pooled import Family, pooled_comparisons
 from dpgbench.report.results import BASE, ORACLE, SuiteResults, natural
 from dpgbench.report.task_tables import MethodRow, generator_for, matched_pairs, method_rows
 from dpgbench.stats.aggregates import (
@@ -20,7 +22,7 @@ from dpgbench.stats.aggregates import (
     probability_of_improvement,
     score_grid,
 )
-from dpgbench.stats.curves import curves_by_seed, value_at
+from dpgbench.stats.curves import answer_at, curves_by_seed
 from dpgbench.stats.equal_compute import MatchedComparison
 from dpgbench.stats.ranks import MeanRanks, mean_ranks
 
@@ -34,7 +36,7 @@ Pairs = dict[tuple[str, str], MatchedComparison]
 
 @dataclass(frozen=True, eq=False)
 class BudgetCurve:
-    """One method's IQM of the normalised score against FLOPs. Beyond `all_until` some of its runs had ended and hold their last value."""
+    """One method's IQM of the normalised score against FLOPs. Beyond `all_until` some of its runs had ended and hold their last answer."""
 
     flops: np.ndarray
     value: np.ndarray
@@ -59,6 +61,7 @@ class Across:
     ranks: MeanRanks
     rows: dict[str, list[MethodRow]]
     pairs: dict[str, Pairs]
+    pooled: Family
     notes: tuple[str, ...]
 
     @property
@@ -66,8 +69,11 @@ class Across:
         return [task for task, found in self.anchors.items() if not found.why_undefined]
 
 
-def compute_across(results: SuiteResults) -> Across:
-    """Cost: seconds, most of them for the bands of the budget curves and the effect sizes of all pairs."""
+def compute_across(results: SuiteResults, protocol: Protocol) -> Across:
+    """`protocol` says which methods the primary tests are about.
+
+    Cost: seconds, most of them for the bands of the budget curves and the effect sizes of all pairs.
+    """
     scores = _final_scores(results)
     directions = {task.label: task.higher_is_better for task in results.tasks}
     # The roles' own names, which normalise knows; a row keeps its label beside.
@@ -101,6 +107,7 @@ def compute_across(results: SuiteResults) -> Across:
         ranks=ranks,
         rows={task.label: method_rows(task) for task in results.tasks},
         pairs={task.label: matched_pairs(task) for task in results.tasks},
+        pooled=pooled_comparisons(results, normalised.anchors, protocol),
         notes=_notes(normalised.anchors),
     )
 
@@ -152,7 +159,7 @@ def _budget_curve(label: str, runs: dict, anchors: Mapping[str, Anchors], end: f
     flops = np.unique(np.concatenate([np.geomspace(start, end, GRID_POINTS), [start, all_until, end]]))
     levels = pd.DataFrame(
         {
-            (task, seed): (value_at(*run, flops, after="hold") - anchors[task].base) / (anchors[task].ceiling - anchors[task].base)
+            (task, seed): (answer_at(*run, flops) - anchors[task].base) / (anchors[task].ceiling - anchors[task].base)
             for (task, seed), run in runs.items()
         }
     ).T

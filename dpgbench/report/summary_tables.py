@@ -9,6 +9,7 @@ import numpy as np
 from dpgbench.report import task_tables
 from dpgbench.report.format import DASH, amount, and_more, decimals_for, interval, number, plural, probability
 from dpgbench.report.over_tasks import Across, ahead_of_all
+from dpgbench.report.pooled import primary_findings
 from dpgbench.report.results import BASE, ORACLE, SuiteResults, TaskResults
 from dpgbench.report.table import Cell, Column, Row, Table, escape, markdown, text_cell
 from dpgbench.stats.aggregates import OverTasks
@@ -48,13 +49,13 @@ def overview_table(results: SuiteResults, across: Across) -> Table:
         Column("method", numeric=False, best="ascending"), Column("tasks"), Column("runs"),
         Column("normalised score", tip="interquartile mean over tasks and seeds; 0 is base, 1 the oracle or the best final mean"),
         Column("mean rank", best="ascending"), Column("P(better than base)"),
-        Column("ahead at equal FLOPs", tip="tasks on which its mean is better than that of every other method it shares FLOPs with"),
+        Column("ahead at equal FLOPs", tip="tasks on which its mean is better than that of every other method"),
         Column("FLOPs", best="ascending", tip="sum over tasks of the median"),
     )  # fmt: skip
     caption = (
         "Final snapshots over all tasks. Normalised score: (value - base) / (oracle - base), interquartile mean over tasks and seeds with "
         "a 95% bootstrap interval that draws seeds within tasks; mean rank over tasks with such an interval; probability that a run is "
-        "better than a run of base; tasks on which the mean at equal FLOPs is ahead of that of every other method it shares FLOPs with; "
+        "better than a run of base; tasks on which the mean at equal FLOPs is ahead of that of every other method; "
         "FLOPs summed over tasks."
     )
     notes = list(across.notes)
@@ -179,6 +180,7 @@ def findings(results: SuiteResults, across: Across, winners: Table) -> list[str]
         others = and_more(label for label in with_it if label != first)
         told = f"the tasks do not tell it apart from {others}" if others else "the tasks tell it apart from every other"
         said.append(f"Best mean rank: {first}, {number(ranks.iloc[0], 2)}; {told}.")
+    said += primary_findings(across.pooled)
     said += winners.findings
     ahead = {}
     for label in results.labels("method"):
@@ -206,6 +208,7 @@ def _versus_table(label: str, results: SuiteResults, across: Across) -> Table:
             if label in (a, b) and comparison.difference.n:
                 found[task.label, b if label == a else a] = (comparison, 1 if label == a else -1)
     adjusted = dict(zip(found, holm([comparison.difference.p for comparison, _ in found.values()]).p, strict=True))
+    adjusted_t = dict(zip(found, holm([comparison.difference.t_p for comparison, _ in found.values()]).p, strict=True))
     body, ahead, behind = [], [], []
     for task in results.tasks:
         decimals = task_tables.table_decimals(across.rows[task.label])
@@ -216,13 +219,13 @@ def _versus_table(label: str, results: SuiteResults, across: Across) -> Table:
                 cells.append(Cell(DASH))
                 continue
             comparison, turn = found[task.label, other]
-            d, p = comparison.difference, adjusted[task.label, other]
+            d, p, t_p = comparison.difference, adjusted[task.label, other], adjusted_t[task.label, other]
             low, high = sorted((turn * d.low, turn * d.high))
             means[other] = turn * d.mean + 0.0
             below = interval(low, high, decimals, sign=True).replace(DASH, "")
-            facts = {"mean": means[other], "low": low, "high": high, "n": d.n, "p": d.p, "holm_p": p,
+            facts = {"mean": means[other], "low": low, "high": high, "n": d.n, "p": d.p, "holm_p": p, "t_p": d.t_p, "holm_t_p": t_p,
                      "flops": comparison.by_seed["compute"].median()}  # fmt: skip
-            small = f"{below} p {probability(p)} n={d.n}".strip()
+            small = " ".join(filter(None, [below, f"p {probability(p)}", task_tables.t_words(t_p), f"n={d.n}"]))
             cells.append(Cell(number(means[other], decimals, sign=True), small, means[other], facts, bool(p < 0.05)))
         if means and all(mean > 0 for mean in means.values()):
             ahead.append(task.label)
@@ -232,22 +235,26 @@ def _versus_table(label: str, results: SuiteResults, across: Across) -> Table:
     columns = (Column("task", numeric=False, best="ascending"), *(Column(other, method=other) for other in others))
     tests = sum(not np.isnan(p) for p in adjusted.values())
     caption = (
-        f"Advantage of {label} over each other method at the largest FLOPs both reach (positive: {label} is better), with 95% t interval, "
-        f"sign-flip p Holm-adjusted over the {plural(tests, 'comparison')} of this table, and n paired seeds; adjusted p < 0.05 in bold."
+        f"Advantage of {label} over each other method at the FLOPs of whichever spent more, one that stopped earlier holding its "
+        f"last answer (positive: {label} is better), with 95% t interval, p of the sign-flip test and of the paired t test (t), each "
+        f"Holm-adjusted over the {plural(tests, 'comparison')} of this table, and n paired seeds; sign-flip p < 0.05 in bold."
     )
-    significant = [key for key, p in adjusted.items() if p < 0.05]
-    won = sum(found[key][0].difference.mean * found[key][1] > 0 for key in significant)
+    counts = []
+    for ps in (adjusted, adjusted_t):
+        significant = [key for key, p in ps.items() if p < 0.05]
+        won = sum(found[key][0].difference.mean * found[key][1] > 0 for key in significant)
+        counts.append(f"better in {won}, worse in {len(significant) - won}")
     on, off = (f": {and_more(names, 20)}" if names else "" for names in (ahead, behind))
     said = (
         f"Ahead of every other method it can be compared with on {len(ahead)} of {plural(len(results.tasks), 'task')}{on}. "
         f"Behind at least one on {len(behind)}{off}.",
-        f"Holm-adjusted p < 0.05: better in {won}, worse in {len(significant) - won} of {plural(tests, 'comparison')}.",
+        f"Holm-adjusted p < 0.05, of {plural(tests, 'comparison')}: {counts[0]} by sign flips; {counts[1]} by the paired t test.",
     )
     notes = list(task_tables.reachable_note((comparison.difference.n for comparison, _ in found.values()), tests))
     holes = [f"{task.label} with {and_more(missing, 3)}" for task in results.tasks
              if (missing := [other for other in others if (task.label, other) not in found])]  # fmt: skip
     if holes:
-        notes.append(f"Not compared (no cell, or no common FLOPs): {and_more(holes, 8)}.")
+        notes.append(f"Not compared (no cell, or no answer within those FLOPs): {and_more(holes, 8)}.")
     return Table(f"versus-{label}", f"{label} against every other method at equal FLOPs", caption, columns, tuple(body), tuple(notes), said)
 
 

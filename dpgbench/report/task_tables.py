@@ -110,19 +110,20 @@ def results_table(task: TaskResults, rows: list[MethodRow]) -> Table:
     ps = [row.difference.p if row.role == "method" and row.difference is not None else np.nan for row in rows]
     adjusted = holm(ps)
     body = []
-    for row, adjusted_p in zip(rows, adjusted.p, strict=True):
+    adjusted_t = holm([row.difference.t_p if row.role == "method" and row.difference is not None else np.nan for row in rows]).p
+    for row, adjusted_p, t_p in zip(rows, adjusted.p, adjusted_t, strict=True):
         d = row.difference if row.difference is not None and row.difference.n else None
         difference, p = Cell(DASH), Cell(DASH)
         if d:
             facts = {"mean": d.mean, "low": d.low, "high": d.high, "n": d.n}
             difference = Cell(number(d.mean, decimals, sign=True), _interval(d, decimals, sign=True), d.mean, facts)
-            p = Cell(probability(d.p), "", d.p, {"p": d.p, "smallest": d.smallest_p, "exact": d.exact})
+            p = p_cell(d)
         body.append(Row((
             text_cell(row.label, small=row.remark and f"({row.remark})", method=row.label),
             Cell(row.n, "", row.score.n, {"n": row.score.n, "cells": row.cells}),
             score_cell(row.score, decimals, bold=row.label == best),
             difference, effect_cell(row.effect), p,
-            Cell(probability(adjusted_p), "", adjusted_p, {"p": adjusted_p}),
+            holm_cell(adjusted_p, t_p),
             *(Cell(words(value), "", value, {"median": value}) for words, value in (
                 (amount, row.flops), (amount, row.tokens_generated), (amount, row.tokens_trained), (duration, row.seconds))),
         ), (row.label,), row.role))  # fmt: skip
@@ -131,15 +132,15 @@ def results_table(task: TaskResults, rows: list[MethodRow]) -> Table:
         Column(task.headline, best="descending" if task.higher_is_better else "ascending", tip=task.direction),
         Column("difference to base", best="descending" if task.higher_is_better else "ascending"),
         Column("effect size", tip="Hedges’ g of the paired differences; the exact interval is of d, uncorrected for few seeds"),
-        Column("p", best="ascending", tip="two-sided sign-flip test over the seeds, enumerated up to 12"),
+        Column("p", best="ascending", tip="two-sided sign-flip test over the seeds, enumerated up to 12; t: paired t test"),
         Column("Holm p", best="ascending", tip="adjusted for the competing methods of this table"),
         Column("FLOPs", best="ascending"), Column("tokens generated", best="ascending"), Column("tokens trained", best="ascending"),
         Column("time", best="ascending"),
     )  # fmt: skip
     caption = (
         f"{task.headline} at the final snapshot, {task.direction}: mean over n seeds with 95% Student t interval; difference to "
-        f"{task.base_label or BASE} paired by seed; effect size: Hedges' g with the interval of d; p of the two-sided sign-flip test, "
-        f"Holm-adjusted over the {plural(adjusted.tests, 'comparison')} of this table; medians of the compute."
+        f"{task.base_label or BASE} paired by seed; effect size: Hedges' g with the interval of d; p of the two-sided sign-flip test and "
+        f"of the paired t test (t), Holm-adjusted over the {plural(adjusted.tests, 'comparison')} of this table; medians of the compute."
     )
     notes = reachable_note([row.difference.n for row in rows if row.role == "method" and row.difference is not None], adjusted.tests)
     return Table(f"{task.file_name}-results", f"{task.label}: where every method ended", caption, columns, tuple(body), notes)
@@ -154,8 +155,27 @@ def effect_cell(effect: EffectSize | None) -> Cell:
     return Cell(number(shown, 1, sign=True), interval(effect.low, effect.high, 1, sign=True).replace(DASH, ""), shown, facts)
 
 
+def p_cell(difference: PairedDifference) -> Cell:
+    """p of the sign-flip test, that of the paired t test beside it."""
+    d = difference
+    return Cell(probability(d.p), t_words(d.t_p), d.p, {"p": d.p, "smallest": d.smallest_p, "exact": d.exact, "t_p": d.t_p})
+
+
+def holm_cell(p: float, t_p: float, **more) -> Cell:
+    """Holm's adjusted p of the sign-flip tests of a table, that of its paired t tests beside it."""
+    return Cell(probability(p), t_words(t_p), p, {"p": p, "t_p": t_p}, **more)
+
+
+def t_words(t_p: float) -> str:
+    """`t 0.012`, or nothing where there is no such p."""
+    return "" if np.isnan(t_p) else f"t {probability(t_p)}"
+
+
 def reachable_note(pairs: Iterable[int], tests: int) -> tuple[str, ...]:
-    """Whether the tests of a family could reach 0.05 at all, and how many seeds it would take."""
+    """Where sign flips could not reach 0.05 in a family of tests: what they could reach, and how many seeds it would take.
+
+    That is a bound on this test, not on what the data show: the paired t test, which assumes more, has none.
+    """
     pairs = sorted(n for n in pairs if n)
     if not pairs or not tests:
         return ()
@@ -165,10 +185,12 @@ def reachable_note(pairs: Iterable[int], tests: int) -> tuple[str, ...]:
         return ()
     needed = next(n for n in range(1, 99) if tests * smallest_sign_flip_p(n) < 0.05)
     seeds = f"{most}" if pairs[0] == most else f"at most {most}"
-    said = f"With {seeds} paired seed{'s' if most > 1 else ''} the smallest p this test can reach is {probability(smallest)}"
+    said = f"With {seeds} paired seed{'s' if most > 1 else ''} the smallest p that sign flips can reach is {probability(smallest)}"
     said += f", {probability(min(1.0, tests * smallest))} after Holm's correction for {tests} comparisons" if tests > 1 else ""
-    few = "fewer than 6 seeds cannot reach 0.05, whatever the data" if smallest >= 0.05 else "no difference can reach 0.05 here"
-    return (f"{said}: {few}; {'this table' if tests > 1 else 'it'} needs {needed}.",)
+    return (
+        f"{said}, whatever the data: below 0.05 needs {needed} seeds. The paired t test (t) has no such bound, but takes the differences "
+        "to be Gaussian.",
+    )
 
 
 def matched_pairs(task: TaskResults) -> dict[tuple[str, str], MatchedComparison]:
@@ -181,11 +203,12 @@ def matched_pairs(task: TaskResults) -> dict[tuple[str, str], MatchedComparison]
 
 
 def matched_table(task: TaskResults, pairs: dict[tuple[str, str], MatchedComparison], decimals: int | None) -> Table:
-    """The pairs that share FLOPs, the better of the two first, the largest advantage first; the others named in a note."""
+    """The pairs with an answer each, the better of the two first, the largest advantage first; the others named in a note."""
     compared = {names: found for names, found in pairs.items() if found.difference.n}
     adjusted = holm([found.difference.p for found in compared.values()])
     body = []
-    for ((a, b), found), adjusted_p in zip(compared.items(), adjusted.p, strict=True):
+    adjusted_t = holm([found.difference.t_p for found in compared.values()]).p
+    for ((a, b), found), adjusted_p, t_p in zip(compared.items(), adjusted.p, adjusted_t, strict=True):
         turn = -1 if found.difference.mean < 0 else 1
         first, second = (a, b) if turn > 0 else (b, a)
         d, compute = found.difference, found.by_seed["compute"]
@@ -198,8 +221,7 @@ def matched_table(task: TaskResults, pairs: dict[tuple[str, str], MatchedCompari
                  {"median": compute.median(), "low": compute.min(), "high": compute.max()}),
             Cell(number(advantage, decimals, sign=True), interval(low, high, decimals, sign=True).replace(DASH, ""), advantage,
                  {"mean": advantage, "low": low, "high": high, "n": d.n}),
-            effect_cell(effect), Cell(probability(d.p), "", d.p, {"p": d.p, "smallest": d.smallest_p, "exact": d.exact}),
-            Cell(probability(adjusted_p), "", adjusted_p, {"p": adjusted_p}, bold=bool(adjusted_p < 0.05)),
+            effect_cell(effect), p_cell(d), holm_cell(adjusted_p, t_p, bold=bool(adjusted_p < 0.05)),
         ), (first, second))))  # fmt: skip
     body.sort(
         key=lambda item: (
@@ -210,18 +232,19 @@ def matched_table(task: TaskResults, pairs: dict[tuple[str, str], MatchedCompari
     )
     columns = (
         Column("method", numeric=False, best="ascending"), Column("against", numeric=False, best="ascending"), Column("n"),
-        Column("FLOPs", tip="median over seeds of the largest compute that both reach", best="ascending"),
+        Column("FLOPs", tip="median over seeds of what the costlier of the two has spent", best="ascending"),
         Column("advantage"), Column("effect size"), Column("p", best="ascending"), Column("Holm p", best="ascending"),
     )  # fmt: skip
     caption = (
         f"Advantage in {task.headline} of the first method over the second (positive: better) for every pair of competing methods, at the "
-        f"largest FLOPs both reach with the same seed, read off by interpolation over log FLOPs, with 95% t interval; Hedges' g; p of the "
-        f"sign-flip test, Holm-adjusted over the {plural(adjusted.tests, 'comparison')} of this table."
+        f"FLOPs of whichever spent more with the same seed (one that stopped earlier holds its last answer), with 95% t interval; Hedges' "
+        f"g; p of the sign-flip test and of the paired t test (t), Holm-adjusted over the {plural(adjusted.tests, 'comparison')} of this "
+        "table."
     )
     notes = list(reachable_note((found.difference.n for found in compared.values()), adjusted.tests))
     never = [f"{a} and {b} ({next(iter(found.left_out.values()), 'no seed')})" for (a, b), found in pairs.items() if not found.difference.n]
     if never:
-        notes.append(f"No common FLOPs, so not compared: {and_more(never, limit=6)}.")
+        notes.append(f"Not compared: {and_more(never, limit=6)}.")
     part = [f"{a} and {b} ({len(found.left_out)})" for (a, b), found in compared.items() if found.left_out]
     if part:
         notes.append(f"Pairs of which some seeds could not be compared: {and_more(part, limit=6)}.")
@@ -234,7 +257,7 @@ def _turned(effect: EffectSize) -> EffectSize:
 
 
 def compute_table(task: TaskResults, anchors: Anchors | None, decimals: int | None) -> Table:
-    """How much each competing method's curve yields over the FLOPs they share, and what a level costs it."""
+    """How much each competing method's answers yield over the FLOPs from where all have one, and what a level costs it."""
     labels = [label for label in task.competing() if len(task.curves(label))]
     several = [label for label in labels if (task.curves(label).groupby("seed").size() > 1).all()]
     low, high = shared_span(task.curves(label) for label in several) if several else (np.nan, np.nan)
@@ -260,17 +283,22 @@ def compute_table(task: TaskResults, anchors: Anchors | None, decimals: int | No
         *(Column(f"FLOPs to {number(level, decimals)}", small=f"{share:.0%}", best="ascending") for share, level in levels.items()),
     )  # fmt: skip
     notes = []
-    spanned = f"from {amount(low)} to {amount(high)} FLOPs, which every seed of every method with a curve spans" if np.isfinite(low) else ""
+    spanned = ""
+    if np.isfinite(low):
+        spanned = f"from {amount(low)} FLOPs, where every seed of every method with a curve has an answer, to {amount(high)}"
     if not spanned:
-        notes.append("The curves share no span of FLOPs, so there are no areas to compare.")
+        notes.append("There is no span of FLOPs in which all have an answer, so there are no areas to compare.")
     if set(labels) - set(several):
         notes.append(f"One snapshot is a point, not a curve: {and_more(label for label in labels if label not in several)}.")
-    caption = f"Mean over log FLOPs: the area under {task.headline} over log FLOPs per decade{', ' + spanned if spanned else ''}."
+    caption = (
+        f"Mean over log FLOPs: the area under {task.headline} over log FLOPs per decade{', ' + spanned if spanned else ''}. At every "
+        "budget a method has the answer of its last snapshot within it."
+    )
     if levels:
         ceiling = "the oracle" if anchors.ceiling_label == ORACLE else f"the best final mean ({anchors.ceiling_label})"
         caption += (
-            f" Levels: shares of the way from base to {ceiling}; median FLOPs at which a seed first reaches it, a seed that never does "
-            "counting as more than any other, and how many seeds do."
+            f" Levels: shares of the way from base to {ceiling}; median FLOPs of the first snapshot that reaches it, a seed that never "
+            "does counting as more than any other, and how many seeds do."
         )
     elif anchors is not None:
         notes.append(f"No level to reach: {anchors.why_undefined}.")

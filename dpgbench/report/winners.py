@@ -34,13 +34,15 @@ def winners_table(results: SuiteResults, across: Across) -> Table:
     """For every task the method whose answer is best on average, and whether it is better than every other's, base's among them."""
     found = {task.label: winner for task in results.tasks if (winner := _winner(task))}
     adjusted = dict(zip(found, holm([winner.verdict.p for winner in found.values()]).p, strict=True))
+    adjusted_t = dict(zip(found, holm([winner.verdict.t_p for winner in found.values()]).p, strict=True))
     body = []
     for task in results.tasks:
         head = text_cell(task.label, small=f"{task.headline} {task.arrow}")
         if task.label not in found:
-            body.append(Row((head, *[Cell(DASH)] * 7)))
+            body.append(Row((head, *[Cell(DASH)] * 8)))
             continue
-        winner, p, decimals = found[task.label], adjusted[task.label], task_tables.table_decimals(across.rows[task.label])
+        winner, p, t_p = found[task.label], adjusted[task.label], adjusted_t[task.label]
+        decimals = task_tables.table_decimals(across.rows[task.label])
         score, lead, verdict = mean_interval(task.final_values(winner.label)), winner.lead, winner.verdict
         hardest = "" if np.isnan(verdict.p) else f"hardest: {verdict.hardest}"
         body.append(Row((
@@ -55,6 +57,8 @@ def winners_table(results: SuiteResults, across: Across) -> Table:
             Cell(str(verdict.n), "", verdict.n, {"n": verdict.n}),
             Cell(probability(p), f"one task: {probability(verdict.p)}; {hardest}".rstrip("; "), p,
                  {"holm_p": p, "p": verdict.p, "hardest": verdict.hardest}, bold=bool(p < SIGNIFICANT)),
+            Cell(probability(t_p), "" if np.isnan(verdict.t_p) else f"one task: {probability(verdict.t_p)}", t_p,
+                 {"holm_p": t_p, "p": verdict.t_p}, bold=bool(t_p < SIGNIFICANT)),
         )))  # fmt: skip
     columns = (
         Column("task", numeric=False, best="ascending"), Column("best", numeric=False, best="ascending"), Column("mean"),
@@ -62,15 +66,18 @@ def winners_table(results: SuiteResults, across: Across) -> Table:
         Column("FLOPs", best="ascending", tip="median of the best method's answers, and of the next one's"),
         Column("n", tip="the smallest number of paired seeds"),
         Column("p", best="ascending", tip="better than every other: the largest of its sign-flip p's, Holm-adjusted over tasks"),
+        Column("t test p", best="ascending", tip="the same by paired t tests, which take the differences to be Gaussian"),
     )  # fmt: skip
     tests = sum(not np.isnan(p) for p in adjusted.values())
     caption = (
         "The method with the best mean of final answers on each task, and its lead over the next best with 95% t interval. p: that it is "
         "better than every other, base included (the largest of its sign-flip p's, seeds paired), Holm-adjusted over "
-        f"{plural(tests, 'task')}; below 0.05 in bold. An answer is what a method ended with inside its budget; FLOPs are its median cost."
+        f"{plural(tests, 'task')}, and beside it the same by paired t tests; below 0.05 in bold. An answer is what a method ended with "
+        "inside its budget; FLOPs are its median cost."
     )
     notes = task_tables.reachable_note((winner.verdict.n for winner in found.values()), tests)
-    return Table("winners", f"{results.name}: the best on each task", caption, columns, tuple(body), notes, tuple(_said(found, adjusted)))
+    said = tuple(_said(found, adjusted, adjusted_t))
+    return Table("winners", f"{results.name}: the best on each task", caption, columns, tuple(body), notes, said)
 
 
 def _winner(task: TaskResults) -> Winner | None:
@@ -90,26 +97,37 @@ def _winner(task: TaskResults) -> Winner | None:
     return Winner(first, second, differences[second], better_than_all(differences), float(flops[first]), float(flops[second]))
 
 
-def _said(found: dict[str, Winner], adjusted: dict[str, float]) -> list[str]:
-    """The wins that a test supports, by method, and the tasks where none does."""
+def _said(found: dict[str, Winner], adjusted: dict[str, float], adjusted_t: dict[str, float]) -> list[str]:
+    """The wins that sign flips show, those that only the paired t test shows, and the tasks where neither shows one."""
     won: dict[str, list[str]] = {}
+    won_by_t: dict[str, list[str]] = {}
     undecided = []
     for task, winner in found.items():
         if adjusted[task] < SIGNIFICANT:
             won.setdefault(winner.label, []).append(task)
+        elif adjusted_t[task] < SIGNIFICANT:
+            won_by_t.setdefault(winner.label, []).append(task)
         else:
-            undecided.append(f"{task} ({winner.label} leads, p {probability(adjusted[task])})")
+            ps = " ".join(filter(None, [f"p {probability(adjusted[task])}", task_tables.t_words(adjusted_t[task])]))
+            undecided.append(f"{task} ({winner.label} leads, {ps})")
     said = [f"Better than every other (adjusted p < 0.05): {label} on {and_more(tasks, 20)}." for label, tasks in sorted(won.items())]
+    if won_by_t:
+        listed = "; ".join(f"{label} on {and_more(tasks, 20)}" for label, tasks in sorted(won_by_t.items()))
+        said.append(
+            f"Better than every other by the paired t test (adjusted p < 0.05), which takes the differences to be Gaussian, but not by "
+            f"sign flips: {listed}."
+        )
     return said + ([f"No method is shown to be better than every other on {and_more(undecided, 20)}."] if undecided else [])
 
 
 def over_tasks_table(label: str, results: SuiteResults, across: Across) -> Table | None:
-    """One method against each other over all tasks at equal FLOPs, one test a pair; None where nothing can be put together."""
+    """One method against each other over all tasks at equal FLOPs, the seed as the unit; None where nothing can be put together."""
     found = {other: _over_tasks(label, other, results, across) for other in results.labels("method") if other != label}
     found = {other: over for other, over in found.items() if over.difference.n}
     if not found:
         return None
     adjusted = dict(zip(found, holm([over.difference.p for over in found.values()]).p, strict=True))
+    adjusted_t = dict(zip(found, holm([over.difference.t_p for over in found.values()]).p, strict=True))
     body = []
     for other, over in sorted(found.items(), key=lambda item: -item[1].difference.mean):
         d, p = over.difference, adjusted[other]
@@ -118,28 +136,30 @@ def over_tasks_table(label: str, results: SuiteResults, across: Across) -> Table
             Cell(str(len(over.tasks)), "", len(over.tasks), {"tasks": list(over.tasks)}), Cell(str(d.n), "", d.n, {"n": d.n}),
             Cell(number(d.mean, 3, sign=True), interval(d.low, d.high, 3, sign=True).replace(DASH, ""), d.mean,
                  {"mean": d.mean, "low": d.low, "high": d.high}),
-            Cell(probability(d.p), "", d.p, {"p": d.p, "smallest": d.smallest_p}),
-            Cell(probability(p), "", p, {"p": p}, bold=bool(p < SIGNIFICANT)),
+            task_tables.p_cell(d), task_tables.holm_cell(p, adjusted_t[other], bold=bool(p < SIGNIFICANT)),
         ), (other,)))  # fmt: skip
     columns = (
         Column("against", numeric=False, best="ascending"), Column("tasks"), Column("n"), Column("advantage"),
         Column("p", best="ascending"), Column("Holm p", best="ascending"),
     )  # fmt: skip
     caption = (
-        f"Advantage of {label} in normalised score, each seed's mean over the tasks where the two share FLOPs, at the largest FLOPs both "
-        f"reach there; 95% t interval and sign-flip test over the seeds that all these tasks have, Holm-adjusted over "
-        f"{plural(len(found), 'comparison')}. The anchors of the normalised scores are taken as known."
+        f"Advantage of {label} in normalised score, each seed's mean over the tasks that both have, at the FLOPs of whichever spent "
+        f"more; 95% t interval, sign-flip test and paired t test (t) over the seeds that all these tasks have, a seed's tasks as one unit, "
+        f"Holm-adjusted over {plural(len(found), 'comparison')}. The anchors of the normalised scores are taken as known."
     )
-    better, worse = ([other for other in found if adjusted[other] < SIGNIFICANT and found[other].difference.mean * turn > 0]
-                     for turn in (1, -1))  # fmt: skip
-    said = f"Over tasks, adjusted p < 0.05: better than {and_more(better, 20) or 'none'}; worse than {and_more(worse, 20) or 'none'}."
+    said = []
+    for ps, test in ((adjusted, "sign flips"), (adjusted_t, "the paired t test")):
+        better, worse = ([other for other in found if ps[other] < SIGNIFICANT and found[other].difference.mean * turn > 0]
+                         for turn in (1, -1))  # fmt: skip
+        listed = f"better than {and_more(better, 20) or 'none'}; worse than {and_more(worse, 20) or 'none'}"
+        said.append(f"Over tasks, adjusted p < 0.05 by {test}: {listed}.")
     notes = list(task_tables.reachable_note((over.difference.n for over in found.values()), len(found)))
     left = {other: over.left_out for other, over in found.items() if over.left_out}
     if left:
         notes.append(
             "Seeds that some of the tasks lack: " + and_more((f"{other}: {and_more(seeds)}" for other, seeds in left.items()), 6) + "."
         )
-    return Table(f"over-tasks-{label}", f"{label} over all tasks at equal FLOPs", caption, columns, tuple(body), tuple(notes), (said,))
+    return Table(f"over-tasks-{label}", f"{label} over all tasks at equal FLOPs", caption, columns, tuple(body), tuple(notes), tuple(said))
 
 
 def _over_tasks(label: str, other: str, results: SuiteResults, across: Across) -> OverTasksDifference:

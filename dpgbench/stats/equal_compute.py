@@ -1,7 +1,7 @@
-"""Two methods at equal compute: for every seed that both have, their values where both curves last exist, and a paired test of those.
+"""Two methods at equal compute: for every seed that both have, the answers they have at one budget, and a paired test of those.
 
-The compute of a seed's comparison is the largest that both curves reach, so that each method is judged by what it makes of the budget of
-whichever stopped first. The other curve is read there by interpolation over log compute (curves.py), never beyond its own snapshots.
+What a method's answer at a budget is, `curves.answer_at` decides: the last snapshot within it. A method that has stopped holds its last
+answer, so the budget of a comparison is that of whichever spends more, and the other is not read in the middle of its run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from dpgbench.stats.curves import curves_by_seed, value_at
+from dpgbench.stats.curves import answer_at, curves_by_seed
 from dpgbench.stats.effect_size import EffectSize, paired_effect_size
 from dpgbench.stats.over_seeds import PairedDifference, paired_difference
 
@@ -27,11 +27,18 @@ class MatchedComparison:
 
 
 def compare_at_equal_compute(
-    snapshots_a: pd.DataFrame, snapshots_b: pd.DataFrame, *, level: float = 0.95, generator: np.random.Generator | None = None
+    snapshots_a: pd.DataFrame,
+    snapshots_b: pd.DataFrame,
+    *,
+    budget: float | None = None,
+    level: float = 0.95,
+    generator: np.random.Generator | None = None,
 ) -> MatchedComparison:
     """Compare two methods on one task; both frames have the columns seed, flops and value, a row per snapshot.
 
-    `generator` is needed above 12 common seeds, as in over_seeds.paired_difference. ValueError as in curves.value_at, with the seed.
+    At `budget`, for all seeds alike; without one, at the largest compute that either of the two has with that seed. A seed with which one
+    of them has no snapshot within the budget, or a NaN there, is left out and named. `generator` is needed above 12 common seeds, as in
+    over_seeds.paired_difference. ValueError as in curves.answer_at, with the seed.
     """
     curves_a, curves_b = (
         {seed: (flops, values) for seed, flops, values in curves_by_seed(snapshots)} for snapshots in (snapshots_a, snapshots_b)
@@ -41,19 +48,17 @@ def compare_at_equal_compute(
         if seed not in curves_a or seed not in curves_b:
             left_out[seed] = "only one of the two has this seed"
             continue
-        spans = [flops[~np.isnan(values)] for flops, values in (curves_a[seed], curves_b[seed])]
-        if not all(len(span) for span in spans):
-            left_out[seed] = "no value"
+        sides = curves_a[seed], curves_b[seed]
+        at = budget if budget is not None else max(float(flops.max()) for flops, _ in sides)
+        start = max(float(flops.min()) for flops, _ in sides)
+        if start > at:
+            left_out[seed] = f"no answer of one of the two at {at:.3g}: its first snapshot is at {start:.3g}"
             continue
-        start, end = max(span.min() for span in spans), min(span.max() for span in spans)
-        if start > end:
-            left_out[seed] = f"no common compute: one ends at {end:.3g}, the other starts at {start:.3g}"
-            continue
-        a, b = value_at(*curves_a[seed], end), value_at(*curves_b[seed], end)
+        a, b = (float(answer_at(*side, at)) for side in sides)
         if np.isnan(a) or np.isnan(b):
-            left_out[seed] = f"a value next to {end:.3g} is not finite"
+            left_out[seed] = f"the answer at {at:.3g} is NaN"
             continue
-        rows[seed] = {"compute": end, "a": a, "b": b}
+        rows[seed] = {"compute": at, "a": a, "b": b}
     by_seed = pd.DataFrame.from_dict(rows, orient="index", columns=["compute", "a", "b"]).astype(float)
     difference = paired_difference(by_seed["a"], by_seed["b"], level=level, generator=generator)
     return MatchedComparison(difference, paired_effect_size(by_seed["a"], by_seed["b"], level=level), by_seed, left_out)

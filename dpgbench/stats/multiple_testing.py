@@ -81,13 +81,15 @@ def difference_over_tasks(
 class BetterThanAll:
     """Whether one method is better than every rival: `p` is the largest of its pairwise p-values, `hardest` the rival it is against.
 
-    `ahead` says whether all mean differences are positive; where they are not, p is 1. `n` is the smallest number of pairs.
+    `t_p` is the same of the paired t tests. `ahead` says whether all mean differences are positive; where they are not, both are 1. `n` is
+    the smallest number of pairs: the least p that the claim can reach by sign flips is that of a single test with n pairs, 2 / 2**n.
     """
 
     p: float
     hardest: str
     n: int
     ahead: bool
+    t_p: float
 
 
 def better_than_all(differences: Mapping[str, PairedDifference]) -> BetterThanAll:
@@ -101,8 +103,9 @@ def better_than_all(differences: Mapping[str, PairedDifference]) -> BetterThanAl
     n = min(found.n for found in differences.values())
     behind = {rival: found.mean for rival, found in differences.items() if found.n and not found.mean > 0}
     if behind:
-        return BetterThanAll(1.0, min(behind, key=behind.__getitem__), n, False)
+        return BetterThanAll(1.0, min(behind, key=behind.__getitem__), n, False, 1.0)
     p = {rival: found.p if found.n else np.nan for rival, found in differences.items()}
     holes = [rival for rival, value in p.items() if np.isnan(value)]
     hardest = holes[0] if holes else max(p, key=p.__getitem__)
-    return BetterThanAll(p[hardest], hardest, n, not holes)
+    t_ps = [found.t_p for found in differences.values()]
+    return BetterThanAll(p[hardest], hardest, n, not holes, float(np.max(t_ps)))  # NaN where one is

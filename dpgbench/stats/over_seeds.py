@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy import special
 from scipy import stats as scipy_stats
 
 ENUMERATE_UP_TO = 12  # 2**12 = 4096 sign patterns: exact and instant; above it the sign-flip test draws patterns
@@ -34,7 +35,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The mean of a - b over the seeds both have, its t interval, and a two-sided sign-flip permutation test.
+    """The mean of a - b over the seeds both have, its t interval, and two tests of it, both two-sided.
+
+    `p` is that of the sign-flip permutation test, which takes a difference to be as likely to be its negative, if there is none; `t_p` that
+    of the paired t test, which takes the differences to be Gaussian and, for that, has no smallest p. `t_p` is NaN for fewer than two pairs
+    and where all differences are equal, so that there is no spread to judge them by.
 
     `unpaired` counts seeds that only one side has (a NaN is a seed not had). `smallest_p` is the least p that n pairs can reach
     in this test whatever the data: 2 / 2**n for an enumerated test. `exact` says whether p was enumerated.
@@ -48,6 +53,7 @@ class PairedDifference:
     smallest_p: float
     unpaired: int = 0
     exact: bool = True
+    t_p: float = np.nan
 
 
 def check_level(level: float) -> None:
@@ -111,7 +117,24 @@ def paired_difference(
         differences = pairs["a"].to_numpy() - pairs["b"].to_numpy()
     interval = mean_interval(differences, level)
     p, smallest_p, exact = _sign_flip_test(differences, generator)
-    return PairedDifference(len(pairs), interval.mean, interval.low, interval.high, p, smallest_p, unpaired, exact)
+    scale = float(np.abs(pairs.to_numpy()).max(initial=0.0))
+    t_p = paired_t_p(differences, scale)
+    return PairedDifference(len(pairs), interval.mean, interval.low, interval.high, p, smallest_p, unpaired, exact, t_p)
+
+
+def paired_t_p(differences: np.ndarray, scale: float = 0.0) -> float:
+    """Two-sided p of Student's t test that the differences (n,) have mean 0; 1 where all are 0, NaN where there is no other answer.
+
+    `scale` is the size of the numbers that the differences come from: a spread below rounding of those is none.
+    """
+    n = len(differences)
+    if n < 2 or not np.isfinite(differences).all():
+        return np.nan
+    scale = max(scale, float(np.abs(differences).max()))
+    if np.ptp(differences) <= SAME * scale:
+        return 1.0 if abs(differences.mean()) <= SAME * scale else np.nan
+    t = differences.mean() / (differences.std(ddof=1) / np.sqrt(n))
+    return float(2 * special.stdtr(n - 1, -abs(t)))
 
 
 def smallest_sign_flip_p(n: int) -> float:
