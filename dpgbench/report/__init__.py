@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from dpgbench.core.files import write_atomically
+from dpgbench.report.at_budgets import budgets_table
 from dpgbench.report.format import file_names
 from dpgbench.report.over_tasks import Across, compute_across
 from dpgbench.report.results import SuiteResults, read_frame
@@ -23,12 +24,13 @@ __all__ = ["build", "machine_readable"]
 class Contents:
     """What a report says, before it is drawn: the tables over all tasks, of every method against the others, and of every task.
 
-    `over_tasks` has a method against the others on all tasks at once; not every method of `versus` need have one. `phi` is None where every
+    `budgets` is the answer that comes first. `over_tasks` has a method against the others on all tasks at once; not every method of `versus` need have one. `phi` is None where every
     headline is Phi.
     """
 
     results: SuiteResults
     across: Across
+    budgets: Table
     overview: Table
     winners: Table
     means: Table
@@ -49,7 +51,7 @@ def read_contents(frame: pd.DataFrame, suite: str) -> Contents:
     versus = versus_tables(results, across)
     over_tasks = {label: table for label in versus if (table := over_tasks_table(label, results, across))}
     overall = overview_table(results, across), winners_table(results, across), means_table(results, across), phi_table(results, across)
-    return Contents(results, across, *overall, versus, over_tasks, by_task)
+    return Contents(results, across, budgets_table(results, across), *overall, versus, over_tasks, by_task)
 
 
 def build(frame: pd.DataFrame, folder: str | Path, *, suite: str, command: str, title: str | None = None) -> Path:
@@ -83,7 +85,9 @@ def build(frame: pd.DataFrame, folder: str | Path, *, suite: str, command: str, 
 def table_files(contents: Contents) -> dict[str, str]:
     """{file name: content}: the summary, a file per task, a file per method against the others; Markdown and LaTeX each."""
     results = contents.results
-    over_all = [contents.overview, contents.winners, contents.means, *filter(None, [contents.phi])] if results.tasks else []
+    over_all = (
+        [contents.budgets, contents.overview, contents.winners, contents.means, *filter(None, [contents.phi])] if results.tasks else []
+    )
     stems = file_names([*(task.file_name for task in results.tasks), *(f"versus_{label}" for label in contents.versus)])
     task_files = [stems[task.file_name] for task in results.tasks]
     files = {"summary.md": summary_markdown(results, over_all, [*stems.values()]), "summary.tex": _latex(over_all)}
@@ -106,7 +110,8 @@ def machine_readable(frame: pd.DataFrame, *, suite: str, command: str, title: st
     contents = read_contents(frame, suite)
     results, ranks = contents.results, contents.across.ranks
     found = {
-        "suite": suite, "title": title or "", "command": command, "cells": results.cells_by_status, "overview": records(contents.overview),
+        "suite": suite, "title": title or "", "command": command, "cells": results.cells_by_status,
+        "budgets": records(contents.budgets), "overview": records(contents.overview),
         "winners": records(contents.winners),
         "means": records(contents.means), "phi": records(contents.phi) if contents.phi else None,
         "versus": {label: records(table) for label, table in contents.versus.items()},

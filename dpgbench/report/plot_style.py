@@ -177,7 +177,9 @@ def flops_scale(axes: Axes, low: float, high: float, *, room: bool = True) -> No
     axes.xaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0), numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(_times_ten))
     decades = high - low
-    axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: "" if decades > 4 else _times_ten(value) if decades <= 1.7 else _digit(value)))
+    axes.xaxis.set_minor_formatter(
+        FuncFormatter(lambda value, _: "" if decades > 4 else _times_ten(value) if decades <= 1.7 else _digit(value))
+    )
     axes.tick_params(axis="x", which="minor", labelsize=10.5 if decades <= 1.7 else 8.5)
     axes.set_xlim(10 ** (low - 0.05 * decades), 10 ** (high + (0.06 if room else 0.012) * decades))
 

@@ -250,7 +250,9 @@ def _caption(task: TaskResults, curves: list[Curve], remarks: list[str]) -> str:
     parts = [f"{task.headline}, {task.direction}."]
     several = any(len(curve.by_seed) > 1 for curve in curves)
     few = any(1 < len(curve.by_seed) <= SEEDS_DRAWN for curve in curves)
-    spread = f"Mean over seeds, 95% t interval{', faint: single seeds' if few else ''}; dotted: a method that has ended holds its last value."
+    spread = (
+        f"Mean over seeds, 95% t interval{', faint: single seeds' if few else ''}; dotted: a method that has ended holds its last value."
+    )
     parts.append(spread if several else "One seed per method: no intervals.")
     roles = {curve.style.role for curve in curves if len(curve.mean)}
     if BASE in roles:
