@@ -8,7 +8,7 @@ TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u206
 
 
 def visible(text: str, keep: str = "") -> str:
-    """`text` with control characters, lone surrogates, line separators and bidi controls written as escapes, those in `keep` as they are."""
+    """`text` with control characters, lone surrogates, line separators and bidi controls as escapes; those in `keep` stay as they are."""
     return text if text.isprintable() else "".join(char if char in keep else _escaped(char) for char in text)
 
 

@@ -134,8 +134,9 @@ def _task(task: TaskResults, contents: Contents, figures: list[DrawnFigure], fil
     more = f"the first {SEEDS_SHOWN} of {len(seeds)} seeds; the parquet has all" if len(seeds) > SEEDS_SHOWN else ""
     seeds = seeds[:SEEDS_SHOWN]
     return {
-        "anchor": f"task-{position}", "task": task, "notes": task_tables.notes_on(task, rows), "answer": contents.budgets.rows[position].cells[-1],
-        "tables": [_led_by(table, rows[0].label if rows else None) for table in contents.by_task[task.label]], "file": f"tables/{file_name}.md",
+        "anchor": f"task-{position}", "task": task, "notes": task_tables.notes_on(task, rows), "file": f"tables/{file_name}.md",
+        "answer": contents.budgets.rows[position].cells[-1],
+        "tables": [_led_by(table, rows[0].label if rows else None) for table in contents.by_task[task.label]],
         "figures": [_inline(figure, f"f{position}{kind}-") for kind, figure in zip("ab", figures, strict=False)],
         "metrics": _all_metrics(task, present), "phases": _phases(task, present), "seeds": seeds, "more_seeds": more,
         "gallery": [_samples(task, label, results, seeds) for label in before_first],
@@ -168,8 +169,9 @@ def _samples(task: TaskResults, label: str, results: SuiteResults, seeds: list[i
         picture = row["picture"] if row is not None else None
         texts = _texts(row["texts"]) if row is not None else []
         broken = row is not None and isinstance(picture, bytes) and not _is_png(picture)
+        drawn = _picture(picture) if position == 0 and isinstance(picture, bytes) and _is_png(picture) else None
         shown.append({
-            "seed": seed, "finished": row is not None, "picture": _picture(picture) if position == 0 and _is_png(picture) else None, "broken": broken,
+            "seed": seed, "finished": row is not None, "picture": drawn, "broken": broken,
             "texts": texts[:TEXTS_SHOWN], "total": len(texts),
             "score": number(float(row["value"]), decimals_for(task.finals["value"])) if row is not None else DASH,
             "measures": _measures(task, row) if row is not None and _is_png(picture) else "",
@@ -264,7 +266,8 @@ def _settings(spec: str) -> dict[str, object]:
 
 def _unlike(settings: dict[str, object], first: dict[str, object]) -> str:
     """A line for every setting that is not as in the first configuration."""
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in settings.items() if key not in first or first[key] != value]
+    other = [key for key, value in settings.items() if key not in first or first[key] != value]
+    lines = [f"{key}: {json.dumps(settings[key], ensure_ascii=False, default=str)}" for key in other]
     return "\n".join([*lines, *(f"{key}: (none)" for key in first if key not in settings)])
 
 

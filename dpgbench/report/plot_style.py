@@ -16,14 +16,14 @@ import seaborn
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from dpgbench.report.results import Style
 
 INK, FAINT = "#24292f", "#d0d7de"  # inline_svg.py swaps exactly these two for the dark mode's, so nothing else may use them
 FLOPS_AXIS = "compute charged to the method (FLOPs, log scale)"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-# Inches. On the page a wide figure (curves, with their labels) stands beside a narrow one; both are then scaled alike, to about 1.3 px a point.
+# Inches. On the page a wide figure (curves, with their labels) stands beside a narrow one; both are scaled alike, to 1.3 px a point.
 WIDE, NARROW, WIDTH = 8.2, 5.6, 6.4
 LABEL_POINTS = 12.5  # from one label to the next at the end of curves; their font has 9.5
 LOOK = {
@@ -177,14 +177,12 @@ def flops_scale(axes: Axes, low: float, high: float, *, room: bool = True) -> No
     axes.xaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0), numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(_times_ten))
     decades = high - low
-    axes.xaxis.set_minor_formatter(
-        FuncFormatter(lambda value, _: "" if decades > 4 else _times_ten(value) if decades <= 1.7 else _digit(value))
-    )
+    axes.xaxis.set_minor_formatter(NullFormatter() if decades > 4 else FuncFormatter(_times_ten if decades <= 1.7 else _digit))
     axes.tick_params(axis="x", which="minor", labelsize=10.5 if decades <= 1.7 else 8.5)
     axes.set_xlim(10 ** (low - 0.05 * decades), 10 ** (high + (0.06 if room else 0.012) * decades))
 
 
-def _digit(value: float) -> str:
+def _digit(value: float, _position: int | None = None) -> str:
     return f"{value / 10 ** math.floor(math.log10(value) + 1e-9):.0f}"
 
 

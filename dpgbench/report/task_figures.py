@@ -33,9 +33,12 @@ class Curve:
 
 def draw_figures(task: TaskResults, styles: dict[str, Style], rows: list[MethodRow]) -> list[DrawnFigure]:
     """Over FLOPs first, endings second. None where no finished cell has a finite score."""
-    if not np.isfinite(task.snapshots["value"].to_numpy(dtype=float)).any():
-        return []
-    return [_over_flops(task, styles), _endings(task, styles, rows)]
+    return [draw_over_flops(task, styles), draw_endings(task, styles, rows)] if has_scores(task) else []
+
+
+def has_scores(task: TaskResults) -> bool:
+    """Whether there is anything to draw: a finished cell with a finite score."""
+    return bool(np.isfinite(task.snapshots["value"].to_numpy(dtype=float)).any())
 
 
 def method_curves(task: TaskResults, styles: dict[str, Style]) -> list[Curve]:
@@ -64,7 +67,8 @@ def method_curves(task: TaskResults, styles: dict[str, Style]) -> list[Curve]:
     return curves
 
 
-def _over_flops(task: TaskResults, styles: dict[str, Style]) -> DrawnFigure:
+def draw_over_flops(task: TaskResults, styles: dict[str, Style]) -> DrawnFigure:
+    """The headline against FLOPs: a curve a method, its name at its end, base and oracle as levels."""
     curves = method_curves(task, styles)
     remarks: list[str] = []
     with canvas(4.2, WIDE) as on:
@@ -196,7 +200,7 @@ def limits(values: np.ndarray, bounds: np.ndarray) -> tuple[float, float, bool]:
     return bottom, top, bool(len(bounds) and (bounds.min() < bottom or bounds.max() > top))
 
 
-def _endings(task: TaskResults, styles: dict[str, Style], all_rows: list[MethodRow]) -> DrawnFigure:
+def draw_endings(task: TaskResults, styles: dict[str, Style], all_rows: list[MethodRow]) -> DrawnFigure:
     """A line per method, best on top: the mean and its interval at the final snapshot, seeds faint behind."""
     rows = [row for row in all_rows if np.isfinite(row.score.mean)]
     values = {row.label: task.final_values(row.label).dropna() for row in rows}
