@@ -21,7 +21,7 @@ SHARES = ((0.1, "a tenth"), (1 / 3, "a third"), (1.0, "all"))
 SLACK = 1.01  # the last round of a method may end a hair above its budget
 SIGNIFICANT = 0.05
 # In a stored configuration. Read as text: a YAML parser takes longer for five hundred of them than all the rest of this table.
-DECLARED = re.compile(r"(?m)^budget:\n(?:[ ]+[^\n]*\n)*?[ ]+flops: ([0-9.e+]+)[ ]*$")
+DECLARED = re.compile(r"(?m)^budget:\n(?:[ ]+[^\n]*\n)*?[ ]+flops: ([0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?)[ ]*$")
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     from dpgbench.report import Contents
 
 TEMPLATES = Path(__file__).parent / "template"
-TEXTS_SHOWN = 4  # of a method and seed; the parquet has them all
+TEXTS_SHOWN = 3  # of a method and seed; the parquet has them all
 SEEDS_SHOWN = 3  # texts of the first ones; pictures of the very first, because they are heavy
-COLORS_SHOWN = 32  # of a picture: plots and patterns of few colours, a third of the bytes
+COLORS_SHOWN = 16  # of a picture: plots and patterns of few colours, a third of the bytes
+VERSUS_SHOWN = 4  # methods, from the top of the ranking, whose comparisons stand on the page; the others' are a file away
 MEASURES_SHOWN = 4  # beside the headline, below a picture
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -54,9 +55,9 @@ def render_page(contents: Contents, overall: list[DrawnFigure], figures: dict[st
     environment.filters["without_findings"] = lambda table: replace(table, findings=())
     results = contents.results
     script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
-    # As table_files names them; the versus tables' names come after the tasks' and cannot change these.
-    names = file_names(task.file_name for task in results.tasks)
-    return environment.get_template("page.html").render(
+    stems = file_names([*(task.file_name for task in results.tasks), *(f"versus_{label}" for label in contents.versus)])
+    names = stems | {label: stems[f"versus_{label}"] for label in contents.versus}
+    page = environment.get_template("page.html").render(
         title=title,
         suite=results.name,
         command=command,
@@ -72,7 +73,8 @@ def render_page(contents: Contents, overall: list[DrawnFigure], figures: dict[st
         winners=contents.winners,
         means=contents.means,
         phi=contents.phi,
-        versus=_versus(contents),
+        versus=_versus(contents)[:VERSUS_SHOWN],
+        versus_files=[(item["label"], f"tables/{names[item['label']]}.md") for item in _versus(contents)[VERSUS_SHOWN:]],
         overall={figure.file_name.removeprefix("summary_"): _inline(figure, f"s{at}-") for at, figure in enumerate(overall)},
         tasks=[
             _task(task, contents, figures[task.label], names[task.file_name], position) | {"specs": specs}
@@ -80,6 +82,7 @@ def render_page(contents: Contents, overall: list[DrawnFigure], figures: dict[st
         ],
         versions=_versions(results),
     )
+    return re.sub(r"\n\s+(?=<)", "\n", page)  # the template's indentation: a tenth of the page
 
 
 def policy(*scripts: str) -> str:
@@ -246,9 +249,9 @@ def _specs(tasks: Sequence[TaskResults], styles: Iterable[str]) -> list[list[dic
                 unlike = _unlike(settings, known) if known and settings else ""
                 if settings and not known:
                     first[label] = f"seed {group[0][0]} on {task.label}", settings
-                shown.append({"label": label, "seeds": and_more(seed for seed, _, _ in group), "several": len(group) > 1,
-                              "cells": " ".join(cell for _, cell, _ in group), "text": unlike or text or "no specification recorded",
-                              "unlike": name if unlike else ""})  # fmt: skip
+                cells = " ".join(".".join(cell.split(".")[-2:]) for _, cell, _ in group)
+                shown.append({"label": label, "seeds": and_more(seed for seed, _, _ in group), "several": len(group) > 1, "cells": cells,
+                              "text": unlike or text or "no specification recorded", "unlike": name if unlike else ""})  # fmt: skip
         by_task.append(shown)
     return by_task
 

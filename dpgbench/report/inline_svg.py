@@ -25,7 +25,8 @@ def inline_svg(svg: bytes, prefix: str, alt: str) -> Markup:
     root = ElementTree.fromstring(svg)
     referred = dict.fromkeys(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", svg.decode("utf-8")))
     named = {name: f"{prefix}{at}" for at, name in enumerate(referred)}
-    _clean(root, named)
+    outlined = {element.get("id") for element in root.iter() if "stroke:" in element.get("style", "")} & set(named)
+    _clean(root, named, {f"#{named[name]}" for name in outlined})
     view_box = root.get("viewBox")
     root.attrib.clear()
     label = {"class": "plot", "viewBox": view_box, "role": "img", "aria-label": visible(alt)}
@@ -34,13 +35,14 @@ def inline_svg(svg: bytes, prefix: str, alt: str) -> Markup:
     return Markup(start + inside.replace(" />", "/>") + "</svg>")
 
 
-def _clean(element: ElementTree.Element, named: dict[str, str]) -> None:
+def _clean(element: ElementTree.Element, named: dict[str, str], outlined: set[str]) -> None:
+    """`named` has the new names of what is referred to, `outlined` those of markers that bring their own stroke."""
     children = []
     for child in element:
         child.tag = child.tag.rpartition("}")[2]
         if child.tag in ("metadata", "style"):
             continue
-        _clean(child, named)
+        _clean(child, named, outlined)
         if child.tag in ("g", "defs") and not len(child):
             continue
         children += list(child) if child.tag == "g" and not child.attrib else [child]
@@ -52,7 +54,8 @@ def _clean(element: ElementTree.Element, named: dict[str, str]) -> None:
     _attributes(element, named)
     styles = {child.get("style") for child in children}
     if element.tag == "g" and "style" not in element.attrib and len(styles) == 1 and all(child.tag == "use" for child in children):
-        element.set("style", styles.pop() or "")  # inherited by the marker, which says nothing of it itself
+        said = [part for part in (styles.pop() or "").split(";") if not (part.startswith("stroke") and children[0].get("href") in outlined)]
+        element.set("style", ";".join(said))  # inherited by the marker
         for child in children:
             child.attrib.pop("style", None)
 

@@ -73,6 +73,7 @@ class Canvas:
     def __init__(self, height: float, width: float):
         self.width = width
         self.figure = Figure(figsize=(width, height), layout="constrained")
+        self.figure.get_layout_engine().set(w_pad=0.1)  # inches; letters are a little wider at some resolutions than at others
         self.axes = self.figure.add_subplot()
         for side in ("top", "right"):
             self.axes.spines[side].set_visible(False)
