@@ -51,7 +51,7 @@ def read_contents(frame: pd.DataFrame, suite: str) -> Contents:
     versus = versus_tables(results, across)
     over_tasks = {label: table for label in versus if (table := over_tasks_table(label, results, across))}
     overall = overview_table(results, across), winners_table(results, across), means_table(results, across), phi_table(results, across)
-    return Contents(results, across, budgets_table(results, across), *overall, versus, over_tasks, by_task)
+    return Contents(results, across, budgets_table(results, across.rows), *overall, versus, over_tasks, by_task)
 
 
 def build(frame: pd.DataFrame, folder: str | Path, *, suite: str, command: str, title: str | None = None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +12,9 @@ import pandas as pd
 
 from dpgbench.report import task_tables
 from dpgbench.report.format import DASH, amount, and_more, interval, number, plural, probability
-from dpgbench.report.over_tasks import Across
 from dpgbench.report.results import ORACLE, SuiteResults, TaskResults, natural
 from dpgbench.report.table import Cell, Column, Row, Table, text_cell
+from dpgbench.report.task_tables import MethodRow
 from dpgbench.stats.multiple_testing import BetterThanAll, better_than_all, holm
 from dpgbench.stats.over_seeds import PairedDifference, paired_difference
 
@@ -90,8 +91,11 @@ def best_at(task: TaskResults, runs: Runs, flops: float) -> Best | None:
     return Best(first, second, task.sign * float(values[first].mean()), differences[second], better_than_all(differences))
 
 
-def budgets_table(results: SuiteResults, across: Across) -> Table:
-    """Tasks x budgets: who is best, by how much, and whether that is shown. Each budget's tests are a family of their own."""
+def budgets_table(results: SuiteResults, rows: Mapping[str, list[MethodRow]]) -> Table:
+    """Tasks x budgets: who is best, by how much, and whether that is shown. Each budget's tests are a family of their own.
+
+    `rows` has every task's methods, whose means say how many decimals its scores need.
+    """
     budgets = {task.label: budget_of(task) for task in results.tasks}
     same = len({f"{budget:.3g}" for budget in budgets.values()}) == 1
     found = {}
@@ -109,7 +113,7 @@ def budgets_table(results: SuiteResults, across: Across) -> Table:
         budget = budgets[task.label]
         given = "" if same or not np.isfinite(budget) else f"; all: {amount(budget)} FLOPs"
         cells = [text_cell(task.label, small=f"{task.headline} {task.arrow}{given}")]
-        decimals = task_tables.table_decimals(across.rows[task.label])
+        decimals = task_tables.table_decimals(rows[task.label])
         for share, _ in SHARES:
             best = found.get((task.label, share))
             cells.append(_cell(best, adjusted[task.label, share], decimals, share * budget) if best else Cell(DASH))
