@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from dpgbench.bench import distributed
 from dpgbench.config.overrides import one, quoted
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError, did_you_mean
+from dpgbench.core.text import visible
 from dpgbench.plugins.registry import Registry
 
 FEW = 200
@@ -30,7 +30,6 @@ CODES = """\
   2    it cannot be understood, or not be done; one line says why
   130  interrupted
   141  nobody reads what it prints"""
-TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # make a terminal write from right to left
 
 
 @dataclass(frozen=True)
@@ -116,14 +115,8 @@ def reader_gone() -> int:
 
 def inert(text: str) -> str:
     """Text as it can be shown: what a terminal would act on by its escapes, and not too much of it."""
-    if not text.isprintable():
-        text = "".join(_escaped(char) for char in text)
+    text = visible(text)
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
-
-
-def _escaped(char: str) -> str:
-    acts = unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in TURNS
-    return char.encode("unicode_escape", "surrogatepass").decode() if acts else char
 
 
 def say(console: Console, text: str, mark: str = "", style: str = "") -> None:

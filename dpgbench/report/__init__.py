@@ -9,6 +9,7 @@ import pandas as pd
 
 from dpgbench.core.files import write_atomically
 from dpgbench.core.protocol import NOTHING_FIXED, Protocol
+from dpgbench.report.at_budgets import budgets_table
 from dpgbench.report.deployment_size import draw_sizes, size_tables
 from dpgbench.report.format import file_names
 from dpgbench.report.over_tasks import Across, compute_across
@@ -26,12 +27,13 @@ __all__ = ["build", "machine_readable"]
 class Contents:
     """What a report says, before it is drawn: the tables over all tasks, of every method against the others, and of every task.
 
-    `pooled` has the primary tests, none where the suite's protocol names no reference. `over_tasks` has a method against the others on all
-    tasks at once; not every method of `versus` need have one. `phi` is None where every headline is Phi.
+    `budgets` is the answer that comes first. `pooled` has the primary tests, none where the suite's protocol names no reference. `over_tasks`
+    has a method against the others on all tasks at once; not every method of `versus` need have one. `phi` is None where every headline is Phi.
     """
 
     results: SuiteResults
     across: Across
+    budgets: Table
     overview: Table
     winners: Table
     means: Table
@@ -58,7 +60,7 @@ def read_contents(frame: pd.DataFrame, suite: str, protocol: Protocol = NOTHING_
     over_tasks = {label: table for label in versus if (table := over_tasks_table(label, results, across))}
     overall = overview_table(results, across), winners_table(results, across), means_table(results, across), phi_table(results, across)
     pooled = pooled_tables(results, across.anchors, across.pooled, protocol)
-    return Contents(results, across, *overall, pooled, versus, over_tasks, by_task)
+    return Contents(results, across, budgets_table(results, across.rows), *overall, pooled, versus, over_tasks, by_task)
 
 
 def build(
@@ -94,7 +96,9 @@ def build(
 def table_files(contents: Contents) -> dict[str, str]:
     """{file name: content}: summary, primary tests, a file per task, a file per method against the others; Markdown and LaTeX each."""
     results = contents.results
-    over_all = [contents.overview, contents.winners, contents.means, *filter(None, [contents.phi])] if results.tasks else []
+    over_all = (
+        [contents.budgets, contents.overview, contents.winners, contents.means, *filter(None, [contents.phi])] if results.tasks else []
+    )
     stems = file_names([*(task.file_name for task in results.tasks), *(f"versus_{label}" for label in contents.versus)])
     task_files = [stems[task.file_name] for task in results.tasks]
     primary = ["pooled"] if contents.pooled else []
@@ -123,7 +127,8 @@ def machine_readable(
     contents = read_contents(frame, suite, protocol)
     results, ranks = contents.results, contents.across.ranks
     found = {
-        "suite": suite, "title": title or "", "command": command, "cells": results.cells_by_status, "overview": records(contents.overview),
+        "suite": suite, "title": title or "", "command": command, "cells": results.cells_by_status,
+        "budgets": records(contents.budgets), "overview": records(contents.overview),
         "winners": records(contents.winners), "pooled": [records(table) for table in contents.pooled],
         "means": records(contents.means), "phi": records(contents.phi) if contents.phi else None,
         "versus": {label: records(table) for label, table in contents.versus.items()},

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import io
 import json
 import math
 import re
 import struct
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +19,12 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
+from dpgbench.core.options import leaves_of
+from dpgbench.core.text import visible
 from dpgbench.report import task_tables
-from dpgbench.report.format import DASH, and_more, decimals_for, number, plural
-from dpgbench.report.plot_style import FAINT, INK, DrawnFigure
+from dpgbench.report.format import DASH, and_more, decimals_for, file_names, number, plural
+from dpgbench.report.inline_svg import inline_svg
+from dpgbench.report.plot_style import DrawnFigure
 from dpgbench.report.results import BASE, SuiteResults, TaskResults
 from dpgbench.report.summary_tables import findings
 from dpgbench.report.table import Cell, Column, Row, Table, text_cell
@@ -27,40 +34,72 @@ if TYPE_CHECKING:
     from dpgbench.report import Contents
 
 TEMPLATES = Path(__file__).parent / "template"
-TEXTS_SHOWN = 8  # of a method and seed; the parquet has them all
-SEEDS_SHOWN = 3  # pictures and texts of the first ones
+TEXTS_SHOWN = 3  # of a method and seed; the parquet has them all
+SEEDS_SHOWN = 3  # texts of the first ones; pictures of the very first, because they are heavy
+COLORS_SHOWN = 16  # of a picture: plots and patterns of few colours, a third of the bytes
+VERSUS_SHOWN = 4  # methods, from the top of the ranking, whose comparisons stand on the page; the others' are a file away
 MEASURES_SHOWN = 4  # beside the headline, below a picture
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def render_page(contents: Contents, overall: list[DrawnFigure], figures: dict[str, list[DrawnFigure]], *, command: str, title: str) -> str:
-    """The page as one string: no resource is loaded from anywhere, all images are inside."""
+    """The page as one string: no resource is loaded from anywhere, all images are inside, and its policy lets no other script run.
+
+    Whatever comes from the frame (labels, texts of models, reasons, settings) is escaped, and shows its control characters as escapes.
+    """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        finalize=_inert,
+    )  # fmt: skip
+    environment.tests["sorted_by_text"] = _sorted_by_text
+    environment.filters["without_findings"] = lambda table: replace(table, findings=())
     results = contents.results
-    return environment.get_template("page.html").render(
+    script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
+    stems = file_names([*(task.file_name for task in results.tasks), *(f"versus_{label}" for label in contents.versus)])
+    names = stems | {label: stems[f"versus_{label}"] for label in contents.versus}
+    page = environment.get_template("page.html").render(
         title=title,
         suite=results.name,
         command=command,
+        policy=policy(script),
         css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
-        script=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
+        script=Markup(script),
         explanation=_explanation(results),
         findings=findings(results, contents.across, contents.winners),
         statuses=list(results.cells_by_status.items()),
         styles=results.styles,
+        budgets=contents.budgets,
         overview=contents.overview,
         winners=contents.winners,
         means=contents.means,
         phi=contents.phi,
-        versus=_versus(contents),
-        overall=[_inline(figure, f"s{position}-") for position, figure in enumerate(overall)],
+        versus=_versus(contents)[:VERSUS_SHOWN],
+        versus_files=[(item["label"], f"tables/{names[item['label']]}.md") for item in _versus(contents)[VERSUS_SHOWN:]],
+        overall={figure.file_name.removeprefix("summary_"): _inline(figure, f"s{at}-") for at, figure in enumerate(overall)},
         tasks=[
-            _task(task, contents.by_task[task.label], contents.across.rows[task.label], figures[task.label], results, position)
-            for position, task in enumerate(results.tasks)
+            _task(task, contents, figures[task.label], names[task.file_name], position) | {"specs": specs}
+            for position, (task, specs) in enumerate(zip(results.tasks, _specs(results.tasks, results.styles), strict=True))
         ],
         versions=_versions(results),
     )
+    return re.sub(r"\n\s+(?=<)", "\n", page)  # the template's indentation: a tenth of the page
+
+
+def policy(*scripts: str) -> str:
+    """The Content-Security-Policy: nothing is loaded but pictures inside the page, and only these scripts run, told by their hashes."""
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts)
+    return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {hashes}; base-uri 'none'; form-action 'none'"
+
+
+def _sorted_by_text(cell: Cell) -> bool:
+    """Whether the text of a cell is enough to sort by: a word that stands for itself, or a number, whose last shown digit decides."""
+    if isinstance(cell.value, (int, float)) and math.isfinite(cell.value):
+        return re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?(e[+-][0-9]+)?", cell.text) is not None
+    return cell.sortable == cell.text
+
+
+def _inert(value: object) -> object:
+    return visible(value, keep="\n\t") if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _explanation(results: SuiteResults) -> str:
@@ -89,14 +128,8 @@ def _versus(contents: Contents) -> list[dict]:
     return shown
 
 
-def _task(
-    task: TaskResults,
-    shown: list[Table],
-    rows: list[task_tables.MethodRow],
-    figures: list[DrawnFigure],
-    results: SuiteResults,
-    position: int,
-) -> dict:
+def _task(task: TaskResults, contents: Contents, figures: list[DrawnFigure], file_name: str, position: int) -> dict:
+    results, rows = contents.results, contents.across.rows[task.label]
     present = [label for label in results.styles if (task.finals["method_label"] == label).any()]
     # What a method's texts are compared with stands first.
     before_first = sorted(present, key=lambda label: results.styles[label].role != BASE)
@@ -104,7 +137,9 @@ def _task(
     more = f"the first {SEEDS_SHOWN} of {len(seeds)} seeds; the parquet has all" if len(seeds) > SEEDS_SHOWN else ""
     seeds = seeds[:SEEDS_SHOWN]
     return {
-        "anchor": f"task-{position}", "task": task, "tables": shown, "notes": task_tables.notes_on(task, rows),
+        "anchor": f"task-{position}", "task": task, "notes": task_tables.notes_on(task, rows), "file": f"tables/{file_name}.md",
+        "answer": contents.budgets.rows[position].cells[-1],
+        "tables": [_led_by(table, rows[0].label if rows else None) for table in contents.by_task[task.label]],
         "figures": [_inline(figure, f"f{position}{kind}-") for kind, figure in zip("ab", figures, strict=False)],
         "metrics": _all_metrics(task, present), "phases": _phases(task, present), "seeds": seeds, "more_seeds": more,
         "gallery": [_samples(task, label, results, seeds) for label in before_first],
@@ -112,25 +147,34 @@ def _task(
         "gaps": [{"gap": gap, "seeds": and_more(gap.seeds), "short": task_tables.shortened(gap.reason),
                   "full": gap.reason if task_tables.shortened(gap.reason) != " ".join(gap.reason.split()) else None,
                   "style": results.styles[gap.method_label]} for gap in task_tables.gaps(task)],
-        "specs": _specs(task, present),
     }  # fmt: skip
 
 
+def _led_by(table: Table, best: str | None) -> dict:
+    """A table of pairs is as long as the square of the methods: those with the best method here, all in the file of the task's tables."""
+    pairs = [row for row in table.rows if len(row.methods) == 2]
+    kept = tuple(row for row in table.rows if len(row.methods) != 2 or best in row.methods)
+    if best is None or len(pairs) < 12 or len(kept) == len(table.rows):
+        return {"table": table, "left_out": 0, "of": best}
+    return {"table": replace(table, rows=kept), "left_out": len(table.rows) - len(kept), "of": best}
+
+
 def _inline(figure: DrawnFigure, prefix: str) -> dict:
-    return {"svg": _inline_svg(figure.svg, prefix, figure.alt), "caption": figure.caption, "file": figure.file_name}
+    return {"svg": inline_svg(figure.svg, prefix, figure.alt), "caption": figure.caption, "wide": figure.wide}
 
 
 def _samples(task: TaskResults, label: str, results: SuiteResults, seeds: list[int]) -> dict:
-    """One method's picture and texts for every seed of the task; a seed it lacks is shown as such."""
+    """One method's texts for every seed of the task, and its picture for the first; a seed it lacks is shown as such."""
     rows = task.finals[task.finals["method_label"] == label].set_index("seed")
     shown = []
-    for seed in seeds:
+    for position, seed in enumerate(seeds):
         row = rows.loc[seed] if seed in rows.index else None
         picture = row["picture"] if row is not None else None
         texts = _texts(row["texts"]) if row is not None else []
         broken = row is not None and isinstance(picture, bytes) and not _is_png(picture)
+        drawn = _picture(picture) if position == 0 and isinstance(picture, bytes) and _is_png(picture) else None
         shown.append({
-            "seed": seed, "finished": row is not None, "picture": _picture(picture) if _is_png(picture) else None, "broken": broken,
+            "seed": seed, "finished": row is not None, "picture": drawn, "broken": broken,
             "texts": texts[:TEXTS_SHOWN], "total": len(texts),
             "score": number(float(row["value"]), decimals_for(task.finals["value"])) if row is not None else DASH,
             "measures": _measures(task, row) if row is not None and _is_png(picture) else "",
@@ -183,19 +227,51 @@ def _phases(task: TaskResults, present: list[str]) -> list[dict]:
     return shares
 
 
-def _specs(task: TaskResults, present: list[str]) -> list[dict]:
-    """The exact configuration of every finished cell, texts that differ in nothing but the line `seed: ...` shown once."""
-    shown = []
-    for label in present:
-        rows = task.finals[task.finals["method_label"] == label]
-        groups: dict[str, list[tuple[int, str, str]]] = {}
-        for seed, cell, spec in zip(rows["seed"], rows["cell"], rows["spec"], strict=True):
-            text = spec if isinstance(spec, str) else ""
-            groups.setdefault(re.sub(r"(?m)^(\s*seed:).*$", r"\1", text), []).append((int(seed), cell, text))
-        for group in groups.values():
-            shown.append({"label": label, "seeds": and_more(seed for seed, _, _ in group), "several": len(group) > 1,
-                          "cells": [cell for _, cell, _ in group], "text": group[0][2].strip() or "no specification recorded"})  # fmt: skip
-    return shown
+def _specs(tasks: Sequence[TaskResults], styles: Iterable[str]) -> list[list[dict]]:
+    """For each task the exact configuration of every finished cell: a method's first on the page in full, then what is not as in it.
+
+    Texts that differ in nothing but the line `seed: ...` are shown once.
+    """
+    first: dict[str, tuple[str, dict[str, object]]] = {}  # of each method: what it is called, and its settings
+    by_task = []
+    for task in tasks:
+        shown = []
+        for label in (label for label in styles if (task.finals["method_label"] == label).any()):
+            rows = task.finals[task.finals["method_label"] == label]
+            groups: dict[str, list[tuple[int, str, str]]] = {}
+            for seed, cell, spec in zip(rows["seed"], rows["cell"], rows["spec"], strict=True):
+                text = spec if isinstance(spec, str) else ""
+                groups.setdefault(re.sub(r"(?m)^(\s*seed:).*$", r"\1", text), []).append((int(seed), cell, text))
+            for group in groups.values():
+                text = group[0][2].strip()
+                settings = _settings(text)
+                name, known = first.get(label, ("", {}))
+                unlike = _unlike(settings, known) if known and settings else ""
+                if settings and not known:
+                    first[label] = f"seed {group[0][0]} on {task.label}", settings
+                cells = " ".join(".".join(cell.split(".")[-2:]) for _, cell, _ in group)
+                shown.append({"label": label, "seeds": and_more(seed for seed, _, _ in group), "several": len(group) > 1, "cells": cells,
+                              "text": unlike or text or "no specification recorded", "unlike": name if unlike else ""})  # fmt: skip
+        by_task.append(shown)
+    return by_task
+
+
+def _settings(spec: str) -> dict[str, object]:
+    """By dotted key; nothing where the text is no configuration."""
+    import yaml
+
+    try:
+        parsed = yaml.load(spec, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError:
+        return {}
+    return leaves_of(parsed) if isinstance(parsed, dict) else {}
+
+
+def _unlike(settings: dict[str, object], first: dict[str, object]) -> str:
+    """A line for every setting that is not as in the first configuration."""
+    other = [key for key, value in settings.items() if key not in first or first[key] != value]
+    lines = [f"{key}: {json.dumps(settings[key], ensure_ascii=False, default=str)}" for key in other]
+    return "\n".join([*lines, *(f"{key}: (none)" for key in first if key not in settings)])
 
 
 def _versions(results: SuiteResults) -> list[dict]:
@@ -246,21 +322,21 @@ def _is_png(data: object) -> bool:
 def _picture(data: bytes) -> dict:
     """A data URI; small pictures are enlarged with hard pixel edges, because their pixels are the content."""
     width, height = struct.unpack(">II", data[16:24])
-    uri = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+    uri = "data:image/png;base64," + base64.b64encode(_fewer_colors(data)).decode("ascii")
     return {"uri": uri, "width": width, "height": height, "small": width <= 120}
 
 
-def _inline_svg(svg: bytes, prefix: str, alt: str) -> Markup:
-    """The figure as an SVG element: ids made unique on the page, methods marked for the filter, ink and paper left to the page."""
-    text = svg.decode("utf-8")
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r'<g id="method-(\d+)-\d+"', r'<g data-method="\1"', text)
-    text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\1"', text)
-    text = re.sub(r'(xlink:href="#|url\(#)', rf"\1{prefix}", text)
-    text = text.replace("'DejaVu Sans', sans-serif", "system-ui, sans-serif")
-    text = text.replace("xlink:href", "href").replace(INK, "var(--ink)").replace(FAINT, "var(--rule)")
-    text = re.sub(r"(fill|stroke): #ffffff", r"\1: var(--paper)", text)
-    size = re.search(r'viewBox="([^"]+)"', text)
-    label = Markup('<svg class="plot" viewBox="{}" role="img" aria-label="{}">').format(size.group(1), alt)
-    return Markup(label + Markup(text[text.index(">") + 1 :]))
+def _fewer_colors(png: bytes) -> bytes:
+    """The same picture with a palette, where that is smaller; as it is where it cannot be read."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(png)) as opened:
+            seen = opened.convert("RGBA")
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):  # a damaged PNG: the browser says so by its empty frame
+        return png
+    paper = Image.new("RGBA", seen.size, "white")
+    paper.alpha_composite(seen)
+    small = io.BytesIO()
+    paper.convert("RGB").quantize(COLORS_SHOWN, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return min(png, small.getvalue(), key=len)

@@ -28,6 +28,8 @@ PALETTE_ORDER = (0, 1, 2, 3, 4, 9, 5, 6, 8)
 DARK = 0.22
 SHAPES = {"o": "circle", "s": "square", "D": "diamond", "^": "up", "v": "down", "P": "plus", "X": "cross"}
 MARKERS = tuple(SHAPES)  # 18 colours and 7 markers: 126 methods before a pair repeats
+REFERENCE_MARKERS = {BASE: "h", ORACLE: "*"}  # grey, with marks that no method has
+SHAPES |= {"h": "hexagon", "*": "star"}
 
 
 @dataclass(frozen=True)
@@ -204,5 +206,6 @@ def _styles(frame: pd.DataFrame) -> dict[str, Style]:
     styles: dict[str, Style] = {}
     for index, label in enumerate(sorted(roles, key=lambda name: (order[roles[name]], natural(name)))):
         color = "#6e7781" if roles[label] != "method" else palette[index % len(palette)]
-        styles[label] = Style(index, color, MARKERS[index % len(MARKERS)], roles[label])
+        marker = REFERENCE_MARKERS.get(roles[label], MARKERS[index % len(MARKERS)])
+        styles[label] = Style(index, color, marker, roles[label])
     return styles

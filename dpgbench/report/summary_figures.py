@@ -7,7 +7,7 @@ from matplotlib.lines import Line2D
 
 from dpgbench.report.format import and_more, number, plural
 from dpgbench.report.over_tasks import THRESHOLDS, Across
-from dpgbench.report.plot_style import FLOPS_AXIS, INK, DrawnFigure, canvas, cut, flops_scale, line_look
+from dpgbench.report.plot_style import FLOPS_AXIS, INK, NARROW, WIDE, DrawnFigure, canvas, cut, flops_scale, line_look
 from dpgbench.report.results import ORACLE, SuiteResults
 
 
@@ -29,8 +29,10 @@ def _not_drawn(results: SuiteResults, shown: object) -> list[str]:
 
 
 def _budget(results: SuiteResults, across: Across) -> DrawnFigure:
-    with canvas(4.4) as on:
-        entries = []
+    with canvas(4.2, WIDE) as on:
+        every = [curve.flops for curve in across.budget.values()]
+        flops_scale(on.axes, min(flops.min() for flops in every), max(flops.max() for flops in every), room=False)
+        bounds = []
         for label, curve in across.budget.items():
             style, line = results.styles[label], line_look(results.styles[label])
             look = {"color": style.color, "zorder": 4, "linewidth": 2.2}
@@ -40,19 +42,22 @@ def _budget(results: SuiteResults, across: Across) -> DrawnFigure:
             if held.sum() > 1:
                 dotted = look | {"linewidth": 1.5, "linestyle": (0, (1, 1.6))}
                 on.axes.plot(curve.flops[held], curve.value[held], gid=on.mark(style), **dotted)
-            band = {"color": style.color, "alpha": 0.15, "linewidth": 0, "zorder": 1, "gid": on.mark(style)}
+            band = {"color": style.color, "alpha": 0.12, "linewidth": 0, "zorder": 1, "gid": on.mark(style)}
             on.axes.fill_between(curve.flops, curve.low, curve.high, **band)
             end = int(np.flatnonzero(whole)[-1])
-            on.axes.plot(curve.flops[end], curve.value[end], linestyle="none", zorder=5, gid=on.mark(style), **line | {"markersize": 8})
-            entries.append((Line2D([], [], linewidth=2.2, **line), cut(label), style))
+            on.axes.plot(curve.flops[end], curve.value[end], zorder=5, gid=on.mark(style), **line | {"linestyle": "none", "markersize": 8})
+            bounds += [curve.value, curve.low, curve.high]
         on.axes.axhline(0, color=INK, linewidth=0.8, linestyle=(0, (6, 3)), zorder=0)
-        every = [curve.flops for curve in across.budget.values()]
-        flops_scale(on.axes, min(flops.min() for flops in every), max(flops.max() for flops in every))
+        seen = np.concatenate([*bounds, [0.0]])
+        low, high = np.nanmin(seen[np.isfinite(seen)]), np.nanmax(seen[np.isfinite(seen)])
+        on.axes.set_ylim(low - 0.04 * (high - low or 1.0), high + 0.04 * (high - low or 1.0))
+        ends = [(float(curve.value[np.isfinite(curve.value)][-1]), label, results.styles[label])
+                for label, curve in across.budget.items() if np.isfinite(curve.value).any()]  # fmt: skip
+        on.label_ends(ends)
         on.axes.set_xlabel(FLOPS_AXIS, labelpad=6)
         on.axes.set_ylabel("normalised score (IQM)", labelpad=6)
         on.axes.grid(False, which="both", axis="x")
         on.title("what a budget buys, over all tasks")
-        on.legend(entries, 3.9)
         only_oracles = all(found.ceiling_label == ORACLE for found in across.anchors.values())
         caption = (
             f"Interquartile mean over {plural(len(across.scaled_tasks), 'task')} and their seeds; 0 is base (dashed), 1 the oracle"
@@ -69,7 +74,7 @@ def _ranks(results: SuiteResults, across: Across) -> DrawnFigure:
     """Critical-difference style: a line per method, bars on the right join those that the tasks do not tell apart."""
     found = across.ranks
     tasks, methods = len(found.seeds_by_task), len(found.ranks)
-    with canvas(1.5 + 0.36 * methods) as on:
+    with canvas(1.5 + 0.3 * methods, NARROW) as on:
         axes = on.axes
         for position, (label, rank) in enumerate(found.ranks.iterrows()):
             style = results.styles[label]
@@ -77,7 +82,7 @@ def _ranks(results: SuiteResults, across: Across) -> DrawnFigure:
             if np.isfinite(rank["low"]):
                 span = {"color": style.color, "linewidth": 3.2, "alpha": 0.45, "solid_capstyle": "butt", "zorder": 3}
                 axes.plot([rank["low"], rank["high"]], [position] * 2, gid=on.mark(style), **span)
-            axes.plot(rank["mean"], position, linestyle="none", zorder=4, gid=on.mark(style), **line_look(style) | {"markersize": 8.5})
+            axes.plot(rank["mean"], position, linestyle="none", zorder=4, gid=on.mark(style), **line_look(style))
         for column, group in enumerate(found.groups):
             at = methods + 0.22 + 0.16 * column
             ends = [found.ranks.index.get_loc(label) for label in (group[0], group[-1])]
@@ -89,7 +94,7 @@ def _ranks(results: SuiteResults, across: Across) -> DrawnFigure:
         axes.text(
             1 + shown / 2, -0.87, f"critical difference {found.critical_difference:.2f}{more}", ha="center", va="bottom", fontsize=9.5
         )
-        axes.set_yticks(range(methods), [cut(label, 26) for label in found.ranks.index])
+        axes.set_yticks(range(methods), [cut(label, 30) for label in found.ranks.index])
         axes.set_ylim(methods - 0.5, -1.35)
         axes.set_xlim(0.85, last + 0.1)
         axes.set_xticks(range(1, methods + 1))

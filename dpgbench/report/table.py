@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
+from dpgbench.core.text import visible
 from dpgbench.report.format import DASH
 
 
@@ -110,8 +111,9 @@ def _padded(header: tuple[str, ...], body: list[list[str]], right: list[bool]) -
 
 
 def escape(text: str) -> str:
-    """Data shown as itself in Markdown: no table cell, tag or line break of its own."""
-    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").split())
+    """Data shown as itself in Markdown: no table cell, tag, link or line break of its own."""
+    text = visible(" ".join(text.split()))
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("](", "]\\(")
 
 
 def latex(table: Table) -> str:
@@ -139,7 +141,7 @@ LATEX = {
 def tex(text: str) -> str:
     """Data as LaTeX prints it; letters of other languages are left to the document's encoding (UTF-8)."""
     # Brackets are braced: at the start of a row, LaTeX would read "[0.1, 0.2]" as an option of the line break before it.
-    text = "".join(LATEX.get(character, character) for character in " ".join(text.split()))
+    text = "".join(LATEX.get(character, character) for character in visible(" ".join(text.split())))
     return re.sub(r"\[([^\]]*)\]", r"{[}\1{]}", text)
 
 

@@ -1,9 +1,22 @@
 "use strict";
-// The page reads in full without this script; it adds sorting, the method filter and the seed switch.
+// The page reads in full without this script; it adds sorting, the method filter, the seed switch, and opens what a link or a printer asks for.
 
 const each = (root, selector, act) => root.querySelectorAll(selector).forEach(act);
 
-// Sorting: numbers by data-value, an empty value always last; the first click on a number column puts its best (or largest) on top.
+// A link to a task opens it; paper has everything.
+const unfold = () => {
+  const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const details = target && target.closest("details");
+  if (details) { details.open = true; target.scrollIntoView(); }
+};
+window.addEventListener("hashchange", unfold);
+window.addEventListener("beforeprint", () => each(document, "details", (details) => { details.open = true; }));
+unfold();
+
+// What stands in a cell before its small print.
+const shown = (cell) => [...cell.childNodes].filter((node) => node.nodeType === Node.TEXT_NODE).map((node) => node.data).join("").trim();
+
+// Sorting: by data-value, or the text where there is none; an empty value always last; the first click on a number column puts its best (or largest) on top.
 each(document, "table.sortable", (table) => {
   each(table, "thead th", (head) => {
     const column = head.cellIndex;
@@ -22,7 +35,7 @@ each(document, "table.sortable", (table) => {
       each(table, "thead th", (sibling) => sibling.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", order);
       const sign = order === "ascending" ? 1 : -1;
-      const value = (row) => row.cells[column].dataset.value;
+      const value = (row) => row.cells[column].dataset.value ?? shown(row.cells[column]);
       const rows = [...table.tBodies[0].rows].sort((a, b) => {
         const [left, right] = [value(a), value(b)];
         if (left === "" || right === "") return (left === "") - (right === "");
@@ -41,6 +54,7 @@ const apply = () => {
   each(document, "[data-method]", (element) => {
     element.style.display = element.dataset.method.split(" ").some((method) => off.has(method)) ? "none" : "";
   });
+  each(document, "[data-hidden-count]", (place) => { place.textContent = off.size ? `${off.size} hidden` : ""; });
 };
 boxes.forEach((box) => box.addEventListener("change", apply));
 apply(); // a browser may restore unchecked boxes on reload

@@ -1,0 +1,125 @@
+"""A figure as an element of the page: a third of the bytes of matplotlib's SVG, colours left to the page, methods marked for the filter.
+
+Same picture: what goes is white space, wrappers, names that nothing refers to, styles said once for each of many markers, and digits of
+coordinates beyond a tenth of a point; lines are written as steps from point to point.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from xml.etree import ElementTree
+
+from markupsafe import Markup, escape
+
+from dpgbench.core.text import visible
+from dpgbench.report.plot_style import FAINT, INK
+
+COLORS = {INK: "var(--ink)", FAINT: "var(--rule)", "#ffffff": "var(--paper)"}
+COORDINATES = ("x", "y", "transform", "points", "width", "height", "viewBox")
+SAID_BY_THE_PAGE = ("font-family", "stroke-linejoin")  # page.css, for all of `.plot`
+
+
+def inline_svg(svg: bytes, prefix: str, alt: str) -> Markup:
+    """The <svg> element with `alt` as its label; `prefix` makes its ids unique on the page."""
+    root = ElementTree.fromstring(svg)
+    referred = dict.fromkeys(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", svg.decode("utf-8")))
+    named = {name: f"{prefix}{at}" for at, name in enumerate(referred)}
+    outlined = {element.get("id") for element in root.iter() if "stroke:" in element.get("style", "")} & set(named)
+    _clean(root, named, {f"#{named[name]}" for name in outlined})
+    view_box = root.get("viewBox")
+    root.attrib.clear()
+    label = {"class": "plot", "viewBox": view_box, "role": "img", "aria-label": visible(alt)}
+    start = "<svg " + " ".join(f'{name}="{escape(value)}"' for name, value in label.items()) + ">"
+    inside = "".join(ElementTree.tostring(child, encoding="unicode") for child in root)
+    return Markup(start + inside.replace(" />", "/>") + "</svg>")
+
+
+def _clean(element: ElementTree.Element, named: dict[str, str], outlined: set[str]) -> None:
+    """`named` has the new names of what is referred to, `outlined` those of markers that bring their own stroke."""
+    children = []
+    for child in element:
+        child.tag = child.tag.rpartition("}")[2]
+        if child.tag in ("metadata", "style"):
+            continue
+        _clean(child, named, outlined)
+        if child.tag in ("g", "defs") and not len(child):
+            continue
+        children += list(child) if child.tag == "g" and not child.attrib else [child]
+    element[:] = children
+    if element.tag != "text":
+        element.text = None
+    for child in children:
+        child.tail = None
+    _attributes(element, named)
+    styles = {child.get("style") for child in children}
+    if element.tag == "g" and "style" not in element.attrib and len(styles) == 1 and all(child.tag == "use" for child in children):
+        said = [part for part in (styles.pop() or "").split(";") if not (part.startswith("stroke") and children[0].get("href") in outlined)]
+        element.set("style", ";".join(said))  # inherited by the marker
+        for child in children:
+            child.attrib.pop("style", None)
+
+
+def _attributes(element: ElementTree.Element, named: dict[str, str]) -> None:
+    given = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
+    element.attrib.clear()
+    for name, value in given.items():
+        if name == "id":
+            method = re.fullmatch(r"method-(\d+)-\d+", value)
+            if method:
+                element.set("data-method", method[1])
+            elif value in named:
+                element.set("id", named[value])
+        elif name == "style":
+            if style := _style(value, element.tag):
+                element.set("style", style)
+        elif name == "href":
+            element.set("href", f"#{named[value.removeprefix('#')]}")
+        elif name == "d":
+            element.set("d", steps(value))
+        elif name in COORDINATES:
+            if short := _short(value):
+                element.set(name, short)
+        else:
+            element.set(name, re.sub(r"url\(#([^)]+)\)", lambda found: f"url(#{named[found[1]]})", value))
+
+
+def _style(style: str, tag: str) -> str:
+    parts = [part.strip().split(":", 1) for part in style.split(";") if ":" in part]
+    said = []
+    for name, value in ((name.strip(), value.strip()) for name, value in parts):
+        if name in SAID_BY_THE_PAGE or (tag == "text" and name == "fill" and value == INK):
+            continue
+        said.append(f"{name}:{COLORS.get(value, value)}")
+    return ";".join(said)
+
+
+def _short(value: str) -> str:
+    """A tenth of a point; a rotation by nothing is nothing."""
+    value = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found.group()):.1f}".removesuffix(".0"), value)
+    value = re.sub(r"(?<![\d.])-0(?![\d.])", "0", value)
+    return "" if re.fullmatch(r"rotate\(0 [^)]*\)", value) else value
+
+
+def steps(path: str) -> str:
+    """The path with each straight line relative to its start. Rounded before the steps are taken, so that errors do not add up."""
+    parts = re.findall(r"([MLCQzZ])([^MLCQzZ]*)", path)
+    absolute = [(command, [round(10 * float(number)) for number in numbers.split()]) for command, numbers in parts]
+    written, before = [], ""
+    for (_, start), (command, numbers) in pairwise([("", []), *absolute]):
+        if command == "L" and len(start) >= 2:
+            tenths, command = [numbers[0] - start[-2], numbers[1] - start[-1]], "l"
+        else:
+            tenths = numbers
+        text = "".join(_tenth(number) for number in tenths)
+        repeated = command == before == "l"
+        written.append(text if repeated else command + text.lstrip(" "))
+        before = command
+    return "".join(written)
+
+
+def _tenth(tenths: int) -> str:
+    """A number with what parts it from the one before it: a minus does, otherwise a space."""
+    text = f"{tenths / 10:.1f}".removesuffix(".0") if tenths % 10 else f"{tenths // 10}"
+    text = text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
+    return text if text.startswith("-") else f" {text}"
