@@ -239,6 +239,49 @@ def shared_span(snapshots: Iterable[pd.DataFrame]) -> tuple[float, float]:
     return float(starts.max()), float(ends.min())
 
 
+@dataclass(frozen=True, eq=False)
+class CurveTable:
+    """One method's curves, a row per seed, so that all seeds are read at once. `seeds` (n,) ascend.
+
+    `computes` and `values` (n, S) ascend in the compute; behind a seed's last snapshot they are inf and NaN.
+    """
+
+    seeds: np.ndarray
+    computes: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, snapshots: pd.DataFrame) -> CurveTable:
+        """From the columns seed, flops and value. ValueError as in `curves_by_seed`."""
+        curves = list(curves_by_seed(snapshots))
+        longest = max((len(flops) for _, flops, _ in curves), default=1)
+        computes, values = np.full((len(curves), longest), np.inf), np.full((len(curves), longest), np.nan)
+        for row, (_, flops, its_values) in enumerate(curves):
+            in_order = np.argsort(flops, kind="stable")
+            computes[row, : len(flops)], values[row, : len(flops)] = flops[in_order], its_values[in_order]
+        return cls(np.array([seed for seed, *_ in curves], dtype=int), computes, values)
+
+    def rows(self, chosen: np.ndarray) -> CurveTable:
+        return CurveTable(self.seeds[chosen], self.computes[chosen], self.values[chosen])
+
+    @property
+    def spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) each: the first and the last compute with a value; inf and -inf where a seed has none."""
+        there = ~np.isnan(self.values)
+        return np.where(there, self.computes, np.inf).min(axis=1), np.where(there, self.computes, -np.inf).max(axis=1)
+
+    def at(self, computes: np.ndarray) -> np.ndarray:
+        """(n,): each seed's value at its own one of the computes (n,), by the rules of `value_at` with nothing held."""
+        x, target = np.log10(self.computes), np.log10(computes)
+        right = np.minimum((x < target[:, None]).sum(axis=1), x.shape[1] - 1)
+        left, each = np.maximum(right - 1, 0), np.arange(len(x))
+        (x_left, x_right), (y_left, y_right) = ((table[each, left], table[each, right]) for table in (x, self.values))
+        inside = (x_left < target) & (target < x_right) & np.isfinite(y_left) & np.isfinite(y_right)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            line = y_left + (target - x_left) / (x_right - x_left) * (y_right - y_left)
+        return np.where(target == x_right, y_right, np.where(inside, line, np.nan))
+
+
 def curves_by_seed(snapshots: pd.DataFrame) -> Iterable[tuple[int, np.ndarray, np.ndarray]]:
     """(seed, computes, values) of every seed in order. ValueError for a lacking column and, with the seed, for a bad curve."""
     lacking = [name for name in COLUMNS if name not in snapshots.columns]

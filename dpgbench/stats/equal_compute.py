@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from dpgbench.stats.curves import curves_by_seed, value_at
+from dpgbench.stats.curves import CurveTable
 from dpgbench.stats.effect_size import EffectSize, paired_effect_size
 from dpgbench.stats.over_seeds import PairedDifference, paired_difference
 
@@ -27,33 +27,26 @@ class MatchedComparison:
 
 
 def compare_at_equal_compute(
-    snapshots_a: pd.DataFrame, snapshots_b: pd.DataFrame, *, level: float = 0.95, generator: np.random.Generator | None = None
+    a: pd.DataFrame | CurveTable, b: pd.DataFrame | CurveTable, *, level: float = 0.95, generator: np.random.Generator | None = None
 ) -> MatchedComparison:
-    """Compare two methods on one task; both frames have the columns seed, flops and value, a row per snapshot.
+    """Compare two methods on one task, from frames with the columns seed, flops and value, a row per snapshot, or from their tables.
 
     `generator` is needed above 12 common seeds, as in over_seeds.paired_difference. ValueError as in curves.value_at, with the seed.
     """
-    curves_a, curves_b = (
-        {seed: (flops, values) for seed, flops, values in curves_by_seed(snapshots)} for snapshots in (snapshots_a, snapshots_b)
-    )
-    rows, left_out = {}, {}
-    for seed in sorted(set(curves_a) | set(curves_b)):
-        if seed not in curves_a or seed not in curves_b:
-            left_out[seed] = "only one of the two has this seed"
-            continue
-        spans = [flops[~np.isnan(values)] for flops, values in (curves_a[seed], curves_b[seed])]
-        if not all(len(span) for span in spans):
-            left_out[seed] = "no value"
-            continue
-        start, end = max(span.min() for span in spans), min(span.max() for span in spans)
-        if start > end:
-            left_out[seed] = f"no common compute: one ends at {end:.3g}, the other starts at {start:.3g}"
-            continue
-        a, b = value_at(*curves_a[seed], end), value_at(*curves_b[seed], end)
-        if np.isnan(a) or np.isnan(b):
-            left_out[seed] = f"a value next to {end:.3g} is not finite"
-            continue
-        rows[seed] = {"compute": end, "a": a, "b": b}
-    by_seed = pd.DataFrame.from_dict(rows, orient="index", columns=["compute", "a", "b"]).astype(float)
+    a, b = (side if isinstance(side, CurveTable) else CurveTable.of(side) for side in (a, b))
+    left_out = dict.fromkeys(np.setxor1d(a.seeds, b.seeds).tolist(), "only one of the two has this seed")
+    seeds, rows_a, rows_b = np.intersect1d(a.seeds, b.seeds, assume_unique=True, return_indices=True)
+    a, b = a.rows(rows_a), b.rows(rows_b)
+    starts, ends = (most(*sides) for most, sides in zip((np.maximum, np.minimum), zip(a.spans, b.spans, strict=True), strict=True))
+    compared = np.flatnonzero(starts <= ends)
+    for seed, start, end in zip(*(column[starts > ends].tolist() for column in (seeds, starts, ends)), strict=True):
+        none = np.isinf(start) or np.isinf(end)
+        left_out[seed] = "no value" if none else f"no common compute: one ends at {end:.3g}, the other starts at {start:.3g}"
+    values_a, values_b = (side.rows(compared).at(ends[compared]) for side in (a, b))
+    by_seed = pd.DataFrame({"compute": ends[compared], "a": values_a, "b": values_b}, index=seeds[compared])
+    holes = np.isnan(values_a) | np.isnan(values_b)
+    left_out |= {seed: f"a value next to {end:.3g} is not finite" for seed, end in by_seed.loc[holes, "compute"].items()}
+    by_seed = by_seed[~holes]
     difference = paired_difference(by_seed["a"], by_seed["b"], level=level, generator=generator)
-    return MatchedComparison(difference, paired_effect_size(by_seed["a"], by_seed["b"], level=level), by_seed, left_out)
+    effect = paired_effect_size(by_seed["a"], by_seed["b"], level=level)
+    return MatchedComparison(difference, effect, by_seed, dict(sorted(left_out.items())))
