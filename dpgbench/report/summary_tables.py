@@ -23,8 +23,8 @@ def overview_table(results: SuiteResults, across: Across) -> Table:
     for label, style in results.styles.items():
         iqm = across.iqm.get(label)
         over = len(iqm.n_by_task) if iqm else 0
-        finals = [task.finals[task.finals["method_label"] == label] for task in results.tasks]
-        flops = sum(float(rows["flops"].median()) for rows in finals if len(rows))
+        finals = [task.final_values(label, "flops") for task in results.tasks]
+        flops = sum(float(values.median()) for values in finals if len(values))
         ahead = [ahead_of_all(label, across.pairs[task.label]) for task in results.tasks] if style.role == "method" else []
         compared = [answer for answer in ahead if answer is not None]
         mean_rank = across.ranks.ranks.loc[label] if label in across.ranks.ranks.index else None

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from dpgbench.stats.curves import CurveTable
-from dpgbench.stats.effect_size import EffectSize, paired_effect_size
-from dpgbench.stats.over_seeds import PairedDifference, paired_difference
+from dpgbench.stats.effect_size import EffectSize, effect_size_of_pairs
+from dpgbench.stats.over_seeds import PairedDifference, difference_of_pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +45,9 @@ def compare_at_equal_compute(
     values_a, values_b = (side.rows(compared).at(ends[compared]) for side in (a, b))
     by_seed = pd.DataFrame({"compute": ends[compared], "a": values_a, "b": values_b}, index=seeds[compared])
     holes = np.isnan(values_a) | np.isnan(values_b)
-    left_out |= {seed: f"a value next to {end:.3g} is not finite" for seed, end in by_seed.loc[holes, "compute"].items()}
-    by_seed = by_seed[~holes]
-    difference = paired_difference(by_seed["a"], by_seed["b"], level=level, generator=generator)
-    effect = paired_effect_size(by_seed["a"], by_seed["b"], level=level)
-    return MatchedComparison(difference, effect, by_seed, dict(sorted(left_out.items())))
+    if holes.any():
+        left_out |= {seed: f"a value next to {end:.3g} is not finite" for seed, end in by_seed.loc[holes, "compute"].items()}
+        by_seed = by_seed[~holes]
+    pairs = values_a[~holes], values_b[~holes]
+    difference = difference_of_pairs(*pairs, level=level, generator=generator)
+    return MatchedComparison(difference, effect_size_of_pairs(*pairs, level=level), by_seed, dict(sorted(left_out.items())))
