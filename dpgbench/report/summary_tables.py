@@ -221,7 +221,7 @@ def _versus_table(label: str, results: SuiteResults, across: Across) -> Table:
             means[other] = turn * d.mean + 0.0
             below = interval(low, high, decimals, sign=True).replace(DASH, "")
             facts = {"mean": means[other], "low": low, "high": high, "n": d.n, "p": d.p, "holm_p": p,
-                     "flops": comparison.by_seed["compute"].median()}  # fmt: skip
+                     "flops": comparison.median_compute}  # fmt: skip
             small = f"{below} p {probability(p)} n={d.n}".strip()
             cells.append(Cell(number(means[other], decimals, sign=True), small, means[other], facts, bool(p < 0.05)))
         if means and all(mean > 0 for mean in means.values()):

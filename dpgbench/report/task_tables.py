@@ -189,14 +189,14 @@ def matched_table(task: TaskResults, pairs: dict[tuple[str, str], MatchedCompari
     for ((a, b), found), adjusted_p in zip(compared.items(), adjusted.p, strict=True):
         turn = -1 if found.difference.mean < 0 else 1
         first, second = (a, b) if turn > 0 else (b, a)
-        d, compute = found.difference, found.by_seed["compute"]
+        d, compute = found.difference, found.by_seed["compute"].to_numpy()
         low, high = sorted((turn * d.low, turn * d.high))
         advantage = turn * d.mean + 0.0  # + 0.0: no negative zero
         effect = found.effect if turn > 0 else _turned(found.effect)
         body.append((advantage, Row((
             text_cell(first, method=first), text_cell(second, method=second), Cell(str(d.n), "", d.n, {"n": d.n}),
-            Cell(amount(float(compute.median())), "", float(compute.median()),
-                 {"median": compute.median(), "low": compute.min(), "high": compute.max()}),
+            Cell(amount(found.median_compute), "", found.median_compute,
+                 {"median": found.median_compute, "low": compute.min(), "high": compute.max()}),
             Cell(number(advantage, decimals, sign=True), interval(low, high, decimals, sign=True).replace(DASH, ""), advantage,
                  {"mean": advantage, "low": low, "high": high, "n": d.n}),
             effect_cell(effect), Cell(probability(d.p), "", d.p, {"p": d.p, "smallest": d.smallest_p, "exact": d.exact}),

@@ -7,6 +7,7 @@ whichever stopped first. The other curve is read there by interpolation over log
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,11 @@ class MatchedComparison:
     effect: EffectSize
     by_seed: pd.DataFrame
     left_out: dict[int, str] = field(default_factory=dict)
+
+    @cached_property
+    def median_compute(self) -> float:
+        """NaN without a seed."""
+        return float(np.median(self.by_seed["compute"].to_numpy())) if len(self.by_seed) else np.nan
 
 
 def compare_at_equal_compute(

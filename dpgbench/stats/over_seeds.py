@@ -88,10 +88,12 @@ def pairs_by_seed(values_by_seed_a: pd.Series, values_by_seed_b: pd.Series) -> t
         if not series.index.is_unique:
             twice = sorted(set(series.index[series.index.duplicated()]))
             raise ValueError(f"side {side} has more than one value for seed {', '.join(map(str, twice))}; a pair needs exactly one")
-    a, b = values_by_seed_a.dropna().astype(float), values_by_seed_b.dropna().astype(float)
-    seeds = a.index.intersection(b.index).sort_values()
-    pairs = pd.DataFrame({"a": a.loc[seeds].to_numpy(), "b": b.loc[seeds].to_numpy()}, index=seeds)
-    return pairs, len(a.index.union(b.index)) - len(seeds)
+    # By numpy: a report pairs some hundred times, and pandas takes milliseconds over each.
+    a, b = (series.to_numpy(dtype=float, na_value=np.nan) for series in (values_by_seed_a, values_by_seed_b))
+    seeds_a, seeds_b = values_by_seed_a.index.to_numpy()[~np.isnan(a)], values_by_seed_b.index.to_numpy()[~np.isnan(b)]
+    seeds, rows_a, rows_b = np.intersect1d(seeds_a, seeds_b, assume_unique=True, return_indices=True)
+    pairs = pd.DataFrame({"a": a[~np.isnan(a)][rows_a], "b": b[~np.isnan(b)][rows_b]}, index=seeds)
+    return pairs, len(seeds_a) + len(seeds_b) - 2 * len(seeds)
 
 
 def paired_difference(
