@@ -92,8 +92,7 @@ class TaskResults:
         rows = self.snapshots[["method_label", "seed", "flops", "value"]]
         rows = rows[np.isfinite(rows["flops"]) & (rows["flops"] > 0)].drop_duplicates(["method_label", "seed", "flops"], keep="last")
         return {
-            label: group.drop(columns="method_label").reset_index(drop=True)
-            for label, group in rows.groupby("method_label", sort=False)
+            label: group.drop(columns="method_label").reset_index(drop=True) for label, group in rows.groupby("method_label", sort=False)
         }
 
     def competing(self) -> list[str]:
