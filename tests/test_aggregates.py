@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from dpgbench.stats.aggregates import interquartile_mean, performance_profile, probability_of_improvement
+from dpgbench.stats.aggregates import interquartile_curve, interquartile_mean, performance_profile, probability_of_improvement
 
 nan, inf = np.nan, np.inf
 
@@ -238,3 +238,28 @@ def test_bad_grids_and_thresholds_are_refused():
     for thresholds in ([], [0, nan]):
         with pytest.raises(ValueError, match="a profile needs at least one and no NaN among them"):
             performance_profile(grid, thresholds, generator=rng())
+
+
+def test_a_curve_has_at_each_place_what_the_mean_has_with_the_same_draws():
+    """Tasks of 3 and of 5 seeds; one curve is infinite somewhere. A place with a NaN is left out, and the others are as without it."""
+    by_task = {"t0": rng(1).normal(size=(3, 4)), "t1": rng(2).normal(size=(5, 4))}
+    by_task["t0"][1, 2], by_task["t1"][0, 3] = inf, nan
+    got = interquartile_curve(by_task, generator=rng(7), draws=200)
+    for place in range(3):
+        one = interquartile_mean(grid_of(*(curves[:, place] for curves in by_task.values())), generator=rng(7), draws=200)
+        assert (got.value[place], got.low[place], got.high[place]) == (one.value, one.low, one.high)
+    assert np.isnan([got.value[3], got.low[3], got.high[3]]).all() and got.missing == 1
+    assert (got.n, got.n_by_task) == (8, {"t0": 3, "t1": 5})
+    single = interquartile_curve({"t0": np.ones((1, 2))}, generator=rng())
+    assert single.value.tolist() == [1, 1] and np.isnan(single.low).all() and "one seed only on t0" in single.why_no_interval
+    with pytest.raises(ValueError, match="every task needs one"):
+        interquartile_curve({"t0": np.ones((0, 2))}, generator=rng())
+
+
+def test_many_draws_are_taken_a_block_at_a_time_and_say_the_same():
+    """2,000 values: 5,000 draws do not fit one block of a million. A loop that sorts each draw's values is the oracle."""
+    values = rng(3).normal(size=2000)
+    got = interquartile_mean(grid_of(values), generator=rng(4), draws=1500)
+    counts = rng(4).multinomial(2000, np.full(2000, 1 / 2000), size=1500)
+    means = np.sort([np.sort(np.repeat(values, row))[500:1500].mean() for row in counts])
+    assert (got.low, got.high) == pytest.approx((means[37], means[-38]), rel=1e-9)

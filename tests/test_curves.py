@@ -8,7 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dpgbench.stats.curves import answer_at, answers_at, area_over_seeds, area_under_curve, compute_to_reach, reach_over_seeds, shared_span
+from dpgbench.stats.curves import (
+    CurveTable,
+    answer_at,
+    answers_at,
+    area_over_seeds,
+    area_under_curve,
+    compute_to_reach,
+    reach_over_seeds,
+    shared_span,
+)
 
 nan, inf = np.nan, np.inf
 
@@ -224,3 +233,19 @@ def test_bad_snapshots_name_the_seed_and_the_column():
         reach_over_seeds(snapshots_of({3: ([0, 1], [0, 1])}), 1)
     with pytest.raises(ValueError, match=r"seed 3: compute 10 is listed twice"):
         shared_span([snapshots_of({3: ([10, 10], [0, 1])})])
+
+
+def test_a_table_of_curves_reads_what_single_curves_say():
+    """40 seeds of 1 to 6 snapshots in any order, some values NaN or infinite; read at a snapshot, between two, and outside."""
+    draws, rows = rng(8), []
+    for seed in range(40):
+        for flops in draws.choice(np.geomspace(1, 1e5, 12), size=draws.integers(1, 7), replace=False):
+            rows.append((seed, flops, draws.choice([draws.normal(), nan, inf], p=[0.8, 0.15, 0.05])))
+    frame = pd.DataFrame(rows, columns=["seed", "flops", "value"]).sample(frac=1, random_state=0)
+    table = CurveTable.of(frame)
+    assert table.seeds.tolist() == list(range(40))
+    for at in (0.5, 1.0, 37.0, np.geomspace(1, 1e5, 12)[5], 1e5, 2e5):
+        single = [float(answer_at(of_seed["flops"], of_seed["value"], at)) for _, of_seed in frame.groupby("seed")]
+        np.testing.assert_array_equal(table.at(np.full(40, at)), np.array(single))
+    spans = frame.groupby("seed")["flops"].agg(["min", "max"])
+    np.testing.assert_array_equal(np.column_stack(table.spans), spans.to_numpy())

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from dpgbench.stats.over_seeds import mean_interval, paired_difference, smallest_sign_flip_p
+from dpgbench.stats.over_seeds import MONTE_CARLO_DRAWS, _drawn_signed_sums, mean_interval, paired_difference, smallest_sign_flip_p
 
 
 def test_t_interval_equals_the_hand_computed_one():
@@ -143,3 +143,15 @@ def test_a_seed_given_twice_is_refused():
 def test_an_infinite_difference_has_no_p():
     got = paired_difference(by_seed([np.inf, 1]), by_seed([0, 0]))
     assert got.n == 2 and got.mean == np.inf and np.isnan(got.p)
+
+
+def test_drawn_signs_are_fair_and_independent():
+    """Values 1, 2, 4, ..., 2**18: a sum tells all 19 signs, two whole bytes and a part of one. Standard error of a mean sign, and of a
+    product of two: 0.0071; of the 190 of them none should be beyond 5."""
+    sums = _drawn_signed_sums(2.0 ** np.arange(19), np.random.default_rng(5))
+    patterns = ((sums + 2**19 - 1) / 2).astype(int)  # bit i is set where value i counts as positive
+    signs = 2 * ((patterns[:, None] >> np.arange(19)) & 1) - 1
+    assert len(sums) == MONTE_CARLO_DRAWS and (signs @ 2.0 ** np.arange(19) == sums).all()
+    assert np.abs(signs.mean(axis=0)).max() < 5 * 0.0071
+    products = signs.T @ signs / len(signs) - np.eye(19)
+    assert np.abs(products).max() < 5 * 0.0071

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats as scipy_stats
 
-from dpgbench.stats.ranks import critical_difference, mean_ranks
+from dpgbench.stats.ranks import critical_difference, friedman_p, mean_ranks
 
 
 def scores_of(table):
@@ -80,3 +81,24 @@ def test_friedman_nemenyi_size_under_the_null():
     ranks = np.argsort(np.argsort(np.random.default_rng(3).normal(size=(2000, 12, 4)), axis=-1), axis=-1).mean(axis=1)
     beyond = (np.ptp(ranks, axis=1) > critical_difference(4, 12)).mean()
     assert 0.02 < beyond < 0.05 + 3 * 0.0049
+
+
+@pytest.mark.parametrize("methods", [2, 5, 40])
+def test_critical_difference_is_that_of_scipy(methods):
+    quantile = scipy_stats.studentized_range.ppf(0.99, methods, np.inf) / np.sqrt(2)
+    assert critical_difference(methods, 6, 0.01) == pytest.approx(quantile * np.sqrt(methods * (methods + 1) / 36), rel=1e-9)
+
+
+@pytest.mark.parametrize("methods", [3, 6])
+def test_friedman_p_is_that_of_scipy_with_ties_too(methods):
+    values = np.random.default_rng(methods).integers(0, 4, size=(7, methods))
+    expected = scipy_stats.friedmanchisquare(*values.T).pvalue
+    assert friedman_p(scipy_stats.rankdata(values, axis=1)) == pytest.approx(expected, rel=1e-12)
+    assert np.isnan(friedman_p(np.full((4, methods), (methods + 1) / 2)))
+
+
+def test_ranks_of_one_task_are_those_of_scipy():
+    values = np.random.default_rng(1).integers(0, 5, size=9).astype(float)
+    got = ranked({"t0": {f"m{method}": [value] for method, value in enumerate(values)}}).ranks["mean"]
+    expected = scipy_stats.rankdata(-values)
+    assert {label: got[label] for label in got.index} == {f"m{method}": rank for method, rank in enumerate(expected)}

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import html
+import os
 import re
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from frames import COMMAND, demo_frame, everything_in, row, small_frame
 
 from dpgbench.report import build
 from dpgbench.report.format import amount, decimals_for, duration, file_names, number, probability
-from dpgbench.report.results import read_frame
+from dpgbench.report.results import DARK, PALETTE, darker, read_frame
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -76,6 +80,26 @@ def test_one_look_per_method_in_the_whole_suite():
     assert len({(style.color, style.marker) for style in styles.values()}) == 5
     many = pd.DataFrame([row(method="x", label=f"x_n{n}") for n in range(40)])
     assert len({(style.color, style.marker) for style in read_frame(many, "many").styles.values()}) == 40
+
+
+def test_colours_are_seaborns():
+    import seaborn
+    from matplotlib.colors import to_hex
+
+    colorblind = seaborn.color_palette("colorblind").as_hex()
+    assert tuple(colorblind[position] for position in (0, 1, 2, 3, 4, 9, 5, 6, 8)) == PALETTE
+    assert [darker(color) for color in PALETTE] == [to_hex(seaborn.set_hls_values(color, l=DARK)) for color in PALETTE]
+
+
+def test_tables_need_no_figures_library_and_not_all_of_scipy():
+    code = (
+        "import sys; from dpgbench.report import machine_readable; from frames import small_frame;"
+        "assert machine_readable(small_frame(), suite='demo', command='')['versus'];"
+        "print(*sorted({'seaborn', 'matplotlib.pyplot', 'scipy.stats', 'torch'} & set(sys.modules)))"
+    )
+    given = {"cwd": ROOT / "tests", "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    asked = subprocess.run([sys.executable, "-c", code], **given, capture_output=True, text=True, check=True)
+    assert asked.stdout.split() == []
 
 
 def test_no_mean_is_drawn_over_a_hole():

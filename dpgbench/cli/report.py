@@ -20,11 +20,13 @@ def write_report(words: list[str]) -> int:
     words, as_json = take_format(words)
     if "--compare" in words:
         return compare(words, as_json)
-    results, name, _ = place_of(words)
+    results, name, nothing_else = place_of(words)
     parquet = results / f"{name}.parquet"
     full = full_words(words)
-    known = full != words or name in config.suites(Registry()) or not place_of(words)[2]
-    request = config.read(full, sweep=True) if known else None
+    known = full != words or name in config.suites(Registry()) or not nothing_else
+    # Where there is no run folder at all, the cells need not be put together, which takes seconds for a large suite.
+    folders = not nothing_else or any(path.is_dir() for path in (results / "runs").glob("*"))
+    request = config.read(full, sweep=True) if known and folders else None
     has_runs = request is not None and any((results / "runs" / cell.spec.folder).exists() for cell in request.cells)
     if not has_runs and not parquet.exists():
         raise UserError(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import stats as scipy_stats
+from scipy import special
 
 from dpgbench.core.errors import UserError, did_you_mean
 from dpgbench.core.options import leaves_of
@@ -137,7 +137,7 @@ class _Change:
         """The t interval of the mean change; NaN where there is none."""
         if not self.tested:
             return np.nan, np.nan
-        half = float(scipy_stats.t.ppf(0.5 + level / 2, self.degrees) * self.error)
+        half = float(special.stdtrit(self.degrees, 0.5 + level / 2) * self.error)
         return self.mean - half, self.mean + half
 
 

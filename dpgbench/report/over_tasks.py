@@ -16,6 +16,7 @@ from dpgbench.report.task_tables import MethodRow, generator_for, matched_pairs,
 from dpgbench.stats.aggregates import (
     Anchors,
     OverTasks,
+    interquartile_curve,
     interquartile_mean,
     normalise,
     performance_profile,
@@ -157,19 +158,13 @@ def _budget_curve(label: str, runs: dict, anchors: Mapping[str, Anchors], end: f
     starts, ends = (np.array([side(flops) for flops, _ in runs.values()]) for side in (np.min, np.max))
     start, all_until = starts.max(), min(max(ends.min(), starts.max()), end)
     flops = np.unique(np.concatenate([np.geomspace(start, end, GRID_POINTS), [start, all_until, end]]))
-    levels = pd.DataFrame(
-        {
-            (task, seed): (answer_at(*run, flops) - anchors[task].base) / (anchors[task].ceiling - anchors[task].base)
-            for (task, seed), run in runs.items()
-        }
-    ).T
-    levels.index = pd.MultiIndex.from_tuples(levels.index, names=["task", "seed"])
-    generator = generator_for("budget", label)
-    found = [interquartile_mean(levels[at].unstack("seed"), generator=generator, draws=CURVE_DRAWS) for at in levels.columns]
-    # A hole at some compute would average over fewer runs there than beside it.
-    whole = np.array([not over.missing or over.n == len(runs) for over in found])
-    value, low, high = (np.where(whole, [getattr(over, name) for over in found], np.nan) for name in ("value", "low", "high"))
-    return BudgetCurve(flops, value, low, high, float(all_until))
+    by_task: dict[str, list[np.ndarray]] = {}
+    for (task, _), run in runs.items():
+        scaled = (answer_at(*run, flops) - anchors[task].base) / (anchors[task].ceiling - anchors[task].base)
+        by_task.setdefault(task, []).append(scaled)
+    levels = {task: np.array(curves) for task, curves in by_task.items()}
+    found = interquartile_curve(levels, generator=generator_for("budget", label), draws=CURVE_DRAWS)
+    return BudgetCurve(flops, found.value, found.low, found.high, float(all_until))
 
 
 def ahead_of_all(label: str, pairs: Pairs) -> bool | None:

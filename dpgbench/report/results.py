@@ -8,8 +8,10 @@ phi, headline, higher_is_better, `metric:<name>`, texts, picture, spec, env, tas
 
 from __future__ import annotations
 
+import colorsys
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -24,7 +26,8 @@ OPTIONAL = (
 BASE, ORACLE = "base", "oracle"  # plug-in names with a role on the page: the control, and the ceiling that does not compete
 
 # seaborn's colorblind palette without its grey (kept for the reference methods) and with its pale yellow last; then all of it, darker.
-PALETTE_ORDER = (0, 1, 2, 3, 4, 9, 5, 6, 8)
+# Written out, because tables need the colours' order and no figure: importing seaborn takes a second.
+PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#56b4e9", "#ca9161", "#fbafe4", "#ece133")
 DARK = 0.22
 SHAPES = {"o": "circle", "s": "square", "D": "diamond", "^": "up", "v": "down", "P": "plus", "X": "cross"}
 MARKERS = tuple(SHAPES)  # 18 colours and 7 markers: 126 methods before a pair repeats
@@ -77,14 +80,25 @@ class TaskResults:
 
     def final_values(self, method_label: str, column: str = "value") -> pd.Series:
         """The headline (or another column) at the final snapshot, indexed by seed."""
-        rows = self.finals[self.finals["method_label"] == method_label]
-        return pd.Series(rows[column].to_numpy(), index=rows["seed"].to_numpy()).sort_index()
+        rows = self.rows_of_finals.get(method_label, [])
+        return pd.Series(self.finals[column].to_numpy()[rows], index=self.finals["seed"].to_numpy()[rows]).sort_index()
+
+    @cached_property
+    def rows_of_finals(self) -> dict[str, np.ndarray]:
+        """The rows of `finals` that each method has. Looked up some hundred times a report: selecting whole rows would copy their texts."""
+        return self.finals.groupby("method_label").indices
 
     def curves(self, method_label: str) -> pd.DataFrame:
-        """seed, flops, value of the snapshots that can stand on a log axis; of several at the same FLOPs the last."""
-        rows = self.snapshots[self.snapshots["method_label"] == method_label]
-        rows = rows[np.isfinite(rows["flops"]) & (rows["flops"] > 0)]
-        return rows.drop_duplicates(["seed", "flops"], keep="last")[["seed", "flops", "value"]].reset_index(drop=True)
+        """seed, flops, value of the snapshots that can stand on a log axis; of several at the same FLOPs the last. Not to be written to."""
+        return self._curves[method_label] if method_label in self._curves else self.snapshots[["seed", "flops", "value"]].iloc[:0]
+
+    @cached_property
+    def _curves(self) -> dict[str, pd.DataFrame]:
+        rows = self.snapshots[["method_label", "seed", "flops", "value"]]
+        rows = rows[np.isfinite(rows["flops"]) & (rows["flops"] > 0)].drop_duplicates(["method_label", "seed", "flops"], keep="last")
+        return {
+            label: group.drop(columns="method_label").reset_index(drop=True) for label, group in rows.groupby("method_label", sort=False)
+        }
 
     def competing(self) -> list[str]:
         """The labels with a finished cell, references aside, in natural order."""
@@ -195,11 +209,7 @@ def _headline(finished: pd.DataFrame, notes: list[str]) -> tuple[str, bool]:
 
 def _styles(frame: pd.DataFrame) -> dict[str, Style]:
     """Colour and marker per method label: one mapping for the whole suite, in natural order, references last."""
-    import seaborn
-    from matplotlib.colors import to_hex
-
-    palette = [seaborn.color_palette("colorblind").as_hex()[position] for position in PALETTE_ORDER]
-    palette += [to_hex(seaborn.set_hls_values(color, l=DARK)) for color in palette]
+    palette = [*PALETTE, *map(darker, PALETTE)]
     methods = zip(frame["method_label"], frame["method"], strict=True)
     roles = {label: (method if method in (BASE, ORACLE) else "method") for label, method in methods}
     order = {"method": 0, BASE: 1, ORACLE: 2}
@@ -209,3 +219,10 @@ def _styles(frame: pd.DataFrame) -> dict[str, Style]:
         marker = REFERENCE_MARKERS.get(roles[label], MARKERS[index % len(MARKERS)])
         styles[label] = Style(index, color, marker, roles[label])
     return styles
+
+
+def darker(color: str) -> str:
+    """A colour (#rrggbb) of the same hue and saturation, at lightness `DARK`."""
+    red, green, blue = (int(color[start : start + 2], 16) / 255 for start in (1, 3, 5))
+    hue, _, saturation = colorsys.rgb_to_hls(red, green, blue)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, DARK, saturation))

@@ -24,8 +24,8 @@ def overview_table(results: SuiteResults, across: Across) -> Table:
     for label, style in results.styles.items():
         iqm = across.iqm.get(label)
         over = len(iqm.n_by_task) if iqm else 0
-        finals = [task.finals[task.finals["method_label"] == label] for task in results.tasks]
-        flops = sum(float(rows["flops"].median()) for rows in finals if len(rows))
+        finals = [task.final_values(label, "flops") for task in results.tasks]
+        flops = sum(float(values.median()) for values in finals if len(values))
         ahead = [ahead_of_all(label, across.pairs[task.label]) for task in results.tasks] if style.role == "method" else []
         compared = [answer for answer in ahead if answer is not None]
         mean_rank = across.ranks.ranks.loc[label] if label in across.ranks.ranks.index else None
@@ -224,7 +224,7 @@ def _versus_table(label: str, results: SuiteResults, across: Across) -> Table:
             means[other] = turn * d.mean + 0.0
             below = interval(low, high, decimals, sign=True).replace(DASH, "")
             facts = {"mean": means[other], "low": low, "high": high, "n": d.n, "p": d.p, "holm_p": p, "t_p": d.t_p, "holm_t_p": t_p,
-                     "flops": comparison.by_seed["compute"].median()}  # fmt: skip
+                     "flops": comparison.median_compute}  # fmt: skip
             small = " ".join(filter(None, [below, f"p {probability(p)}", task_tables.t_words(t_p), f"n={d.n}"]))
             cells.append(Cell(number(means[other], decimals, sign=True), small, means[other], facts, bool(p < 0.05)))
         if means and all(mean > 0 for mean in means.values()):

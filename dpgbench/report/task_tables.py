@@ -14,7 +14,7 @@ from dpgbench.report.format import DASH, amount, and_more, decimals_for, duratio
 from dpgbench.report.results import BASE, ORACLE, TaskResults, natural
 from dpgbench.report.table import Cell, Column, Row, Table, escape, markdown, text_cell
 from dpgbench.stats.aggregates import Anchors
-from dpgbench.stats.curves import area_over_seeds, reach_over_seeds, shared_span
+from dpgbench.stats.curves import CurveTable, area_over_seeds, reach_over_seeds, shared_span
 from dpgbench.stats.effect_size import EffectSize, paired_effect_size
 from dpgbench.stats.equal_compute import MatchedComparison, compare_at_equal_compute
 from dpgbench.stats.multiple_testing import holm
@@ -66,9 +66,10 @@ def method_rows(task: TaskResults) -> list[MethodRow]:
     """Best mean first in the direction of the headline; methods without a score and the oracle last."""
     expected = task.unfinished[task.unfinished["status"] != "skipped"]
     present = pd.concat([task.finals[["method", "method_label", "cell"]], expected[["method", "method_label", "cell"]]])
+    numbers = task.finals[["value", "flops", "tokens_generated", "tokens_trained", "seconds"]]
     rows = []
     for (method, label), cells in present.groupby(["method", "method_label"]):
-        finals = task.finals[task.finals["method_label"] == label]
+        finals = numbers.iloc[task.rows_of_finals.get(label, [])]
         medians = {name: _median(finals[name]) for name in ("flops", "tokens_generated", "tokens_trained", "seconds")}
         difference = effect = None
         if task.base_label is not None and label != task.base_label and len(finals):
@@ -195,7 +196,7 @@ def reachable_note(pairs: Iterable[int], tests: int) -> tuple[str, ...]:
 
 def matched_pairs(task: TaskResults) -> dict[tuple[str, str], MatchedComparison]:
     """Every two competing methods at equal FLOPs, as the advantage of the first (positive: it is better)."""
-    curves = {label: task.curves(label).assign(value=lambda f: task.sign * f["value"]) for label in task.competing()}
+    curves = {label: CurveTable.of(task.curves(label).assign(value=lambda f: task.sign * f["value"])) for label in task.competing()}
     return {
         (a, b): compare_at_equal_compute(curves[a], curves[b], generator=generator_for("equal FLOPs", task.label, a, b))
         for a, b in combinations(curves, 2)
@@ -211,14 +212,14 @@ def matched_table(task: TaskResults, pairs: dict[tuple[str, str], MatchedCompari
     for ((a, b), found), adjusted_p, t_p in zip(compared.items(), adjusted.p, adjusted_t, strict=True):
         turn = -1 if found.difference.mean < 0 else 1
         first, second = (a, b) if turn > 0 else (b, a)
-        d, compute = found.difference, found.by_seed["compute"]
+        d, compute = found.difference, found.by_seed["compute"].to_numpy()
         low, high = sorted((turn * d.low, turn * d.high))
         advantage = turn * d.mean + 0.0  # + 0.0: no negative zero
         effect = found.effect if turn > 0 else _turned(found.effect)
         body.append((advantage, Row((
             text_cell(first, method=first), text_cell(second, method=second), Cell(str(d.n), "", d.n, {"n": d.n}),
-            Cell(amount(float(compute.median())), "", float(compute.median()),
-                 {"median": compute.median(), "low": compute.min(), "high": compute.max()}),
+            Cell(amount(found.median_compute), "", found.median_compute,
+                 {"median": found.median_compute, "low": compute.min(), "high": compute.max()}),
             Cell(number(advantage, decimals, sign=True), interval(low, high, decimals, sign=True).replace(DASH, ""), advantage,
                  {"mean": advantage, "low": low, "high": high, "n": d.n}),
             effect_cell(effect), p_cell(d), holm_cell(adjusted_p, t_p, bold=bool(adjusted_p < 0.05)),

@@ -168,7 +168,7 @@ def _over_tasks(label: str, other: str, results: SuiteResults, across: Across) -
         pairs, anchors = across.pairs[task], across.anchors[task]
         turn, key = (1, (label, other)) if (label, other) in pairs else (-1, (other, label))
         if key in pairs and pairs[key].difference.n:
-            seeds = pairs[key].by_seed
-            advantages[task] = turn * (seeds["a"] - seeds["b"]) / abs(anchors.ceiling - anchors.base)
+            seeds, scale = pairs[key].by_seed, abs(anchors.ceiling - anchors.base)
+            advantages[task] = pd.Series(turn * (seeds["a"].to_numpy() - seeds["b"].to_numpy()) / scale, index=seeds.index)
     first, second = sorted((label, other))
     return difference_over_tasks(advantages, generator=task_tables.generator_for("over tasks", first, second))

@@ -10,7 +10,7 @@ with 8 tasks. Show that beside them; they are no test.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -154,8 +154,8 @@ def interquartile_mean(
 
     On a grid without holes this is scipy's trim_mean(values, 0.25), as in rliable. With holes every task still weighs the same: the
     values of each are repeated until all tasks have equally many. An infinite value in a cut quarter does no harm. A task with one seed
-    leaves no interval, since drawing from one value anew shows no spread. Memory: draws x values. ValueError for a bad grid, generator,
-    number of draws or level.
+    leaves no interval, since drawing from one value anew shows no spread. Memory: draws x values x 4 bytes. ValueError for a bad grid,
+    generator, number of draws or level.
     """
     check_bootstrap(generator, draws, level)
     rows, left_out, missing = _rows(grid)
@@ -163,28 +163,67 @@ def interquartile_mean(
     if not rows:
         return OverTasks(np.nan, np.nan, np.nan, 0, missing, {}, left_out, "no value")
     values = np.concatenate(list(rows.values()))
-    common = math.lcm(*n_by_task.values())
-    weights = np.concatenate([np.full(n, common // n) for n in n_by_task.values()])
-    in_order = np.argsort(values, kind="stable")
-
-    def middle_half_mean(counts: np.ndarray) -> np.ndarray:
-        """(draws,) from how often each draw has each value (draws, N): no draw is sorted again."""
-        upper = np.cumsum((counts * weights)[:, in_order], axis=1)
-        total, cut = common * len(rows), common * len(rows) // 4
-        kept = np.diff(np.clip(upper, cut, total - cut), axis=1, prepend=cut)
-        # Not a plain product: 0 copies of an infinite value are 0, not NaN.
-        with np.errstate(invalid="ignore"):
-            parts = np.multiply(kept, values[in_order], out=np.zeros(kept.shape), where=kept > 0)
-            return parts.sum(axis=1) / (total - 2 * cut)
-
-    value = float(middle_half_mean(np.ones((1, len(values)), dtype=int))[0])
+    value = float(_middle_half_means(values, list(n_by_task.values()), np.ones((len(values), 1), dtype=int))[0])
     why = _why_no_interval(n_by_task)
     low = high = np.nan
     if not why:
-        counts = np.concatenate([resampled(n, draws, generator) for n in n_by_task.values()], axis=1)
-        low, high = map(float, percentiles(middle_half_mean(counts), level))
+        counts = _resampled_runs(n_by_task.values(), draws, generator)
+        low, high = map(float, percentiles(_middle_half_means(values, list(n_by_task.values()), counts), level))
         why = "inf and -inf meet in the middle half of some draws" if np.isnan(low) else ""
     return OverTasks(value, low, high, len(values), missing, n_by_task, left_out, why)
+
+
+def interquartile_curve(
+    by_task: Mapping[str, np.ndarray], *, generator: np.random.Generator, draws: int = BOOTSTRAP_DRAWS, level: float = 0.95
+) -> OverTasks:
+    """`interquartile_mean` at P places of curves; arrays (P,). `by_task` has the curves (seeds, P) of each task's seeds.
+
+    The draws are the same seeds at every place: the intervals of one place are those of interquartile_mean, and their ends move along the
+    curves smoothly. A place where a curve is NaN gives NaN: a mean over fewer curves would not compare with the one beside it. Memory as
+    there, whatever P. ValueError as there, and for a task without a curve.
+    """
+    check_bootstrap(generator, draws, level)
+    n_by_task = {task: len(curves) for task, curves in by_task.items()}
+    if not n_by_task or not all(n_by_task.values()):
+        raise ValueError(f"curves are given of {n_by_task}, but every task needs one")
+    numbers, curves = list(n_by_task.values()), np.concatenate(list(by_task.values()))
+    why = _why_no_interval(n_by_task)
+    counts = None if why else _resampled_runs(numbers, draws, generator)
+    value, low, high = (np.full(curves.shape[1], np.nan) for _ in range(3))
+    for place in np.flatnonzero(~np.isnan(curves).any(axis=0)):
+        value[place] = _middle_half_means(curves[:, place], numbers, np.ones((len(curves), 1), dtype=int))[0]
+        if counts is not None:
+            low[place], high[place] = percentiles(_middle_half_means(curves[:, place], numbers, counts), level)
+    return OverTasks(value, low, high, len(curves), int(np.isnan(curves).sum()), n_by_task, (), why)
+
+
+def _resampled_runs(numbers: Iterable[int], draws: int, generator: np.random.Generator) -> np.ndarray:
+    """(N, draws): how often each draw has each of the N runs, of tasks with these numbers of them, drawn within the tasks."""
+    return np.concatenate([resampled(n, draws, generator).T.astype(np.int32) for n in numbers])
+
+
+def _middle_half_means(values: np.ndarray, numbers: Sequence[int], counts: np.ndarray) -> np.ndarray:
+    """(draws,): the mean of the middle half of the values (N,), of which a draw has `counts` (N, draws): no draw is sorted again.
+
+    The values are those of tasks with these numbers of them, repeated until every task has equally many.
+    """
+    common = math.lcm(*numbers)
+    copies = np.concatenate([np.full(n, common // n, dtype=float) for n in numbers])
+    total, cut = float(common * len(numbers)), float(common * len(numbers) // 4)
+    in_order = np.argsort(values, kind="stable")
+    values, copies, found = values[in_order], copies[in_order], []
+    at_once = max(1, 1_000_000 // len(values))  # draws: a table of this size stays in the processor's cache better than all
+    for start in range(0, counts.shape[1], at_once):
+        kept = np.cumsum(counts[in_order, start : start + at_once] * copies[:, None], axis=0)
+        np.clip(kept, cut, total - cut, out=kept)
+        kept[1:] -= kept[:-1].copy()
+        kept[0] -= cut
+        if np.isfinite(values).all():
+            found.append(values @ kept)
+            continue
+        with np.errstate(invalid="ignore"):  # not a plain product: 0 copies of an infinite value are 0, not NaN
+            found.append(np.multiply(kept, values[:, None], out=np.zeros(kept.shape), where=kept > 0).sum(axis=0))
+    return np.concatenate(found) / (total - 2 * cut)
 
 
 def performance_profile(

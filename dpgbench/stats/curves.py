@@ -189,6 +189,42 @@ def shared_span(snapshots: Iterable[pd.DataFrame]) -> tuple[float, float]:
     return float(starts.max()), float(ends.max())
 
 
+@dataclass(frozen=True, eq=False)
+class CurveTable:
+    """One method's curves, a row per seed, so that all seeds are read at once. `seeds` (n,) ascend.
+
+    `computes` and `values` (n, S) ascend in the compute; behind a seed's last snapshot they are inf and NaN.
+    """
+
+    seeds: np.ndarray
+    computes: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, snapshots: pd.DataFrame) -> CurveTable:
+        """From the columns seed, flops and value. ValueError as in `curves_by_seed`."""
+        curves = list(curves_by_seed(snapshots))
+        longest = max((len(flops) for _, flops, _ in curves), default=1)
+        computes, values = np.full((len(curves), longest), np.inf), np.full((len(curves), longest), np.nan)
+        for row, (_, flops, its_values) in enumerate(curves):
+            in_order = np.argsort(flops, kind="stable")
+            computes[row, : len(flops)], values[row, : len(flops)] = flops[in_order], its_values[in_order]
+        return cls(np.array([seed for seed, *_ in curves], dtype=int), computes, values)
+
+    def rows(self, chosen: np.ndarray) -> CurveTable:
+        return CurveTable(self.seeds[chosen], self.computes[chosen], self.values[chosen])
+
+    @property
+    def spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) each: the first and the last snapshot's compute."""
+        return self.computes[:, 0], np.where(np.isfinite(self.computes), self.computes, -np.inf).max(axis=1)
+
+    def at(self, budgets: np.ndarray) -> np.ndarray:
+        """(n,): each seed's answer at its own one of the budgets (n,), as `answer_at` has it."""
+        last = (self.computes <= budgets[:, None]).sum(axis=1) - 1
+        return np.where(last >= 0, self.values[np.arange(len(last)), last], np.nan)
+
+
 def curves_by_seed(snapshots: pd.DataFrame) -> Iterable[tuple[int, np.ndarray, np.ndarray]]:
     """(seed, computes, values) of every seed in order. ValueError for a lacking column and, with the seed, for a bad curve."""
     lacking = [name for name in COLUMNS if name not in snapshots.columns]

@@ -37,9 +37,13 @@ def paired_effect_size(values_by_seed_a: pd.Series, values_by_seed_b: pd.Series,
     seeds it is wide: say so rather than call an effect large. Positive where a is larger, whichever direction is better. ValueError as
     in over_seeds.paired_difference.
     """
-    check_level(level)
     pairs, unpaired = pairs_by_seed(values_by_seed_a, values_by_seed_b)
-    a, b = pairs["a"].to_numpy(), pairs["b"].to_numpy()
+    return effect_size_of_pairs(pairs["a"].to_numpy(), pairs["b"].to_numpy(), unpaired=unpaired, level=level)
+
+
+def effect_size_of_pairs(a: np.ndarray, b: np.ndarray, *, unpaired: int = 0, level: float = 0.95) -> EffectSize:
+    """`paired_effect_size` of values (n,) that are paired already, none of them NaN."""
+    check_level(level)
     n = len(a)
     why = "" if n > 1 else f"{n} pair{'s' if n != 1 else ''}: a standard deviation needs 2"
     if not (np.isfinite(a).all() and np.isfinite(b).all()):

@@ -7,13 +7,14 @@ answer, so the budget of a comparison is that of whichever spends more, and the 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
-from dpgbench.stats.curves import answer_at, curves_by_seed
-from dpgbench.stats.effect_size import EffectSize, paired_effect_size
-from dpgbench.stats.over_seeds import PairedDifference, paired_difference
+from dpgbench.stats.curves import CurveTable
+from dpgbench.stats.effect_size import EffectSize, effect_size_of_pairs
+from dpgbench.stats.over_seeds import PairedDifference, difference_of_pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,40 +26,41 @@ class MatchedComparison:
     by_seed: pd.DataFrame
     left_out: dict[int, str] = field(default_factory=dict)
 
+    @cached_property
+    def median_compute(self) -> float:
+        """NaN without a seed."""
+        return float(np.median(self.by_seed["compute"].to_numpy())) if len(self.by_seed) else np.nan
+
 
 def compare_at_equal_compute(
-    snapshots_a: pd.DataFrame,
-    snapshots_b: pd.DataFrame,
+    a: pd.DataFrame | CurveTable,
+    b: pd.DataFrame | CurveTable,
     *,
     budget: float | None = None,
     level: float = 0.95,
     generator: np.random.Generator | None = None,
 ) -> MatchedComparison:
-    """Compare two methods on one task; both frames have the columns seed, flops and value, a row per snapshot.
+    """Compare two methods on one task, from frames with the columns seed, flops and value, a row per snapshot, or from their tables.
 
     At `budget`, for all seeds alike; without one, at the largest compute that either of the two has with that seed. A seed with which one
     of them has no snapshot within the budget, or a NaN there, is left out and named. `generator` is needed above 12 common seeds, as in
     over_seeds.paired_difference. ValueError as in curves.answer_at, with the seed.
     """
-    curves_a, curves_b = (
-        {seed: (flops, values) for seed, flops, values in curves_by_seed(snapshots)} for snapshots in (snapshots_a, snapshots_b)
-    )
-    rows, left_out = {}, {}
-    for seed in sorted(set(curves_a) | set(curves_b)):
-        if seed not in curves_a or seed not in curves_b:
-            left_out[seed] = "only one of the two has this seed"
-            continue
-        sides = curves_a[seed], curves_b[seed]
-        at = budget if budget is not None else max(float(flops.max()) for flops, _ in sides)
-        start = max(float(flops.min()) for flops, _ in sides)
-        if start > at:
-            left_out[seed] = f"no answer of one of the two at {at:.3g}: its first snapshot is at {start:.3g}"
-            continue
-        a, b = (float(answer_at(*side, at)) for side in sides)
-        if np.isnan(a) or np.isnan(b):
-            left_out[seed] = f"the answer at {at:.3g} is NaN"
-            continue
-        rows[seed] = {"compute": at, "a": a, "b": b}
-    by_seed = pd.DataFrame.from_dict(rows, orient="index", columns=["compute", "a", "b"]).astype(float)
-    difference = paired_difference(by_seed["a"], by_seed["b"], level=level, generator=generator)
-    return MatchedComparison(difference, paired_effect_size(by_seed["a"], by_seed["b"], level=level), by_seed, left_out)
+    a, b = (side if isinstance(side, CurveTable) else CurveTable.of(side) for side in (a, b))
+    left_out = dict.fromkeys(np.setxor1d(a.seeds, b.seeds).tolist(), "only one of the two has this seed")
+    seeds, rows_a, rows_b = np.intersect1d(a.seeds, b.seeds, assume_unique=True, return_indices=True)
+    a, b = a.rows(rows_a), b.rows(rows_b)
+    starts, ends = (np.maximum(*sides) for sides in zip(a.spans, b.spans, strict=True))
+    at = ends if budget is None else np.full(len(seeds), float(budget))
+    compared = np.flatnonzero(starts <= at)
+    for seed, start, there in zip(*(column[starts > at].tolist() for column in (seeds, starts, at)), strict=True):
+        left_out[seed] = f"no answer of one of the two at {there:.3g}: its first snapshot is at {start:.3g}"
+    values_a, values_b = (side.rows(compared).at(at[compared]) for side in (a, b))
+    by_seed = pd.DataFrame({"compute": at[compared], "a": values_a, "b": values_b}, index=seeds[compared])
+    holes = np.isnan(values_a) | np.isnan(values_b)
+    if holes.any():
+        left_out |= {seed: f"the answer at {there:.3g} is NaN" for seed, there in by_seed.loc[holes, "compute"].items()}
+        by_seed = by_seed[~holes]
+    pairs = values_a[~holes], values_b[~holes]
+    difference = difference_of_pairs(*pairs, level=level, generator=generator)
+    return MatchedComparison(difference, effect_size_of_pairs(*pairs, level=level), by_seed, dict(sorted(left_out.items())))

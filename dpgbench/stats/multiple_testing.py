@@ -11,13 +11,14 @@ no correction for their number (the intersection-union test; Berger 1982, Techno
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from dpgbench.stats.over_seeds import PairedDifference, paired_difference
+from dpgbench.stats.over_seeds import PairedDifference, difference_of_pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +71,14 @@ def difference_over_tasks(
     for task, series in advantages.items():
         if not series.index.is_unique:
             raise ValueError(f"task {task} has more than one value for a seed; a pair needs exactly one")
-    grid = pd.DataFrame({task: series.astype(float) for task, series in advantages.items()}, dtype=float).sort_index()
-    whole = grid.dropna()
-    means = whole.mean(axis=1)
-    difference = paired_difference(means, pd.Series(0.0, index=means.index), level=level, generator=generator)
-    return OverTasksDifference(difference, tuple(grid.columns), tuple(int(seed) for seed in grid.index.difference(whole.index)))
+    seeds = functools.reduce(np.union1d, (series.index for series in advantages.values()), np.array([], dtype=int))
+    grid = np.full((len(advantages), len(seeds)), np.nan)
+    for row, series in zip(grid, advantages.values(), strict=True):
+        row[np.searchsorted(seeds, series.index)] = series
+    whole = ~np.isnan(grid).any(axis=0) if len(grid) else np.zeros(0, dtype=bool)
+    means = grid[:, whole].sum(axis=0) / max(1, len(grid))
+    difference = difference_of_pairs(means, np.zeros(len(means)), level=level, generator=generator)
+    return OverTasksDifference(difference, tuple(advantages), tuple(int(seed) for seed in seeds[~whole]))
 
 
 @dataclass(frozen=True)
