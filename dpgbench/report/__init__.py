@@ -27,8 +27,9 @@ __all__ = ["build", "machine_readable"]
 class Contents:
     """What a report says, before it is drawn: the tables over all tasks, of every method against the others, and of every task.
 
-    `budgets` is the answer that comes first. `pooled` has the primary tests, none where the suite's protocol names no reference. `over_tasks`
-    has a method against the others on all tasks at once; not every method of `versus` need have one. `phi` is None where every headline is Phi.
+    `budgets` is the answer that comes first. `pooled` has the primary tests, none where the suite's protocol names no reference.
+    `over_tasks` has a method against the others on all tasks at once; not every method of `versus` need have one. `phi` is None where
+    every headline is Phi.
     """
 
     results: SuiteResults
