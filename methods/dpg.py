@@ -40,7 +40,7 @@ OPTIMIZERS = ("adamw", "sgd")
 
 class DPG(Method):
     version = 4
-    defaults: ClassVar = {"credit": "text", "baseline": "group"}
+    defaults: ClassVar = credit.DEFAULTS
 
     def __init__(self, options: Options):
         super().__init__(options)
@@ -72,7 +72,7 @@ class DPG(Method):
     def rewards(self, bench: Workbench, rollouts: Rollouts) -> Tensor:
         import torch
 
-        from dpgbench.bench.token_credit import in_generated_tokens
+        from dpgbench.bench.token_credit import discounted, in_generated_tokens
 
         credit.check_causal(bench.spec)
         by_token = self.options.credit == "token"
@@ -85,4 +85,5 @@ class DPG(Method):
         if not by_token:
             return rewards
         texts = rollouts.completions, rollouts.completion_ids
-        return in_generated_tokens(rewards, *texts, bench.generator, bench.world.target_tokenizer)
+        paid = in_generated_tokens(rewards, *texts, bench.generator, bench.world.target_tokenizer)
+        return discounted(paid, self.options.discount)

@@ -54,7 +54,7 @@ LINEAR = ("dot", "ekfac")  # in the text's gradient
 
 class Influence(Method):
     version = 3
-    defaults: ClassVar = {"credit": "text", "baseline": "group"}
+    defaults: ClassVar = credit.DEFAULTS
 
     def __init__(self, options: Options):
         super().__init__(options)
@@ -93,14 +93,15 @@ class Influence(Method):
         yield from train_policy(bench, partial(self.rewards, bench), baseline=self.baseline)
 
     def rewards(self, bench: Workbench, rollouts: Rollouts) -> Tensor:
-        from dpgbench.bench.token_credit import in_generated_tokens
+        from dpgbench.bench.token_credit import discounted, in_generated_tokens
 
         credit.check_causal(bench.spec)
         texts, judging = rollouts.completions, self._prepared(bench)
         if self.options.credit == "text":
             return bench.influences(texts, **judging)
         by_token = bench.influences(texts, **judging, per_token=True)
-        return in_generated_tokens(by_token, texts, rollouts.completion_ids, bench.generator, bench.world.target_tokenizer)
+        paid = in_generated_tokens(by_token, texts, rollouts.completion_ids, bench.generator, bench.world.target_tokenizer)
+        return discounted(paid, self.options.discount)
 
     def _prepared(self, bench: Workbench) -> dict[str, Any]:
         """How `Workbench.influences` is to judge, found out once."""

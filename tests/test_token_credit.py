@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from dpgbench import config
 from dpgbench.bench import grpo
 from dpgbench.bench.flops import counted_flops, critic_features, critic_flops
 from dpgbench.bench.grpo import train_policy
-from dpgbench.bench.token_credit import Baseline, alive, in_generated_tokens, returns_to_go, token_advantages
+from dpgbench.bench.token_credit import Baseline, alive, discounted, in_generated_tokens, returns_to_go, token_advantages
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError
 from dpgbench.plugins.registry import Registry
@@ -197,6 +198,31 @@ def test_rounding_is_no_signal(scaling):
     returns = torch.full((4, 2), 1e-6, dtype=torch.float64) * (1 + 1e-16 * torch.arange(8).view(4, 2))
     there = torch.ones(4, 2, dtype=torch.bool)
     assert not token_advantages(returns, returns.mean().expand(4, 2), there, 2, scaling).any()
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.6, 1.0])
+def test_discounted_returns_by_a_double_loop(discount):
+    credit = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = returns_to_go(discounted(credit, discount))
+    for row in range(3):
+        for t in range(5):
+            wanted = sum(discount**k * float(credit[row, t + k]) for k in range(5 - t))  # Python has 0.0**0 = 1
+            assert float(found[row, t]) == pytest.approx(wanted, abs=1e-14)
+    if discount == 1:
+        assert torch.equal(discounted(credit, 1.0), credit), "nothing is left out"
+
+
+@pytest.mark.parametrize("method", ["dpg", "influence"])
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("credit=token discount=1.5", "method.discount=1.5: a share of what comes later, 0 to 1"),
+        ("discount=0.5", "method.discount=0.5: what single tokens earn later; write method.credit=token with it"),
+    ],
+)
+def test_a_discount_is_a_share_of_single_tokens_credit(method, options, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        config.read([f"method={method}", *options.split()], sweep=False)
 
 
 # ---- the critic

@@ -27,7 +27,7 @@ ADDED_SETTINGS = {
     | {"more_deployments": []},
     "method": {
         "lora": None,
-        **{"credit": "text", "baseline": "group"},
+        **{"credit": "text", "baseline": "group", "discount": 1.0},
         **{"damping": 0.1, "influence_texts": 512, "warmup_steps": 8},
         **{"over_references": "max", "edit_distance": "relative", "language_score": "identified"},
         "target_lr": None,
