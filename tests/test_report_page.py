@@ -45,7 +45,7 @@ def test_the_answer_at_three_budgets_by_hand():
     for cell in toy.cells[1:]:
         assert cell.plain == "dpg +0.500 [-0.157, +1.157] over best_n4; not shown, p 0.25" and not cell.bold
     assert table.findings[0] == "With a tenth of the budget, no lead is shown; leading: dpg on 1 of 1 task."
-    assert "fewer than 6 seeds cannot reach 0.05" in table.notes[0]
+    assert "below 0.05 needs 6 seeds" in table.notes[0]
 
 
 def test_a_declared_budget_is_the_budget_and_what_is_not_paid_for_is_no_answer():

@@ -1,8 +1,8 @@
 """The options `credit`, `baseline` and `discount` of a method that can pay single tokens (`token_credit` says how). Imports no torch.
 
 `credit=text` pays every token of a completion the completion's reward, `credit=token` its own share of it and those after it, less
-`baseline`; a share k tokens further on counts for `discount` to the power k. A method that offers it has `DEFAULTS` among its `defaults`, so
-that cells from before have the hash they had.
+`baseline`; a share k tokens further on counts for `discount` to the power k. A method that offers it has `DEFAULTS` among its
+`defaults`, so that cells from before have the hash they had.
 """
 
 from __future__ import annotations

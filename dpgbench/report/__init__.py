@@ -10,7 +10,7 @@ import pandas as pd
 from dpgbench.core.files import write_atomically
 from dpgbench.core.protocol import NOTHING_FIXED, Protocol
 from dpgbench.report.at_budgets import budgets_table
-from dpgbench.report.deployment_size import draw_sizes, size_tables
+from dpgbench.report.deployment_size import size_tables
 from dpgbench.report.format import file_names
 from dpgbench.report.over_tasks import Across, compute_across
 from dpgbench.report.pooled import pooled_tables
@@ -74,6 +74,7 @@ def build(
     NaN scores, zero FLOPs, one seed) become notes on the page. ValueError if a non-empty frame lacks a column the report cannot
     do without. Files of an earlier build that this one does not write again are left alone.
     """
+    from dpgbench.report.deployment_figure import draw_sizes
     from dpgbench.report.html import render_page
     from dpgbench.report.summary_figures import draw_summary_figures
     from dpgbench.report.task_figures import draw_figures
