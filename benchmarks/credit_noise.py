@@ -22,7 +22,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_suffix(".json")
 REFERENCE = "text, group mean"
-CONTESTANTS = (REFERENCE, "text, group mean / group std", "token, group", "token, position", "token, critic")
+DISCOUNTS = (0.9, 0.5, 0.0)
+CONTESTANTS = (
+    *(REFERENCE, "text, group mean / group std", "token, group", "token, position", "token, critic"),
+    *(f"token, position, discount {discount}" for discount in DISCOUNTS),
+)
 
 
 def gradients(batches: int, words: list[str]):
@@ -31,7 +35,7 @@ def gradients(batches: int, words: list[str]):
 
     from dpgbench import config
     from dpgbench.bench.grpo import advantages
-    from dpgbench.bench.token_credit import Baseline, alive, in_generated_tokens, returns_to_go, token_advantages
+    from dpgbench.bench.token_credit import Baseline, alive, discounted, in_generated_tokens, returns_to_go, token_advantages
     from dpgbench.core.seeds import derive, torch_seeded
     from dpgbench.run.cell import RunContext, _Cell
     from dpgbench.store.run_folder import RunFolder
@@ -60,6 +64,10 @@ def gradients(batches: int, words: list[str]):
         }
         for kind, baseline in baselines.items():
             paid[f"token, {kind}"] = token_advantages(returns, baseline(returns, ids), there, group, "batch")
+        for discount in DISCOUNTS:
+            nearer = returns_to_go(discounted(credit, discount))
+            amounts = token_advantages(nearer, baselines["position"](nearer, ids), there, group, "batch")
+            paid[f"token, position, discount {discount}"] = amounts
         log_probs = _log_probs(generator, asked, ids, there)
         for name, amounts in paid.items():
             objective = (amounts * log_probs)[there].sum() / there.sum()
