@@ -3,9 +3,9 @@
     python benchmarks/estimators.py results/estimators            # goes on where it stopped
     python benchmarks/estimators.py results/estimators qr uuid    # some tasks
 
-A method whose numbers are there is not run again. A task's methods are measured together, into TASK.json. A method that METHODS names later is measured on the same texts, into a file of its
-own, TASK.METHOD.json. Prints the table of what is there, in Markdown. Batches are few where a task is dear; each takes 3 to 20 seconds of
-CPU.
+A method whose numbers are there is not run again. A task's methods are measured together, into TASK.json; a method that METHODS names
+later is measured on the same texts, into a file of its own, TASK.METHOD.json. Prints the table of what is there, in Markdown. Batches are
+few where a task is dear; each takes 3 to 20 seconds of CPU.
 """
 
 from __future__ import annotations

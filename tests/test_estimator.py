@@ -15,14 +15,18 @@ from test_metagrad import held_out
 from test_training import tiny_batch, tiny_gpt2
 from torch import nn
 
+from dpgbench import config
 from dpgbench.bench import policy_gradient
 from dpgbench.bench.fidelity import Worth, exact_effects
 from dpgbench.bench.grpo import advantages, train_policy
 from dpgbench.bench.policy_gradient import UNDIVIDED, Completions, draw_completions, policy_gradients, sketch
+from dpgbench.bench.workbench import Workbench
 from dpgbench.metagrad import metagradients
 from dpgbench.metagrad.leave_one_out import LeaveOneOut
 from dpgbench.metagrad.training import SGD, AdamW, loaded, train
-from dpgbench.run.check_estimator import Findings, Measured, MethodFindings
+from dpgbench.plugins.registry import Registry
+from dpgbench.run.check_estimator import Findings, Measured, MethodFindings, _Bench, _Shared
+from dpgbench.run.open_cell import open_cell
 from dpgbench.stats.estimator import Estimate, Pairs, cosine, jackknife, relative_bias, signal_to_noise, squared_mean
 
 # ---------------------------------------------------------------- exact effects
@@ -89,6 +93,10 @@ def test_policy_gradients_by_hand(bench):
     (rows,) = policy_gradients(work.generator, drawn.only([1, 6]), [(one[[1, 6]], UNDIVIDED)])
     masked = torch.where(torch.arange(8) % 5 == 1, one, 0.0)
     assert torch.allclose(rows, policy_gradients(work.generator, drawn, [(masked, UNDIVIDED)])[0], atol=1e-5 * float(rows.abs().max()))
+    again, twice = drawn.only([2, 5, 2, 2]), one[[2, 5, 0, 1]]  # a prompt's completion several times, each paid its own
+    (summed,) = policy_gradients(work.generator, again, [(twice, "grpo")])
+    expected = by_hand(work, again, twice[:, None].expand(4, max(lengths)), [4 * lengths[row] for row in (2, 5, 2, 2)])
+    assert torch.allclose(summed, expected, rtol=1e-3, atol=1e-5 * float(summed.abs().max()))
     with pytest.raises(ValueError, match="loss_type='sapo': its gradient is not written down here; pass one of dapo,"):
         policy_gradients(work.generator, drawn, [(one, "sapo")])
     with pytest.raises(ValueError, match=r"shape \(7,\): it must be \(8,\)"):
@@ -127,6 +135,34 @@ def test_sketched_products_are_right_on_average(monkeypatch):
     assert abs(float(products.mean() - left @ right)) < 4 * float(products.std()) / 600**0.5
     assert float(products.std()) < 2 * float(left.norm() * right.norm()) / 64**0.5
     assert torch.equal(sketch(left[:64], 3), left[:64])
+
+
+# ---------------------------------------------------------------- what methods share
+
+
+def test_methods_share_metagradients_and_a_repeated_text_is_judged_once(monkeypatch):
+    """To rounding what a method's own bench says of the same texts, T=2: of texts and of tokens from one reverse pass, of other training
+    from another; influences in the texts' order."""
+    words = ["task=l2_norm", "method=dpg", "completions=8", "group_size=4", "inner_steps=2"]
+    spec = config.read(words, sweep=False).cells[0].spec
+    cell, shared, calls = open_cell(spec, Registry()), _Shared(), []
+    one, other = _Bench(spec, cell, shared), _Bench(spec, cell, shared)
+    texts = draw_completions(one, 0).texts
+    texts[5] = texts[1]
+
+    inner, asked = Workbench.metagradients, ({}, {"per_token": True}, {"lr": 0.1})
+    expected = [inner(one, texts, 0, 0, **how).rewards for how in asked]
+    monkeypatch.setattr(Workbench, "metagradients", lambda self, *args, **how: calls.append(how) or inner(self, *args, **how))
+    found = [bench.metagradients(texts, 0, 0, **how).rewards for bench, how in zip((one, other, other), asked, strict=True)]
+    assert len(calls) == 2
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.shape == theirs.shape and torch.allclose(mine, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+    judged, judge = [], one._judged
+    monkeypatch.setattr(one, "_judged", lambda of, **how: judged.append(of) or judge(of, **how))
+    for how in ({}, {"optimizer_aware": True}, {"per_token": True}):
+        theirs = judge(texts, **how)
+        assert torch.allclose(one.influences(texts, **how), theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+    assert len(judged) == 3 and all(len(of) == len(set(texts)) < 8 for of in judged)
 
 
 # ---------------------------------------------------------------- statistics with known answers

@@ -226,7 +226,8 @@ class _Bench(Workbench):
 
     def __init__(self, spec: RunSpec, cell: OpenCell, shared: _Shared):
         super().__init__(spec, TaskView(cell.task), cell.world, cell.generator, Meter(), lambda line: None)
-        self._shared = shared
+        self._shared, self._judged = shared, self.influences
+        self.influences = self._influences
 
     def metagradients(
         self, texts: Sequence[str], *names: object, optimizer: str | None = None, lr: float | None = None, per_token: bool = False
@@ -243,10 +244,10 @@ class _Bench(Workbench):
         found = self._shared[key]
         return found if per_token or not causal else replace(found, rewards=found.rewards.sum(1))
 
-    def influences(self, texts: Sequence[str], **how: Any) -> Tensor:
+    def _influences(self, texts: Sequence[str], **how: Any) -> Tensor:
         """Of each different text once: it is judged alone."""
         different = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        return super().influences(list(different), **how)[[different[text] for text in texts]]
+        return self._judged(list(different), **how)[[different[text] for text in texts]]
 
 
 def _worth(bench: Workbench, texts: Sequence[str], step: int, left_out: Sequence[int]) -> Worth:
