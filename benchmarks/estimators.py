@@ -27,16 +27,15 @@ COUNTS = {  # batches and texts left out
 
 
 def kept(folder: Path, task: str) -> dict:
-    """What is known of a task: its first file, with the methods of all of its files in the order of METHODS; {} where there is none."""
+    """What is known of a task: its first file, with the methods of all of its files by label; {} where there is none."""
     files = [file for file in (folder / f"{task}.json", *sorted(folder.glob(f"{task}.*.json"))) if file.exists()]
     if not files:
         return {}
     first, *others = (json.loads(file.read_text(encoding="utf-8")) for file in files)
-    by_label = {method["label"]: method for one in (first, *others) for method in one["methods"]}
-    return {**first, "methods": [by_label[label] for label in labels_of(task) if label in by_label]}
+    return {**first, "methods": {method["label"]: method for one in (first, *others) for method in one["methods"]}}
 
 
-def labels_of(task: str) -> dict[str, RunSpec]:
+def cells_of(task: str) -> dict[str, RunSpec]:
     """The cells to be measured, by their methods' labels."""
     cells = config.read([f"task={task}", f"method={','.join(METHODS)}"], sweep=True).cells
     return {cell.spec.method.label: cell.spec for cell in cells}
@@ -44,8 +43,8 @@ def labels_of(task: str) -> dict[str, RunSpec]:
 
 def measured(task: str, folder: Path) -> None:
     """Measure the methods that were not yet, and keep the numbers."""
-    there = {method["label"] for method in kept(folder, task).get("methods", ())}
-    missing = {label: spec for label, spec in labels_of(task).items() if label not in there}
+    there = kept(folder, task).get("methods", {})
+    missing = {label: spec for label, spec in cells_of(task).items() if label not in there}
     if not missing:
         return
     name = ".".join([task, *missing]) if there else task
@@ -79,12 +78,12 @@ def table(folder: Path, tasks: list[str]) -> list[str]:
         numbers = (shown(one["pearson"], 3), shown(one["slope"], 2), shown(one["bias_share"], 2), shown(one["gradient_bias"], 3))
         counts = f"{one['texts']}, {one['steps']} | {one['batches']}, {one['left_out']}"
         lines.append(f"| `{one['task']}` | {counts} | {' | '.join(numbers)} | {one['verdict']} |")
-    labels = list(labels_of(tasks[0]))
+    labels = list(cells_of(tasks[0]))
     for title, name, digits in (("signal to noise", "snr", 3), ("cosine to exact", "cosine", 2), ("correlation of rewards", "pearson", 2)):
         lines += ["", f"| {title} | {' | '.join(f'`{label}`' for label in labels)} |", "|---" * (1 + len(labels)) + "|"]
         for one in found:
-            by_label = {method["label"]: shown(method[name], digits) for method in one["methods"]}
-            lines.append(f"| `{one['task']}` | {' | '.join(by_label.get(label, '') for label in labels)} |")
+            numbers = (shown(one["methods"][label][name], digits) if label in one["methods"] else "" for label in labels)
+            lines.append(f"| `{one['task']}` | {' | '.join(numbers)} |")
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_metagrad import held_out
 from test_training import tiny_batch, tiny_gpt2
 from torch import nn
@@ -444,6 +446,16 @@ def test_rewards_of_another_count_are_one_line(dpgbench, tmp_path):
 def test_bad_input_is_one_line(dpgbench, words, said):
     done = dpgbench("check", "estimator", *words.split())
     assert done.code == 2 and said in done.err and done.err.count("\n") == 1
+
+
+def test_the_page_shows_the_kept_numbers():
+    """docs/estimator.md has the tables that benchmarks/estimators.py makes of results/estimators, line for line; no task is left out."""
+    where = importlib.util.spec_from_file_location("estimators", ROOT / "benchmarks" / "estimators.py")
+    benchmark = importlib.util.module_from_spec(where)
+    where.loader.exec_module(benchmark)
+    lines = benchmark.table(ROOT / "results" / "estimators", list(benchmark.COUNTS))
+    assert sum(line.startswith("| `") and "|  |" not in line for line in lines) == 4 * 8
+    assert "\n".join(lines) in (ROOT / "docs" / "estimator.md").read_text(encoding="utf-8")
 
 
 def test_bad_input_is_refused_without_torch(imports_of):
