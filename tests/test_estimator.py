@@ -23,6 +23,7 @@ from dpgbench.bench.fidelity import Worth, exact_effects
 from dpgbench.bench.grpo import advantages, train_policy
 from dpgbench.bench.policy_gradient import UNDIVIDED, Completions, draw_completions, policy_gradients, sketch
 from dpgbench.bench.workbench import Workbench
+from dpgbench.config.measured_together import usual_counts
 from dpgbench.metagrad import metagradients
 from dpgbench.metagrad.leave_one_out import LeaveOneOut
 from dpgbench.metagrad.training import SGD, AdamW, loaded, train
@@ -446,6 +447,17 @@ def test_rewards_of_another_count_are_one_line(dpgbench, tmp_path):
 def test_bad_input_is_one_line(dpgbench, words, said):
     done = dpgbench("check", "estimator", *words.split())
     assert done.code == 2 and said in done.err and done.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_many_methods_share_the_time(dpgbench, tmp_path):
+    """Three methods have 8 batches where nothing is said, and are told so; the user's own counts stand without a word."""
+    small, methods = ("task=l2_norm", "completions=8", "group_size=4", f"results={tmp_path}"), "method=dpg,dpg_nocross,influence"
+    done = dpgbench("check", "estimator", *small, methods)
+    assert "8 batches of 8 texts, T=1; 32 of them left out" in done.out
+    assert "8 batches, because 3 methods share the time; batches=12 texts=48 measures as much as for one." in done.out
+    assert "share the time" not in dpgbench("check", "estimator", *small, methods, "batches=3", "texts=3").out
+    assert usual_counts(2) == {"batches": 12, "texts": 48}
 
 
 def test_the_page_shows_the_kept_numbers():
