@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 from contextlib import nullcontext
@@ -11,18 +12,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_metagrad import held_out
 from test_training import tiny_batch, tiny_gpt2
 from torch import nn
 
+from dpgbench import config
 from dpgbench.bench import policy_gradient
 from dpgbench.bench.fidelity import Worth, exact_effects
 from dpgbench.bench.grpo import advantages, train_policy
 from dpgbench.bench.policy_gradient import UNDIVIDED, Completions, draw_completions, policy_gradients, sketch
+from dpgbench.bench.workbench import Workbench
+from dpgbench.config.measured_together import usual_counts
 from dpgbench.metagrad import metagradients
 from dpgbench.metagrad.leave_one_out import LeaveOneOut
 from dpgbench.metagrad.training import SGD, AdamW, loaded, train
-from dpgbench.run.check_estimator import Findings, Measured, MethodFindings
+from dpgbench.plugins.registry import Registry
+from dpgbench.run.check_estimator import Findings, Measured, MethodFindings, _Bench, _Shared
+from dpgbench.run.open_cell import open_cell
 from dpgbench.stats.estimator import Estimate, Pairs, cosine, jackknife, relative_bias, signal_to_noise, squared_mean
 
 # ---------------------------------------------------------------- exact effects
@@ -89,6 +96,10 @@ def test_policy_gradients_by_hand(bench):
     (rows,) = policy_gradients(work.generator, drawn.only([1, 6]), [(one[[1, 6]], UNDIVIDED)])
     masked = torch.where(torch.arange(8) % 5 == 1, one, 0.0)
     assert torch.allclose(rows, policy_gradients(work.generator, drawn, [(masked, UNDIVIDED)])[0], atol=1e-5 * float(rows.abs().max()))
+    again, twice = drawn.only([2, 5, 2, 2]), one[[2, 5, 0, 1]]  # a prompt's completion several times, each paid its own
+    (summed,) = policy_gradients(work.generator, again, [(twice, "grpo")])
+    expected = by_hand(work, again, twice[:, None].expand(4, max(lengths)), [4 * lengths[row] for row in (2, 5, 2, 2)])
+    assert torch.allclose(summed, expected, rtol=1e-3, atol=1e-5 * float(summed.abs().max()))
     with pytest.raises(ValueError, match="loss_type='sapo': its gradient is not written down here; pass one of dapo,"):
         policy_gradients(work.generator, drawn, [(one, "sapo")])
     with pytest.raises(ValueError, match=r"shape \(7,\): it must be \(8,\)"):
@@ -127,6 +138,34 @@ def test_sketched_products_are_right_on_average(monkeypatch):
     assert abs(float(products.mean() - left @ right)) < 4 * float(products.std()) / 600**0.5
     assert float(products.std()) < 2 * float(left.norm() * right.norm()) / 64**0.5
     assert torch.equal(sketch(left[:64], 3), left[:64])
+
+
+# ---------------------------------------------------------------- what methods share
+
+
+def test_methods_share_metagradients_and_a_repeated_text_is_judged_once(monkeypatch):
+    """To rounding what a method's own bench says of the same texts, T=2: of texts and of tokens from one reverse pass, of other training
+    from another; influences in the texts' order."""
+    words = ["task=l2_norm", "method=dpg", "completions=8", "group_size=4", "inner_steps=2"]
+    spec = config.read(words, sweep=False).cells[0].spec
+    cell, shared, calls = open_cell(spec, Registry()), _Shared(), []
+    one, other = _Bench(spec, cell, shared), _Bench(spec, cell, shared)
+    texts = draw_completions(one, 0).texts
+    texts[5] = texts[1]
+
+    inner, asked = Workbench.metagradients, ({}, {"per_token": True}, {"lr": 0.1})
+    expected = [inner(one, texts, 0, 0, **how).rewards for how in asked]
+    monkeypatch.setattr(Workbench, "metagradients", lambda self, *args, **how: calls.append(how) or inner(self, *args, **how))
+    found = [bench.metagradients(texts, 0, 0, **how).rewards for bench, how in zip((one, other, other), asked, strict=True)]
+    assert len(calls) == 2
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.shape == theirs.shape and torch.allclose(mine, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+    judged, judge = [], one._judged
+    monkeypatch.setattr(one, "_judged", lambda of, **how: judged.append(of) or judge(of, **how))
+    for how in ({}, {"optimizer_aware": True}, {"per_token": True}):
+        theirs = judge(texts, **how)
+        assert torch.allclose(one.influences(texts, **how), theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+    assert len(judged) == 3 and all(len(of) == len(set(texts)) < 8 for of in judged)
 
 
 # ---------------------------------------------------------------- statistics with known answers
@@ -408,6 +447,27 @@ def test_rewards_of_another_count_are_one_line(dpgbench, tmp_path):
 def test_bad_input_is_one_line(dpgbench, words, said):
     done = dpgbench("check", "estimator", *words.split())
     assert done.code == 2 and said in done.err and done.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_many_methods_share_the_time(dpgbench, tmp_path):
+    """Three methods have 8 batches where nothing is said, and are told so; the user's own counts stand without a word."""
+    small, methods = ("task=l2_norm", "completions=8", "group_size=4", f"results={tmp_path}"), "method=dpg,dpg_nocross,influence"
+    done = dpgbench("check", "estimator", *small, methods)
+    assert "8 batches of 8 texts, T=1; 32 of them left out" in done.out
+    assert "8 batches, because 3 methods share the time; batches=12 texts=48 measures as much as for one." in done.out
+    assert "share the time" not in dpgbench("check", "estimator", *small, methods, "batches=3", "texts=3").out
+    assert usual_counts(2) == {"batches": 12, "texts": 48}
+
+
+def test_the_page_shows_the_kept_numbers():
+    """docs/estimator.md has the tables that benchmarks/estimators.py makes of results/estimators, line for line; no task is left out."""
+    where = importlib.util.spec_from_file_location("estimators", ROOT / "benchmarks" / "estimators.py")
+    benchmark = importlib.util.module_from_spec(where)
+    where.loader.exec_module(benchmark)
+    lines = benchmark.table(ROOT / "results" / "estimators", list(benchmark.COUNTS))
+    assert sum(line.startswith("| `") and "|  |" not in line for line in lines) == 4 * 8
+    assert "\n".join(lines) in (ROOT / "docs" / "estimator.md").read_text(encoding="utf-8")
 
 
 def test_bad_input_is_refused_without_torch(imports_of):

@@ -8,17 +8,20 @@ for no divisor at all, with which A_i = Phi(all texts) - Phi(all but x_i) makes 
 target learns without x_i does not depend on x_i, so subtracting it costs noise and no bias (REINFORCE with a baseline). An entropy bonus,
 the clipping of the gradient's norm and AdamW come after this gradient and are not part of it.
 
-Shape suffixes: N completions, L tokens of the longest, P parameters, S entries of a sketch.
+Shape suffixes: N completions, R different ones in a pass, L tokens of the longest, V vocabulary, K ways of paying, P parameters, S entries
+of a sketch.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dpgbench.bench.token_credit import alive
 from dpgbench.bench.workbench import Workbench
 from dpgbench.core.plugin_types import Prompt
 from dpgbench.core.seeds import derive, torch_seeded
@@ -29,6 +32,7 @@ from dpgbench.worlds.models import positions_from_the_mask
 
 UNDIVIDED = "undivided"
 SKETCH = 2**20  # entries; smaller gradients are kept as they are
+ROWS_TOGETHER = 128  # in one forward pass, of completions of nearly one length: more are no faster, and bring more padding
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,9 @@ def policy_gradients(
     """g for several ways of paying the same completions: (P,) float64 each, over the trained parameters in their order.
 
     paid: advantages, (N,), one per completion, or (N, L), one per token, in any unit, and the loss type that divides them, one of
-    LOSS_TYPES or UNDIVIDED. at_once: completions in one forward pass, None: all; it changes nothing beyond rounding.
-    Cost: F of the generator on prompts and completions, and 2F for each way of paying.
+    LOSS_TYPES or UNDIVIDED. at_once: completions in one forward pass at most; it changes nothing beyond rounding.
+    Cost: F of the generator on prompts and completions, and 2F for each way of paying. A completion that a prompt has several times is read
+    once and paid the sum.
     Raises ValueError for another loss type and for advantages of another shape.
     """
     parameters, count = list(trained(generator.model).values()), len(completions.ids)
@@ -83,25 +88,28 @@ def policy_gradients(
     for given, _ in paid:
         if given.shape[0] != count or given.ndim > 2 or (given.ndim == 2 and given.shape[1] < width):
             raise ValueError(f"advantages have shape {tuple(given.shape)}: it must be ({count},) or ({count}, {width}); one per completion")
-    totals = [torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=torch.float64) for _ in paid]
+    written_NL = alive(completions.ids, width)
+    factors = []  # of each way, c_it A_it, (N, L)
+    for (given, _), divisors_N in zip(paid, divisors, strict=True):
+        per_token = given[:, None] if given.ndim == 1 else given[:, :width]
+        factors.append(written_NL * per_token.double().cpu() / divisors_N[:, None])
+    total_KP = torch.zeros(len(paid), sum(parameter.numel() for parameter in parameters), dtype=torch.float64)
     was_training = generator.model.training
     generator.model.eval()
     try:
         with positions_from_the_mask(generator.model):
-            for start in range(0, count, at_once or count):
-                rows = slice(start, start + (at_once or count))
-                logps_NL, kept_NL = _log_probabilities(generator, completions.prompts[rows], completions.ids[rows])
-                for number, ((given, _), divisors_N, total) in enumerate(zip(paid, divisors, totals, strict=True)):
-                    per_token = given[rows, None] if given.ndim == 1 else given[rows, : logps_NL.shape[1]]
-                    factors_NL = kept_NL * (per_token.double() / divisors_N[rows, None]).to(kept_NL.device)
+            for piece in _pieces(generator, completions, min(at_once or count, ROWS_TOGETHER)):
+                logps_RL = _log_probabilities(generator, completions.only([rows[0] for rows in piece]))
+                for number, (factors_NL, total_P) in enumerate(zip(factors, total_KP, strict=True)):
+                    summed = torch.stack([factors_NL[rows].sum(0) for rows in piece])[:, : logps_RL.shape[1]]
                     parts = torch.autograd.grad(
-                        (factors_NL * logps_NL).sum(), parameters,
+                        (summed.to(logps_RL.device) * logps_RL).sum(), parameters,
                         retain_graph=number + 1 < len(paid), allow_unused=True, materialize_grads=True,
                     )  # fmt: skip
-                    total += torch.cat([part.flatten() for part in parts]).double().cpu()
+                    total_P += torch.cat([part.flatten() for part in parts]).double().cpu()
     finally:
         generator.model.train(was_training)
-    return totals
+    return list(total_KP)
 
 
 def sketch(gradient_P: Tensor, seed: int) -> Tensor:
@@ -134,16 +142,28 @@ def _divisors(loss_type: str, lengths: Sequence[int], longest: int) -> Tensor:
     raise ValueError(f"loss_type={loss_type!r}: its gradient is not written down here; pass one of {', '.join((*LOSS_TYPES, UNDIVIDED))}")
 
 
-def _log_probabilities(generator: Generator, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """log pi of every completion token, (N, L), and 1 where there is one, else 0."""
-    device, width = generator.model.device, max(map(len, ids))
-    asked = generator.tokenize(prompts)
+def _pieces(generator: Generator, completions: Completions, size: int) -> list[list[list[int]]]:
+    """The rows of each different completion of a prompt, those of nearly one length together, `size` completions at a time."""
+    rows: dict[tuple, list[int]] = {}
+    asked = generator.tokenize(completions.prompts)["input_ids"].tolist()
+    for row, (prompt, ids) in enumerate(zip(asked, completions.ids, strict=True)):
+        rows.setdefault((*prompt, *ids), []).append(row)
+    shortest_first = sorted(rows.values(), key=lambda same: len(completions.ids[same[0]]))
+    return [shortest_first[start : start + size] for start in range(0, len(shortest_first), size)]
+
+
+def _log_probabilities(generator: Generator, completions: Completions) -> Tensor:
+    """log pi of every completion token, (R, L) of the longest of these; of pads it says nothing."""
+    model, ids, width = generator.model, completions.ids, max(map(len, completions.ids))
+    asked = generator.tokenize(completions.prompts)
     pad = generator.tokenizer.pad_token_id
-    written_NL = torch.tensor([[*row, *[pad] * (width - len(row))] for row in ids])
-    kept_NL = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
-    inputs = torch.cat([asked["input_ids"], written_NL], 1).to(device)
-    mask = torch.cat([asked["attention_mask"], kept_NL], 1).to(device)
+    written_RL = torch.tensor([[*row, *[pad] * (width - len(row))] for row in ids])
+    inputs = torch.cat([asked["input_ids"], written_RL], 1).to(model.device)
+    mask = torch.cat([asked["attention_mask"], alive(ids, width).long()], 1).to(model.device)
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model  # without adapters around it
+    takes = inspect.signature(whole.forward).parameters
+    only = {"logits_to_keep": width + 1} if "logits_to_keep" in takes else {}  # a prompt's are not needed
     with torch.enable_grad(), generator.products():
-        logits_NLV = generator.model(input_ids=inputs, attention_mask=mask, use_cache=False).logits[:, -width - 1 : -1]
-    logps_NL = logits_NLV.float().log_softmax(-1) if logits_NLV.dtype != torch.float64 else logits_NLV.log_softmax(-1)
-    return logps_NL.gather(2, written_NL.to(device)[:, :, None])[:, :, 0], kept_NL.to(device, torch.float64)
+        logits_RLV = model(input_ids=inputs, attention_mask=mask, use_cache=False, **only).logits[:, -width - 1 : -1]
+    logps_RLV = logits_RLV.float().log_softmax(-1) if logits_RLV.dtype != torch.float64 else logits_RLV.log_softmax(-1)
+    return logps_RLV.gather(2, written_RL.to(model.device)[:, :, None])[:, :, 0]

@@ -118,8 +118,8 @@ COMMANDS = {
         _late("inspect", "check_estimators"), "[key=value ...] [--format json]",
         "is a text's reward what leaving it out would do, and how much of a policy gradient is signal?",
         f"""{CELLS}
-  batches=12             independent batches of the cell's own size, each a policy gradient of every method
-  texts=48               how many texts the target is trained without, one at a time
+  batches=12             independent batches of the cell's own size, each a policy gradient of every method; 8 for three methods or more
+  texts=48               how many texts the target is trained without, one at a time; 32 for three methods or more
   --format json          the same numbers for machines; they are kept beside the figure in either case
 {TEXT}""",
         ("task=l2_norm method=dpg,naive,influence", "task=language scale.generator=mine/generator batches=6 texts=24"),

@@ -86,12 +86,12 @@ def check_estimators(words: list[str]) -> int:
     """Measure how far metagradients stand for exact effects, and the signal in methods' policy gradients. Returns 1 for no, else 0."""
     words, as_json = take_format(words)
     given = config.parse(words)
-    counts = {"batches": measured_together.BATCHES, "texts": measured_together.TEXTS}
+    request = config.read([word for word in words if word.partition("=")[0] not in ("batches", "texts")], sweep=True)
+    counts = dict(measured_together.usual_counts(len(request.cells)))
     for key, usual in counts.items():
         counts[key] = count = given[key][0].value if key in given else usual
         if type(count) is not int or count < 3 or len(given.get(key, "1")) > 1:
             raise UserError(f"{key}={','.join(given[key])}: an error bar needs 3 or more; write {key}={usual}")
-    request = config.read([word for word in words if word.partition("=")[0] not in counts], sweep=True)
     for cell in request.cells:
         if cell.skip:
             raise UserError(f"method={cell.spec.method.label}: {cell.skip}")
@@ -123,6 +123,9 @@ def check_estimators(words: list[str]) -> int:
         print(json.dumps({**about, "figure": str(figure)}, indent=1, ensure_ascii=False, allow_nan=False))
     else:
         _show_estimators(specs[0], found, figure)
+        if not {"batches", "texts"} & set(given) and len(specs) >= measured_together.MANY:
+            more = " ".join(f"{key}={count}" for key, count in measured_together.usual_counts(1).items())
+            say(terminal(), f"{found.batches} batches, because {len(specs)} methods share the time; {more} measures as much as for one.")
     return 1 if found.verdict[0] == "no" else 0
 
 

@@ -10,7 +10,13 @@ from dpgbench.core.settings import LOSS_TYPES
 from dpgbench.plugins.registry import Registry
 
 BATCHES, TEXTS = 12, 48  # measured by default: independent batches, and texts left out in turn
+MANY, OF_MANY = 3, {"batches": 8, "texts": 32}  # from so many methods on: each is paid for in every batch
 SAME = ("completions", "group_size", "rollout_batch", "minibatch", "loss_type", "lora")  # of the policy: what says which texts, and g
+
+
+def usual_counts(methods: int) -> dict[str, int]:
+    """`batches` and `texts` where the user names none."""
+    return OF_MANY if methods >= MANY else {"batches": BATCHES, "texts": TEXTS}
 
 
 def check_together(specs: Sequence[RunSpec], registry: Registry, batches: int, texts: int) -> None:

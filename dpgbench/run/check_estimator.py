@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -226,16 +226,28 @@ class _Bench(Workbench):
 
     def __init__(self, spec: RunSpec, cell: OpenCell, shared: _Shared):
         super().__init__(spec, TaskView(cell.task), cell.world, cell.generator, Meter(), lambda line: None)
-        self._shared = shared
+        self._shared, self._judged = shared, self.influences
+        self.influences = self._influences
 
-    def metagradients(self, texts: Sequence[str], *names: object, **how: Any) -> Metagradients:
-        key = (tuple(texts), names, tuple(sorted(how.items())))
+    def metagradients(
+        self, texts: Sequence[str], *names: object, optimizer: str | None = None, lr: float | None = None, per_token: bool = False
+    ) -> Metagradients:
+        """Once for all methods, of tokens where the loss allows, because a text's is their sum and they cost no more."""
+        key, causal = (tuple(texts), names, optimizer, lr), self.spec.training.reduction == "length"
         if names[:1] != (self._shared.step,):
             self._shared.clear()
             self._shared.step = names[0] if names else None
+        if per_token and not causal:
+            return super().metagradients(texts, *names, optimizer=optimizer, lr=lr, per_token=True)  # which says why not
         if key not in self._shared:
-            self._shared[key] = super().metagradients(texts, *names, **how)
-        return self._shared[key]
+            self._shared[key] = super().metagradients(texts, *names, optimizer=optimizer, lr=lr, per_token=causal)
+        found = self._shared[key]
+        return found if per_token or not causal else replace(found, rewards=found.rewards.sum(1))
+
+    def _influences(self, texts: Sequence[str], **how: Any) -> Tensor:
+        """Of each different text once: it is judged alone."""
+        different = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        return self._judged(list(different), **how)[[different[text] for text in texts]]
 
 
 def _worth(bench: Workbench, texts: Sequence[str], step: int, left_out: Sequence[int]) -> Worth:
