@@ -9,7 +9,8 @@ paper's ablations: `cross_group=false` makes G datasets, the k-th of the k-th co
 own training; `inner_optimizer=sgd` differentiates through SGD, whatever trains the deployment target; T is training.inner_steps, the
 advantages' divisor policy.scale_advantages.
 Ours: `credit=token` pays each token, instead of tau_i, the sum of its own and the later tokens' shares of it, less `baseline`
-(docs/method.md, "Credit for single tokens"): the same direction with less variance, out of the same reverse pass.
+(docs/method.md, "Credit for single tokens"): the same direction with less variance, out of the same reverse pass. `discount` below 1 counts
+later shares for less: less variance still, and a direction that turns.
 Cost per step (F = one forward pass of the target on the completions): 3F for the target's training, up to 2F + 9(1 - 1/T)F for the
 metagradients, sampling, 3 forward passes' worth of policy update, and what `baseline=critic` takes.
 It fails where a policy has lost its entropy, and where noise drowns the metagradients: a saturated optimizer (AdamW's first step with
