@@ -20,8 +20,11 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
     PreTrainedTokenizerFast,
-)  # fmt: skip
+    RwkvConfig,
+    T5Config,
+)
 
 from dpgbench import config
 from dpgbench.core.cell import RunSpec
@@ -123,6 +126,23 @@ def test_local_models_that_will_not_do(pair, tmp_path):
     spec = config.read([f"scale.generator={tmp_path}/endless"], sweep=False).cells[0].spec
     with pytest.raises(UserError, match="no end-of-sequence token"):
         models.load_generator(spec.scale)
+
+
+def test_models_whose_flops_are_not_attentions_are_told_at_once(tmp_path):
+    """State spaces, recurrences, mixtures, an encoder with a decoder: one line from config.json alone, and again by what is loaded."""
+    sizes = dict(vocab_size=9, hidden_size=8, num_hidden_layers=2)
+    mixed = LlamaConfig(**sizes, intermediate_size=8, num_attention_heads=1, layer_types=["full_attention", "linear_attention"])
+    for name, settings, says in (
+        ("mamba", MambaConfig(**sizes, state_size=4), "mamba keeps a state from token to token"),
+        ("rwkv", RwkvConfig(**sizes), "rwkv keeps a state from token to token"),
+        ("mixed", mixed, "llama has layers of another kind (linear_attention)"),
+        ("t5", T5Config(vocab_size=9, d_model=8), "an encoder and a decoder"),
+    ):
+        settings.save_pretrained(tmp_path / name)
+        assert says in message(f"scale.generator={tmp_path / name}")
+    for settings, says in ((MambaConfig(**sizes), "mamba has layers of another kind"), (mixed, "linear_attention"), (RwkvConfig(), "rwkv keeps")):
+        with pytest.raises(UserError, match=says):
+            models._check_attention("scale.target=x", settings)
 
 
 RESPONSE = SimpleNamespace(headers={}, request=None, status_code=403)

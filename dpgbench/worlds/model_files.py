@@ -159,12 +159,31 @@ def check_cells(specs: Iterable[RunSpec]) -> None:
                 check(spec.scale, spec.training)  # SmolLM2 may also come from a registry package, which loading it finds out
 
 
+# Of transformers 5, those whose config.json need not say it: state spaces, recurrences, and mixtures of these with attention. The loaded
+# configuration is asked again (`models`), which also finds kinds that came later.
+RECURRENT = frozenset(
+    "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe lfm3 mamba mamba2 minimax nemotron_h "
+    "olmo_hybrid qwen3_next recurrent_gemma rwkv xlstm zamba zamba2 zaya".split()
+)
+ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
+
+
 def check_kind(files: ModelFiles) -> None:
     """Raises UserError for a model that does not predict the next token."""
-    classes = files.config.get("architectures") or []
+    classes, said = files.config.get("architectures") or [], f"scale.{files.role}={files.name}"
     if classes and not any(str(name).endswith(CAUSAL) for name in classes):
-        said = f"scale.{files.role}={files.name}"
         raise UserError(f"{said}: {classes[0]} is not a causal language model; choose one whose config.json says ...ForCausalLM")
+    if files.config.get("is_encoder_decoder"):
+        raise UserError(f"{said}: an encoder and a decoder, and a causal language model is a decoder alone; choose one of these")
+    check_attention(said, files.config.get("model_type"), files.config.get("layer_types"))
+
+
+def check_attention(said: str, kind: object, layer_types: object) -> None:
+    """Raises UserError for a model of which some layers do not attend: FLOPs are counted for attention (`bench.flops`)."""
+    strange = set(map(str, layer_types)) - ATTENTION if isinstance(layer_types, (list, tuple)) else set()
+    if kind in RECURRENT or strange:
+        what = f"{kind} has layers of another kind ({', '.join(sorted(strange))})" if strange else f"{kind} keeps a state from token to token"
+        raise UserError(f"{said}: {what}, and FLOPs are counted for layers that attend; choose a model all of whose layers do")
 
 
 def no_end(role: str, name: str) -> UserError:

@@ -98,6 +98,7 @@ def _load(scale: Scale, role: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
         # Eager attention: the fused kernels have neither forward mode nor a second derivative.
         dtype = getattr(torch, scale[f"{role}_dtype"])
         settings = without_noise(AutoConfig.from_pretrained(**where))
+        _check_attention(f"scale.{role}={name}", settings)
         model = AutoModelForCausalLM.from_pretrained(**where, config=settings, dtype=dtype, attn_implementation="eager")
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except (OSError, ValueError, ImportError) as error:
@@ -114,6 +115,15 @@ def _load(scale: Scale, role: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
         tokenizer.padding_side = "left"
     _sample_plainly(model, tokenizer)
     return model, tokenizer
+
+
+def _check_attention(said: str, settings: PreTrainedConfig) -> None:
+    """Raises UserError, before weights are read, for a model whose FLOPs are not those of attention; also of kinds that came later."""
+    model_files.check_attention(said, settings.model_type, getattr(settings, "layer_types", None))
+    if getattr(settings, "num_attention_heads", None) is None:
+        raise UserError(
+            f"{said}: {settings.model_type} has no attention heads, for which FLOPs are counted; choose a model whose layers attend"
+        )
 
 
 def without_noise(settings: PreTrainedConfig) -> PreTrainedConfig:
