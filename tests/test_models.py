@@ -140,7 +140,8 @@ def test_models_whose_flops_are_not_attentions_are_told_at_once(tmp_path):
     ):
         settings.save_pretrained(tmp_path / name)
         assert says in message(f"scale.generator={tmp_path / name}")
-    for settings, says in ((MambaConfig(**sizes), "mamba has layers of another kind"), (mixed, "linear_attention"), (RwkvConfig(), "rwkv keeps")):
+    loaded = (MambaConfig(**sizes), "mamba has layers of another kind"), (mixed, "linear_attention"), (RwkvConfig(), "rwkv keeps")
+    for settings, says in loaded:
         with pytest.raises(UserError, match=says):
             models._check_attention("scale.target=x", settings)
 

@@ -161,10 +161,10 @@ def check_cells(specs: Iterable[RunSpec]) -> None:
 
 # Of transformers 5, those whose config.json need not say it: state spaces, recurrences, and mixtures of these with attention. The loaded
 # configuration is asked again (`models`), which also finds kinds that came later.
-RECURRENT = frozenset(
-    "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe lfm3 mamba mamba2 minimax nemotron_h "
-    "olmo_hybrid qwen3_next recurrent_gemma rwkv xlstm zamba zamba2 zaya".split()
-)
+RECURRENT = frozenset({
+    "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "lfm3", "mamba",
+    "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2", "zaya",
+})  # fmt: skip
 ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 
 
@@ -182,8 +182,8 @@ def check_attention(said: str, kind: object, layer_types: object) -> None:
     """Raises UserError for a model of which some layers do not attend: FLOPs are counted for attention (`bench.flops`)."""
     strange = set(map(str, layer_types)) - ATTENTION if isinstance(layer_types, (list, tuple)) else set()
     if kind in RECURRENT or strange:
-        what = f"{kind} has layers of another kind ({', '.join(sorted(strange))})" if strange else f"{kind} keeps a state from token to token"
-        raise UserError(f"{said}: {what}, and FLOPs are counted for layers that attend; choose a model all of whose layers do")
+        what = f"has layers of another kind ({', '.join(sorted(strange))})" if strange else "keeps a state from token to token"
+        raise UserError(f"{said}: {kind} {what}, and FLOPs are counted for layers that attend; choose a model all of whose layers do")
 
 
 def no_end(role: str, name: str) -> UserError:
