@@ -41,7 +41,7 @@ OPTIMIZERS = ("adamw", "sgd")
 
 class DPG(Method):
     version = 4
-    defaults: ClassVar = credit.DEFAULTS
+    defaults: ClassVar = {"credit": "text", "baseline": "group", "discount": 1.0}
 
     def __init__(self, options: Options):
         super().__init__(options)

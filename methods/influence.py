@@ -54,7 +54,7 @@ LINEAR = ("dot", "ekfac")  # in the text's gradient
 
 class Influence(Method):
     version = 3
-    defaults: ClassVar = credit.DEFAULTS
+    defaults: ClassVar = {"credit": "text", "baseline": "group", "discount": 1.0}
 
     def __init__(self, options: Options):
         super().__init__(options)

@@ -1,8 +1,8 @@
 """The options `credit`, `baseline` and `discount` of a method that can pay single tokens (`token_credit` says how). Imports no torch.
 
 `credit=text` pays every token of a completion the completion's reward, `credit=token` its own share of it and those after it, less
-`baseline`; a share k tokens further on counts for `discount` to the power k. A method that offers it has `DEFAULTS` among its
-`defaults`, so that cells from before have the hash they had.
+`baseline`; a share k tokens further on counts for `discount` to the power k. A method that offers it lists all
+three in its `defaults`, at "text", "group" and 1.0, so that cells from before have the hash they had.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dpgbench.core.options import Options
 
 CREDITS = ("text", "token")
 BASELINES = ("group", "position", "critic")
-DEFAULTS = {"credit": "text", "baseline": "group", "discount": 1.0}
 
 
 def check_options(options: Options) -> None:

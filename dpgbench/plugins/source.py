@@ -146,8 +146,8 @@ class _Source:
 
     def _attributes(self) -> Iterator[tuple[ast.AST, str]]:
         kinds = {"version": (int, "a whole number from 1 up, such as version = 1"), "headline": (str, "a name that `measure` returns")}
-        kinds |= {"higher_is_better": (bool, "True or False"), "defaults": (dict, "a dict of options, written out")}
-        kinds |= {"budget_options": (tuple, "a tuple of options' names, such as ('n',), written out")}
+        kinds |= {"higher_is_better": (bool, "True or False"), "defaults": (dict, "a dict of options")}
+        kinds |= {"budget_options": (tuple, "a tuple of options' names, such as ('n',)")}
         for name, (kind, rule) in kinds.items():
             expression = self.own.get(name)
             if expression is None or name not in self.known:

@@ -82,8 +82,11 @@ def build(
     folder = Path(folder)
     contents = read_contents(frame, suite, protocol)
     results = contents.results
-    figures = {task.label: draw_figures(task, results.styles, contents.across.rows[task.label]) for task in results.tasks}
-    overall = [*draw_summary_figures(results, contents.across), *draw_sizes(results)]
+    figures = {
+        task.label: [*draw_figures(task, results.styles, contents.across.rows[task.label]), *draw_sizes(task, results)]
+        for task in results.tasks
+    }
+    overall = draw_summary_figures(results, contents.across)
 
     for name, text in table_files(contents).items():
         _write(folder / "tables" / name, text)

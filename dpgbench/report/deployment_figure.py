@@ -13,9 +13,10 @@ from dpgbench.report.plot_style import DrawnFigure, canvas, cut, line_look
 from dpgbench.report.results import SuiteResults, TaskResults
 
 
-def draw_sizes(results: SuiteResults) -> list[DrawnFigure]:
-    """A figure for each task that was deployed at several sizes: the score over their number."""
-    return [_drawn(task, points, results) for task in results.tasks if (points := points_of(task, results))]
+def draw_sizes(task: TaskResults, results: SuiteResults) -> list[DrawnFigure]:
+    """The score over the number of texts, where the task was deployed at several sizes; no figure elsewhere."""
+    points = points_of(task, results)
+    return [_drawn(task, points, results)] if points else []
 
 
 def _drawn(task: TaskResults, points: dict[str, pd.DataFrame], results: SuiteResults) -> DrawnFigure:
