@@ -26,7 +26,7 @@ def without_encoding(source: str) -> list[int]:
         given = {keyword.arg: keyword.value for keyword in node.keywords}
         name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
         words = [value.value for value in [*node.args, *given.values()] if isinstance(value, ast.Constant) and isinstance(value.value, str)]
-        if ast.unparse(node.func) == "os.open":  # a descriptor, not a text
+        if ast.unparse(node.func) in ("os.open", "Image.open"):  # a descriptor, a picture: no text
             continue
         binary = any("b" in word and set(word) <= set("rwaxb+") for word in words)
         opens = name in READ_TEXT and not binary
