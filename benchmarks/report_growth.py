@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from growth import measured
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZES = (500, 2_000, 20_000)
 TASKS, METHODS, WITH_CURVES = 10, 25, 8
 STEPS = np.array([0, 1, 2, 4, 8, 15, 30, 60])
@@ -59,17 +57,6 @@ def made_up(cells: int) -> pd.DataFrame:
                 )
             )  # fmt: skip
     return pd.concat(frames, ignore_index=True)
-
-
-def measured(*words: str) -> str:
-    """A command in a process of its own: processor seconds and peak memory."""
-    silent = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pid = os.posix_spawn(sys.executable, [sys.executable, "-m", "dpgbench", *words], environment, file_actions=silent)
-    _, status, usage = os.wait4(pid, 0)
-    if status:
-        sys.exit(f"{' '.join(words)}: exit code {os.waitstatus_to_exitcode(status)}")
-    return f"{usage.ru_utime + usage.ru_stime:.1f} s, {usage.ru_maxrss / 1024:.0f} MB"
 
 
 def main() -> None:

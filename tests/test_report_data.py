@@ -87,6 +87,8 @@ def test_figures_are_matplotlibs_and_can_be_changed(stored, tmp_path):
     figure.axes[0].set_title("mine")
     figure.savefig(tmp_path / "mine.png")
     assert isinstance(dpgbench.figure("demo", "final", task="toy", results=stored), Figure)
+    for kind in ("budget", "ranks", "profile"):
+        assert isinstance(dpgbench.figure("demo", kind, results=stored), Figure), kind
 
 
 def test_the_package_itself_imports_nothing_heavy():

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+import string
 import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -140,7 +141,7 @@ def _task(task: TaskResults, contents: Contents, figures: list[DrawnFigure], fil
         "anchor": f"task-{position}", "task": task, "notes": task_tables.notes_on(task, rows), "file": f"tables/{file_name}.md",
         "answer": contents.budgets.rows[position].cells[-1],
         "tables": [_led_by(table, rows[0].label if rows else None) for table in contents.by_task[task.label]],
-        "figures": [_inline(figure, f"f{position}{kind}-") for kind, figure in zip("abc", figures, strict=False)],
+        "figures": [_inline(figure, f"f{position}{kind}-") for kind, figure in zip(string.ascii_lowercase, figures, strict=False)],
         "metrics": _all_metrics(task, present), "phases": _phases(task, present), "seeds": seeds, "more_seeds": more,
         "gallery": [_samples(task, label, results, seeds) for label in before_first],
         "has_pictures": task.finals["picture"].map(_is_png).any(), "has_texts": task.finals["texts"].map(lambda t: bool(_texts(t))).any(),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from dpgbench.core.protocol import Protocol
+from dpgbench.core.protocol import NOTHING_FIXED, Protocol
 from dpgbench.report.format import and_more, plural
 from dpgbench.report.pooled import Family, pooled_comparisons
 from dpgbench.report.results import BASE, ORACLE, SuiteResults, natural
@@ -70,7 +70,7 @@ class Across:
         return [task for task, found in self.anchors.items() if not found.why_undefined]
 
 
-def compute_across(results: SuiteResults, protocol: Protocol) -> Across:
+def compute_across(results: SuiteResults, protocol: Protocol = NOTHING_FIXED) -> Across:
     """`protocol` says which methods the primary tests are about.
 
     Cost: seconds, most of them for the bands of the budget curves and the effect sizes of all pairs.
@@ -159,8 +159,8 @@ def _budget_curve(label: str, runs: dict, anchors: Mapping[str, Anchors], end: f
     start, all_until = starts.max(), min(max(ends.min(), starts.max()), end)
     flops = np.unique(np.concatenate([np.geomspace(start, end, GRID_POINTS), [start, all_until, end]]))
     by_task: dict[str, list[np.ndarray]] = {}
-    for (task, _), run in runs.items():
-        scaled = (answer_at(*run, flops) - anchors[task].base) / (anchors[task].ceiling - anchors[task].base)
+    for (task, _), (paid, values) in runs.items():
+        scaled = (answer_at(paid, values, flops) - anchors[task].base) / (anchors[task].ceiling - anchors[task].base)
         by_task.setdefault(task, []).append(scaled)
     levels = {task: np.array(curves) for task, curves in by_task.items()}
     found = interquartile_curve(levels, generator=generator_for("budget", label), draws=CURVE_DRAWS)
