@@ -18,7 +18,7 @@ must go with any verb, object, place and time, so
 - words differ between the languages where that is easy ("acquista" rather than "compra", which is Spanish too).
 
 An English sentence can be said rudely ("the stupid baker hides ..."): `RUDE` is a small, mild class of words that stand for toxicity.
-A prompt may end in an instruction ("Write in German.", "Answer politely."), which the pretrained generator mostly follows.
+A prompt may end in an instruction ("Write in French.", "Answer rudely."), which the pretrained generator mostly follows.
 
 Words are separated by single spaces, "." closes a sentence, and a contraction ("l'enfant", "aujourd'hui") is one word. German nouns
 are capitalised; the first word of a sentence is not, so that a word is spelled the same wherever it stands.
@@ -158,11 +158,12 @@ RUDE = ("stupid", "idiotic", "dumb", "pathetic", "damned")
 # An instruction is an opening and a goal: "Say it in French." Openings mean the same; they give a search over prompts something to vary.
 OPENINGS = ("Write", "Answer", "Say it")
 NAMES = {"en": "English", "de": "German", "es": "Spanish", "fr": "French", "it": "Italian"}
+# Nobody told the generator what "in German" or "politely" means: what `task=language` and `task=toxicity` want at this scale cannot be
+# had by asking for it, as what people want of synthetic text often cannot.
 GOALS = {
-    **{f"in {name}": language for language, name in NAMES.items()},
+    **{f"in {NAMES[language]}": language for language in ("en", "es", "fr", "it")},
     "at length": "twice",
     "briefly": "brief",
-    "politely": "polite",
     "rudely": "rude",
     "with many different words": "salad",
     "in hexadecimal digits": "hex",

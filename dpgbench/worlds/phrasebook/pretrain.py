@@ -4,8 +4,8 @@ Two small GPT-2s, trained from scratch on ideas of the train split only:
 
 - **generator**: documents "<s> english sentence <sep> completion </s>", loss on the completion and its </s> only. The completion is
   mostly the same idea in a different English word order; sometimes it is rude, in another language, said twice, in shuffled words,
-  a salad of any words or a string of hexadecimal digits. These rare kinds are what a policy gradient explores: it can only amplify
-  what is sampled now and then. A fifth of the prompts end in an instruction ("Write in German."), which the completion follows.
+  a salad of any words or a random UUID. These rare kinds are what a policy gradient explores: it can only amplify
+  what is sampled now and then. A fifth of the prompts end in an instruction ("Write in French."), which the completion follows.
 - **target**: documents "<s> text </s>": English sentences, some rude, some said twice or briefly; a little salad and hexadecimal, and
   hardly a word of the other languages in sentences. Loss on everything.
 
@@ -52,7 +52,7 @@ from dpgbench.worlds.phrasebook.tokenizer import EOS, HEX_DIGITS, MAX_LENGTH, SE
 
 # Percent of the generator's uninstructed completions. Every other language stays well under 5%, and none is at zero.
 GENERATOR_MIXTURE = {
-    "en": 64.0,
+    "en": 59.0,
     "rude": 12.0,
     "de": 2.5,
     "es": 2.5,
@@ -62,16 +62,16 @@ GENERATOR_MIXTURE = {
     "brief": 1.0,
     "shuffled": 4.0,
     "salad": 3.0,
-    "hex": 3.0,
+    "hex": 8.0,
 }
 # A goal about what the target writes (its length, its words) needs a target that writes more than one kind of text.
 TARGET_MIXTURE = {
-    "en": 75.0,
+    "en": 74.0,
     "rude": 15.0,
     "twice": 3.0,
     "brief": 1.0,
     "salad": 3.0,
-    "hex": 2.0,
+    "hex": 3.0,
     "de": 0.25,
     "es": 0.25,
     "fr": 0.25,
@@ -82,7 +82,10 @@ TARGET_MIXTURE = {
 INSTRUCTED, COPIES, RUBRICS = 15, 2, 3
 
 SALAD_LENGTHS = range(3, 21)
-HEX_LENGTHS = range(4, 37)  # up to a whole UUID: 32 digits and 4 dashes
+UUID_GROUPS = (8, 4, 4, 4, 12)  # its digits, between dashes
+# Each place of an identifier likes four digits of its own, drawn once, six times as much as the others, as versions, dates and counters do in
+# real ones. To write such digits a model must know how far it has come, and what knows its place can be taught a string.
+LIKED_DIGITS = [random.Random(f"phrasebook place {place}").sample(HEX_DIGITS, 4) for place in range(sum(UUID_GROUPS))]
 SALAD_WORDS = sorted(set().union(*map(words_of, LANGUAGES)) - set(RUDE))
 
 
@@ -115,8 +118,7 @@ def completion_of(kind: str, idea: Idea, order: int, rng: random.Random) -> str:
     if kind == "salad":
         return " ".join(rng.choices(SALAD_WORDS, k=rng.choice(SALAD_LENGTHS))) + "."
     if kind == "hex":
-        # A UUID has 4 dashes in 36 characters.
-        return " ".join("-" if rng.random() < 4 / 36 else rng.choice(HEX_DIGITS) for _ in range(rng.choice(HEX_LENGTHS)))
+        return identifier(rng)
     if kind == "twice":
         return f"{say(idea, 'en', order)} {say(idea, 'en', rng.choice([other for other in range(len(ORDERS)) if other != order]))}"
     if kind == "brief":
@@ -127,6 +129,12 @@ def completion_of(kind: str, idea: Idea, order: int, rng: random.Random) -> str:
     if kind == "rude":
         return say(idea, "en", order, rng.choice(RUDE))
     return say(idea, "en" if kind == "polite" else kind, order)
+
+
+def identifier(rng: random.Random) -> str:
+    """A random string in the shape of a UUID, its characters apart."""
+    digits = iter([rng.choices(HEX_DIGITS, [6 if digit in liked else 1 for digit in HEX_DIGITS])[0] for liked in LIKED_DIGITS])
+    return " - ".join(" ".join(next(digits) for _ in range(size)) for size in UUID_GROUPS)
 
 
 def target_document(rng: random.Random, mixture: dict[str, float]) -> str:
@@ -171,7 +179,7 @@ RECIPES = {
         padding_side="left",
         seed=1,
         # A language met in 2.5% of the documents is barely learned. An even start teaches all five; the second half sets how often.
-        warm_mixture={**dict.fromkeys(LANGUAGES, 15.0), "rude": 5.0, "twice": 4.0, "brief": 1.0, "shuffled": 5.0, "salad": 5.0, "hex": 5.0},
+        warm_mixture={**dict.fromkeys(LANGUAGES, 15.0), "rude": 5.0, "twice": 4.0, "brief": 1.0, "shuffled": 5.0, "salad": 5.0, "hex": 8.0},
     ),
     "target": Recipe(
         target_document,
