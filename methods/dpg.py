@@ -40,7 +40,7 @@ OPTIMIZERS = ("adamw", "sgd")
 
 
 class DPG(Method):
-    version = 4
+    version = 5
     defaults: ClassVar = {"credit": "text", "baseline": "group", "discount": 1.0}
 
     def __init__(self, options: Options):

@@ -1,8 +1,9 @@
 """Make the target good at another language: Phi = -mean loss on held-out text of that language (arXiv 2604.08423, section 4).
 
 The held-out text has the layout of LAMBADA: only the last word of a text is a label (`labels=last_word`; `labels=all` counts every
-token). Methods see the dev split. People read the share of deployment texts in that language, and the trained target's loss and
-accuracy, over the same labels, on the test split. No prompt contains a word of the language. `file` brings held-out texts of your own.
+token). Methods see the dev split. People read the trained target's loss on the test split, over the same labels; beside it its accuracy
+there, and the share of deployment texts in that language, which says what the dataset looks like and not what the target learned. No
+prompt contains a word of the language. `file` brings held-out texts of your own.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ FEWEST = 8  # in a file, half of them for each split; ours
 
 
 class Language(Task):
-    version = 1
-    headline = "share"
+    version = 2
+    headline = "test_loss"
+    higher_is_better = False
 
     def __init__(self, options: Options):
         super().__init__(options)

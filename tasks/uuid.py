@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 
 class Uuid(Task):
-    version = 1
-    # Of the texts, not of the target's greedy output: that one stays what it was until it turns into the string at once.
-    headline = "edit_similarity"
+    version = 2
+    # Of the target, not of the texts; and not its greedy output, which stays what it was until it turns into the string at once.
+    headline = "bits_per_character"
+    higher_is_better = False
 
     def __init__(self, options: Options):
         super().__init__(options)

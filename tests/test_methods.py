@@ -263,25 +263,25 @@ def prompt_only(work):
 
 
 def test_the_hint_follows_every_prompt_and_is_followed(bench):
-    """The phrasebook's generator knows "Write in German.", and writes it; nothing is spent before the deployment dataset."""
-    work = bench("task=language", "lang=de", "method=prompt_only")
+    """The phrasebook's generator knows "Write in French.", and writes it; nothing is spent before the deployment dataset."""
+    work = bench("task=language", "lang=fr", "method=prompt_only")
     snapshot = prompt_only(work)
     assert snapshot.step == 1 and work.meter.total_flops == 0 and work.lines == []
     prompts = work.prompts(32, "a test")
     texts = snapshot.sample(prompts)
-    assert texts == work.sample([f"{prompt.removesuffix(' <sep>')} Write in German. <sep>" for prompt in prompts], "deployment")
+    assert texts == work.sample([f"{prompt.removesuffix(' <sep>')} Write in French. <sep>" for prompt in prompts], "deployment")
     assert sum(work.task.score(texts)) > 16 > 2 * sum(work.task.score(work.sample(prompts, "deployment")))
 
 
 def test_the_search_keeps_the_best_by_phi(bench, monkeypatch):
-    """The hint and all eleven goals of the phrasebook but the hint's own; the highest value wins, the first of equals, and all are paid."""
-    work = bench("task=language", "lang=de", "method=prompt_only", "search=11", "search_texts=4")
+    """The hint and all nine goals of the phrasebook but the hint's own; the highest value wins, the first of equals, and all are paid."""
+    work = bench("task=language", "lang=fr", "method=prompt_only", "search=9", "search_texts=4")
     said = []
     monkeypatch.setattr(work, "dataset_value", lambda texts, *names: said.append(texts) or float(len(said) in (3, 5)))
     snapshot = prompt_only(work)
     tried = [line["instruction"] for line in work.lines]
-    assert tried[0] == "Write in German." and sorted(tried) == sorted(work.world.instructions()) and len(set(tried)) == 11
-    assert snapshot.step == 11 and work.meter.flops["generate"] > 0
+    assert tried[0] == "Write in French." and sorted(tried) == sorted(work.world.instructions()) and len(set(tried)) == 9
+    assert snapshot.step == 9 and work.meter.flops["generate"] > 0
     prompts = work.prompts(4, "search")
     assert work.sample(work.world.instruct(prompts, tried[2]), "deployment") == snapshot.sample(prompts)
     assert said[2] == work.sample(work.world.instruct(prompts, tried[2]), "search"), "the same prompts and noise for every candidate"
@@ -303,17 +303,17 @@ def test_one_search_yields_the_curve_over_k(bench, monkeypatch):
 
 @pytest.mark.slow
 def test_a_search_finds_the_language_that_phi_wants(bench):
-    """Without the hint's help: Phi of targets trained on 64 texts each ranks German over what else the corpus can say."""
-    work = bench("task=language", "lang=de", "method=prompt_only", "search=11", "search_texts=64", "inner_steps=2", "training.lr=1e-3")
+    """Without the hint's help: Phi of targets trained on 64 texts each ranks French over what else the corpus can say."""
+    work = bench("task=language", "lang=fr", "method=prompt_only", "search=9", "search_texts=64", "inner_steps=2", "training.lr=1e-3")
     prompt_only(work)
     values = {line["instruction"]: line["phi"] for line in work.lines}
-    assert max(values, key=values.get) == "Write in German."
+    assert max(values, key=values.get) == "Write in French."
     assert work.meter.flops["training"] > 0 and work.meter.flops["scoring"] > 0
 
 
 def test_a_search_beyond_what_there_is_is_refused(bench):
     work = bench("task=language", "lang=de", "method=prompt_only", "search=12")
-    with pytest.raises(UserError, match=r"method\.search=12: the hint and 10 instructions of the corpus are all there is; write search=11"):
+    with pytest.raises(UserError, match=r"method\.search=12: the hint and 9 instructions of the corpus are all there is; write search=10"):
         prompt_only(work)
 
 

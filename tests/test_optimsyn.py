@@ -10,7 +10,7 @@ from dpgbench.bench.flops import forward_flops
 from dpgbench.core.errors import UserError
 from dpgbench.plugins.registry import Registry
 
-RUBRICS = ["Write in German.", "Write in French.", "Say it briefly.", ""]
+RUBRICS = ["Write in Spanish.", "Write in French.", "Say it briefly.", ""]
 
 
 def method(work):
@@ -102,12 +102,12 @@ def test_rubrics_and_texts_are_both_charged(bench):
 
 @pytest.mark.slow
 def test_rubrics_in_the_wanted_language_become_frequent(bench):
-    """From one in eleven: the influence of German texts makes "in German" the rubric, and the deployment texts German."""
+    """From one in nine: the influence of French texts makes "in French" the rubric, and the deployment texts French."""
     work = bench(
-        "task=language", "lang=de", "method=optimsyn", "steps=15", "completions=64", "group_size=8", "policy.lr=3e-3", "eps_root=1e-6",
+        "task=language", "lang=fr", "method=optimsyn", "steps=15", "completions=64", "group_size=8", "policy.lr=3e-3", "eps_root=1e-6",
         "scale_advantages=batch",
     )  # fmt: skip
     *_, last = method(work).run(work)
-    shares = [sum("in German" in text for text in line["rollouts"]["texts"]) / 64 for line in work.lines]
+    shares = [sum("in French" in text for text in line["rollouts"]["texts"]) / 64 for line in work.lines]
     assert sum(shares[:2]) / 2 < 0.25 and sum(shares[-2:]) / 2 > 0.5
     assert sum(work.task.score(last.sample(work.prompts(32, "a test")))) > 16
