@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # A cell small enough for tests: every part of a run, two policy updates.
-SMALL = ["steps=2", "completions=16", "group_size=4", "deployment_texts=16", "snapshots=2"]
+SMALL = ["steps=2", "completions=16", "group_size=4", "deployment_texts=16", "deployment_steps=null", "snapshots=2"]
 
 
 @dataclass
@@ -65,7 +65,7 @@ def dpgbench(capsys, monkeypatch):
     return run
 
 
-TINY = ["steps=1", "completions=8", "group_size=4", "deployment_texts=8", "snapshots=2"]
+TINY = ["steps=1", "completions=8", "group_size=4", "deployment_texts=8", "deployment_steps=null", "snapshots=2"]
 FINISHED = ["task=l2_norm,language", "method=base,dpg", "seed=0,1", *TINY]
 
 
