@@ -124,7 +124,7 @@ def test_run_takes_one_cell():
         (["training.lr=nan"], "must be finite"),
         (["optimizer=adam"], "did you mean 'adamw'"),
         (["inner_steps=3"], "must divide into inner_steps=3 batches"),
-        (["deployment_steps=7"], "must divide into deployment_steps=7 batches; write deployment_texts=252"),
+        (["deployment_steps=7"], "must divide into deployment_steps=7 batches; write deployment_texts=1022"),
         (["deployment_steps=0"], "scale.deployment_steps=0: at least one optimizer step"),
         (["instruction=' '"], "scale.instruction= : a sentence or null"),
         (["averaging=1"], "policy.averaging=1.0: a decay is at least 0 and below 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from contextlib import nullcontext
 
@@ -31,7 +32,7 @@ PROMPTS = [[5, 9, 4], [5, 9, 4], [8], [3, 3, 6, 1, 9], [8], [5, 9, 4], [11, 30, 
 def small(settings, seed: int = 0):
     """A model of this configuration whose distributions are far from flat, in evaluation mode."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(without_noise(settings), attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(without_noise(copy.deepcopy(settings)), attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

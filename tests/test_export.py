@@ -73,7 +73,7 @@ def test_trl_trains_on_the_dataset(trained, tmp_path):
 def test_the_card_has_the_curve_and_the_settings(trained):
     folder, exported = trained
     card, last = (exported / "README.md").read_text(), folder.result()["snapshots"][-1]
-    assert f"| {last['snapshot']} | {last['measures']['share']:.6g} | {last['phi']:.6g} |" in card
+    assert f"| {last['snapshot']} | {last['measures']['test_loss']:.6g} | {last['phi']:.6g} |" in card
     assert "averaging: 0.9" in card and "AutoModelForCausalLM" in card
     assert config.replay(exported / "spec.yaml", Registry()).spec.folder == folder.path.name
 

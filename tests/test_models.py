@@ -81,7 +81,7 @@ TASKS = [file.name for file in Registry().files("task")]
 def test_another_pair_runs_every_task(task, pair, tmp_path):
     """Two steps of dpg: GPT-2 writes, Llama is trained on it, text passes between their tokenizers. The result names both."""
     fewer = ["samples=64", "fresh=64"] * ("scores" in Registry().find("task", task).defines)
-    words = [f"task={task}", *fewer, "method=dpg", *SMALL, "inner_steps=2", "deployment_steps=null", *pair]
+    words = [f"task={task}", *fewer, "method=dpg", *SMALL, "inner_steps=2", *pair]
     spec = config.read(words, sweep=False).cells[0].spec
     folder = RunFolder.of(tmp_path, spec)
     assert run_cell(spec, tmp_path) == "done", last_line(folder.path / "error.txt")

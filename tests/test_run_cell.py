@@ -40,7 +40,7 @@ def test_a_dpg_cell_leaves_everything(tmp_path):
     assert all(len(line[key]) == 16 for line in rollouts for key in ("texts", "rewards", "advantages"))
     assert "seconds" not in (folder.path / "metrics.jsonl").read_text()
     result = folder.result()
-    assert result["headline"] == "share" and result["snapshots"][-1]["seconds"] > 0
+    assert result["headline"] == "test_loss" and result["snapshots"][-1]["seconds"] > 0
     phases = result["snapshots"][-1]["flops_by_phase"]
     assert all(phases[phase] > 0 for phase in ("generate", "training", "metagradient", "policy_update", "deployment"))
     assert sum(phases.values()) == result["snapshots"][-1]["flops"]

@@ -128,7 +128,8 @@ def test_a_tokenizer_without_offsets_pays_whole_texts():
 
 
 def test_the_phrasebooks_tokens_keep_their_credit(bench):
-    """Its target adds <s> in front, which earns nothing: the credit of word t is column t + 1. Sums are each text's metagradient."""
+    """Its target adds <s> in front, which earns nothing: the credit of word t is column t + 1; a text that was cut has no end, whose
+    credit its last word gets. Sums are each text's metagradient."""
     work = bench("task=language", "method=dpg")
     asked = work.generator.token_ids(work.prompts(16, "a test"))
     torch.manual_seed(0)
@@ -139,8 +140,12 @@ def test_the_phrasebooks_tokens_keep_their_credit(bench):
     whole = work.metagradients(texts, 0).rewards.double()
     assert torch.allclose(result.sum(1), credit.sum(1), rtol=1e-13, atol=0)
     assert float((result.sum(1) - whole).abs().max() / whole.abs().max()) < 1e-4  # float32
+    cut = [tokens[-1] != work.generator.tokenizer.eos_token_id for tokens in ids]
+    assert 0 < sum(cut) < len(cut)
     for row, tokens in enumerate(ids):
-        assert torch.equal(result[row, : len(tokens)], credit[row, 1 : len(tokens) + 1]) and not result[row, len(tokens) :].any()
+        of_words = credit[row, 1 : len(tokens) + 1].clone()
+        of_words[-1] += credit[row, len(tokens) + 1] if cut[row] else 0.0
+        assert torch.equal(result[row, : len(tokens)], of_words) and not result[row, len(tokens) :].any()
 
 
 # ---- baselines and advantages
