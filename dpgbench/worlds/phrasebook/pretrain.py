@@ -83,8 +83,8 @@ INSTRUCTED, COPIES, RUBRICS = 15, 2, 3
 
 SALAD_LENGTHS = range(3, 21)
 UUID_GROUPS = (8, 4, 4, 4, 12)  # its digits, between dashes
-# Each place of an identifier likes four digits of its own, drawn once, six times as much as the others, as versions, dates and counters do in
-# real ones. To write such digits a model must know how far it has come, and what knows its place can be taught a string.
+# Each place of an identifier likes four digits of its own, drawn once, six times as much as the others, as versions, dates and counters
+# do in real ones. To write such digits a model must know how far it has come, and what knows its place can be taught a string.
 LIKED_DIGITS = [random.Random(f"phrasebook place {place}").sample(HEX_DIGITS, 4) for place in range(sum(UUID_GROUPS))]
 SALAD_WORDS = sorted(set().union(*map(words_of, LANGUAGES)) - set(RUDE))
 
