@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CELL = ["completions=16", "group_size=4", "deployment_texts=16", "snapshots=3", "steps=4"]
+CELL = ["completions=16", "group_size=4", "deployment_texts=16", "deployment_steps=null", "snapshots=3", "steps=4"]
 
 
 def grid(cells: int) -> list[str]:

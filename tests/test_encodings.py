@@ -77,7 +77,8 @@ def test_a_cell_and_its_report_in_a_locale_that_is_not_utf8(tmp_path):
     own = own_plugin(tmp_path)
     (own / "Texte.txt").write_text("\n".join(f"ein Mädchen sieht {number} Häuser" for number in range(20)), encoding="utf-8")
     name, place = "name='größe'", f"results='{own / 'r'}'"
-    words = ["task=language", f"file='{own / 'Texte.txt'}'", "method=echo", "deployment_texts=8", f"plugins='{own}'", name, place]
+    few = ["deployment_texts=8", "deployment_steps=null"]
+    words = ["task=language", f"file='{own / 'Texte.txt'}'", "method=echo", *few, f"plugins='{own}'", name, place]
     for command in (["sweep", *words], ["report", *words], ["status", place]):
         line = [sys.executable, "-m", "dpgbench", *command]
         done = subprocess.run(line, cwd=ROOT, env=C_LOCALE, capture_output=True, timeout=120)

@@ -272,7 +272,7 @@ def test_a_users_method_may_spend_budgets_too(tmp_path):
     ("words", "counter", "stop"),
     [
         ([*ROUNDS, "rounds=budget", "budget.flops=3e9"], "round", 2),
-        (["method=prompt_only", "search=budget", "search_texts=8", "budget.flops=1.2e10"], "candidate", 9),
+        (["method=prompt_only", "search=budget", "search_texts=8", "budget.flops=1.2e10"], "candidate", 7),
     ],
 )
 def test_what_a_budget_ends_goes_on_after_an_interruption(tmp_path, words, counter, stop):

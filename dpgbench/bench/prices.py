@@ -56,9 +56,9 @@ class Prices:
         return critic_flops(self.spec.method.policy.completions * self.written, features)
 
     def finetuned(self, texts: int, batch: int) -> float:
-        """Teaching the generator so many texts, `batch` at a time."""
+        """Teaching the generator so many texts, `batch` at a time; each has an end then, one that was cut as well."""
         self.updated = max(self.updated, batch)
-        return self.generator.training_flops(texts, self.prompt + self.written)
+        return self.generator.training_flops(texts, self.prompt + self.written + 1)
 
     def policy(self, rewards: float, *, after: int = 0, written: int | None = None) -> float | None:
         """All steps of the method's policy, whose rewards cost so much a step; None without a number of steps or a budget that ends it."""
