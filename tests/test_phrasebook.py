@@ -332,7 +332,6 @@ def test_what_meets_a_goal() -> None:
         "de": ("heute versteckt das Kind unter der Brücke den goldenen Schlüssel.", child),
         "twice": (twice.strip(), child),
         "brief": (child, twice.strip()),
-        "polite": (child, "the stupid child hides the golden key."),
         "rude": ("the stupid child hides the golden key.", child),
         "hex": ("3 f - a", child),
         "salad": ("Kind golden la bridge Wald stupid oggi.", "3 f - a"),

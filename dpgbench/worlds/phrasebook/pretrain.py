@@ -128,7 +128,7 @@ def completion_of(kind: str, idea: Idea, order: int, rng: random.Random) -> str:
         return " ".join(rng.sample(words, len(words))) + "."
     if kind == "rude":
         return say(idea, "en", order, rng.choice(RUDE))
-    return say(idea, "en" if kind == "polite" else kind, order)
+    return say(idea, kind, order)
 
 
 def identifier(rng: random.Random) -> str:
@@ -314,7 +314,7 @@ def meets(text: str, kind: str) -> bool:
         return bool(words) and identify_language(text) == "other" and not meets(text, "hex")
     if identify_language(text) != (kind if kind in LANGUAGES else "en"):
         return False
-    return {"rude": is_rude(text), "polite": not is_rude(text), "twice": len(words) > 17, "brief": len(words) < 9}.get(kind, True)
+    return {"rude": is_rude(text), "twice": len(words) > 17, "brief": len(words) < 9}.get(kind, True)
 
 
 # --- The command -----------------------------------------------------------------------------------------------------------------
