@@ -33,7 +33,7 @@ class Phrasebook:
         return (prompt for prompt in self.prompts("train", 512, random.Random(0)) if len(prompt.encode()) > tokens)
 
     def instruct(self, prompt: str, instruction: str) -> str:
-        """`prompt` with `instruction` ("Write in German.") before its separator. Words the phrasebook lacks become <unk>."""
+        """`prompt` with `instruction` ("Write in French.") before its separator. Words the phrasebook lacks become <unk>."""
         return f"{prompt.removesuffix(' <sep>')} {instruction} <sep>"
 
     def instructions(self) -> list[str]:
