@@ -14,7 +14,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(RUN) -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-quickstart: install  ## DPG, best-of-n and the untouched generator on two targets: about five minutes on two cores
+quickstart: install  ## DPG, best-of-n and the untouched generator on two targets: under ten minutes on two cores
 	$(RUN) -m dpgbench sweep suite=quickstart launcher=local launcher.workers=2
 	$(RUN) -m dpgbench report suite=quickstart
 
