@@ -40,7 +40,7 @@ def unroll(model, batches, signal, optimizer) -> Tensor:
     """The whole run as one differentiable expression: create_graph=True, one backward at the end."""
     params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     moments = [{name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2)]
-    weights = torch.ones(sum(len(batch["labels"]) for batch in batches), requires_grad=True)
+    weights = torch.ones(sum(len(batch["labels"]) for batch in batches), requires_grad=True, device=batches[0]["labels"].device)
     for t, (batch, weights_B) in enumerate(zip(batches, weights.split([len(b["labels"]) for b in batches]), strict=True), 1):
         loss = (weights_B * losses(model, batch["input_ids"], batch["labels"], params)).mean()
         gradients = dict(zip(params, torch.autograd.grad(loss, list(params.values()), create_graph=True), strict=True))

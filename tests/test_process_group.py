@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -15,6 +18,8 @@ from safetensors.torch import load_file
 from dpgbench import config, launch
 from dpgbench.config import validate
 from dpgbench.core.errors import UserError
+from dpgbench.launch import local, slurm
+from dpgbench.launch import together as sharing
 from dpgbench.run.cell import run_cell
 from dpgbench.store.run_folder import RunFolder, read_lines
 from dpgbench.worlds.models import load_generator
@@ -199,10 +204,52 @@ def test_what_cannot_be_shared_is_refused(monkeypatch, words, says):
 
 @pytest.mark.slow
 def test_sweeps_are_not_shared(dpgbench, monkeypatch):
-    """One cell at a time; and a SLURM job has no torchrun in it."""
+    """One cell at a time."""
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
     done = dpgbench("sweep", "suite=smoke")
     assert done.code == 2 and "torchrun's processes work on one cell together" in done.err
-    with pytest.raises(UserError, match=r"launcher\.gpus=8: a job runs its cell in one process"):
-        launch.check(config.read(["suite=smoke", "launcher=slurm", "launcher.gpus=8"], sweep=True).launcher)
+
+
+def test_a_slurm_job_shares_a_cell_among_its_gpus():
+    """A process for each GPU, or as many as `launcher.processes` says; cells without a policy have one of each; what cannot be shared is
+    one line before anything is submitted."""
+    launcher = config.read(["suite=smoke", "launcher=slurm", "launcher.gpus=8"], sweep=True).launcher
+    assert slurm._asked(launcher, cell(*DPG)) == ({"gpus": 8, "cpus": 1, "mem_gb": 4, "time_min": 120}, 8)
+    asked, processes = slurm._asked(launcher, cell("task=l2_norm", "method=base"))
+    assert asked["gpus"] == processes == 1
+    with pytest.raises(UserError, match=r"policy.rollout_batch=None: must cut completions, 16, into parts that 8 processes can share"):
+        slurm.check_cells([cell(*DPG)], launcher)
+    on_cpus = config.read(["suite=smoke", "launcher=slurm", "launcher.processes=2"], sweep=True).launcher
+    assert slurm._asked(on_cpus, cell(*DPG)) == ({"gpus": 0, "cpus": 1, "mem_gb": 4, "time_min": 120}, 2)
+    slurm.check_cells([cell(*DPG, *PARTS)], on_cpus)
+    wrong = config.read(["suite=smoke", "launcher=slurm", "launcher.processes=0"], sweep=True).launcher
+    with pytest.raises(UserError, match=r"launcher\.processes=0: a whole number from 1 up"):
+        launch.check(wrong)
+
+
+@pytest.mark.slow
+def test_a_worker_starts_torchrun(alone, tmp_path):
+    """`launch.together`: the numbers of one process, the state that the first process had, and its output in the cell's folder."""
+    spec = cell(*DPG, *PARTS)
+    with local.workers(1, [spec]) as pool:
+        done = pool.schedule(sharing.work, args=(spec, tmp_path, None, 60.0, 2, 30.0))
+        assert done.result(timeout=240) == "done"
+    assert_equal_numbers(alone["dpg"], RunFolder.of(tmp_path, spec))
+
+
+@pytest.mark.slow
+def test_a_worker_that_started_torchrun_is_asked_to_stop(alone, tmp_path):
+    """SIGTERM reaches all processes: one checkpoint, the state is "interrupted", and the cell goes on to the numbers of a quiet run."""
+    spec = cell(*DPG, *PARTS)
+    with local.workers(1, [spec]) as pool:
+        running = pool.schedule(sharing.work, args=(spec, tmp_path, None, 1000.0, 2, 30.0))
+        metrics = RunFolder.of(tmp_path, spec).path / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGTERM)
+        assert running.result(timeout=120) in ("interrupted", "done")  # done, if the signal came in its last step
+    assert run_cell(spec, tmp_path) == "done"
+    assert_equal_numbers(alone["dpg"], RunFolder.of(tmp_path, spec))

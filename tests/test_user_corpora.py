@@ -184,6 +184,21 @@ def test_a_model_without_a_chat_template_reads_plain_text_that_ends_in_a_cue(tok
     assert wording.instruct(prompt, "Write in German.").endswith(f"The passage.\n\nWrite in German.{CUE}")
 
 
+def test_a_wording_of_ones_own(tokenizers):
+    """`scale.wording` asks in its own words, leaves room for more of the passage, and a passage's own braces are only text."""
+    _, plain, chat = tokenizers
+    short = Wording.of(scale("topics", wording="Rephrase: {passage}", max_prompt_tokens=60), chat)
+    assert short.prompt("A {passage} of {0}.") == [{"role": "user", "content": "Rephrase: A {passage} of {0}."}]
+    assert Wording.of(scale("topics", wording="Rephrase: {passage}"), plain).prompt("One.") == f"Rephrase: One.{CUE}"
+    assert short.taken < Wording(chat).taken and short._length(short.prompt(" ".join(PASSAGES))) <= 60
+
+
+@pytest.mark.parametrize("value", ["Rephrase.", "{passage} and {passage}", "{}"])
+def test_a_wording_has_one_place_for_the_passage(value):
+    with pytest.raises(UserError, match=r"scale.wording=.*write scale.wording=null"):
+        config.read(["scale=small", "task=l2_norm", "method=base", f"scale.wording='{value}'"], sweep=False)
+
+
 def test_a_cell_on_a_file_and_a_model_without_a_template(tokenizers, tmp_path):
     """Two steps of dpg, rollouts and deployment; the target is the phrasebook's, and no prompt is longer than its limit."""
     (tmp_path / "mine.txt").write_text("\n".join(PASSAGES))

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 from dpgbench.api import Options
 from dpgbench.core.errors import UserError
 from dpgbench.core.seeds import derive, stream, torch_seeded
-from dpgbench.worlds import corpora, models, phrasebook
+from dpgbench.worlds import corpora, models, phrasebook, world
 from dpgbench.worlds.corpora import Topics
 from dpgbench.worlds.world import World, encode
 
@@ -170,3 +170,14 @@ def test_sampling_does_not_depend_on_what_came_before():
     again, _ = generator.sample(prompts[:16], seed=7)
     assert again == texts[:16] and len(shapes) == 3 and all(batch == 8 for batch, _, _ in shapes)
     assert generator.sample(prompts[:8], seed=8)[0] != texts[:8]
+
+
+def test_shipped_sentences_are_held_out_texts_too():
+    """Two hundred different ones in Spanish, half dev and half test; a language without a file is one line."""
+    topics = world.corpus(Options({"corpus": "topics", "held_out": "sentences"}))
+    dev, test = (topics.held_out("es", split, 1000) for split in ("dev", "test"))
+    assert len(dev) == len(test) == 100 and not {*dev} & {*test}
+    found = [topics.identify_language(text) for text in [*dev, *test]]
+    assert found.count("es") >= 180  # py3langid is unsure of some short ones
+    with pytest.raises(UserError, match=r"task\.lang=de: scale\.held_out=sentences has no such language"):
+        topics.held_out("de", "dev", 1)

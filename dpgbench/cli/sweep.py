@@ -56,6 +56,10 @@ def run_cells(request: Request, save: bool) -> int:
     run_folder.check_writable(request.results)
     optional_packages.check_cells(cell.spec for cell in request.cells if not cell.skip)
     model_files.check_cells(cell.spec for cell in request.cells if not cell.skip)
+    if request.launcher.name == "slurm":
+        from dpgbench.launch import slurm
+
+        slurm.check_cells((cell.spec for cell in request.cells if not cell.skip), request.launcher)
     if save:
         _save_words(request)
     console = terminal()

@@ -214,6 +214,11 @@ def _check_scale(scale: _Section, inner_steps: int) -> None:
     )
     for key, least in (("max_completion_tokens", "a text has a token or more"), ("sampling_batch", "a completion or more at once")):
         scale.require(key, scale[key] >= 1, f"{least}; write scale.{key}=32")
+    asked = scale.values.get("wording")
+    good = asked is None or (isinstance(asked, str) and asked.count("{passage}") == 1)
+    scale.require("wording", good, "a request with {passage} where the passage goes, or null for the paper's; write scale.wording=null")
+    if scale.values.get("held_out") is not None:
+        scale.require_one_of("held_out", "lambada", "sentences")
     limit = scale.values.get("max_prompt_tokens")
     if limit is not None:
         scale.require("max_prompt_tokens", limit >= 1, "a prompt has a token or more; write max_prompt_tokens=null for no limit")
@@ -291,7 +296,7 @@ def check_processes(spec: RunSpec, launcher: str) -> None:
     A step's completions are sampled in parts of `rollout_batch` and updated on in parts of `micro_batch`. The parts are the same ones in
     any number of processes, so there must be as many, or a multiple, of each: then a cell's numbers do not depend on that number.
     """
-    count, policy = distributed.size(), spec.method.get("policy")
+    count = distributed.size()
     if count == 1:
         return
     for kind in ("FSDP", "DEEPSPEED"):
@@ -301,15 +306,21 @@ def check_processes(spec: RunSpec, launcher: str) -> None:
             )
     if launcher not in ("inline", "debug"):
         raise UserError(f"launcher={launcher}: torchrun's {count} processes run one cell themselves; write launcher=inline")
-    if policy is None:
+    if spec.method.get("policy") is None:
         raise UserError(
             f"method={spec.method.label}: trains no policy, so {count} processes have nothing to share; run it without torchrun"
         )
+    check_shared(spec, count)
+
+
+def check_shared(spec: RunSpec, count: int) -> None:
+    """Whether so many processes can share this cell of a method that trains a policy. Raises UserError as `check_processes` does."""
+    policy = spec.method.policy
     if policy.get("rollout") == "vllm":
-        raise UserError(f"policy.rollout=vllm: one process only, and torchrun started {count}; write policy.rollout=transformers")
+        raise UserError(f"policy.rollout=vllm: one process only, and this cell has {count}; write policy.rollout=transformers")
     if policy.get("report_to"):
         raise UserError(
-            f"policy.report_to={list(policy.report_to)}: one process only, and torchrun started {count}; write policy.report_to=[]"
+            f"policy.report_to={list(policy.report_to)}: one process only, and this cell has {count}; write policy.report_to=[]"
         )
     updated = policy.minibatch or policy.completions
     for setting, whole, of_what in (

@@ -16,7 +16,7 @@ GROUPS = ("task", "method", "scale", "launcher")
 PLACES = ("suite", "name", "results", "plugins", "retry")  # words that set no option
 FREE = ("launcher.resources.", "launcher.sbatch.")  # any method, scale or option of sbatch may be named there
 TEXTS = frozenset(  # options that are words although their default is null
-    ["task.file", *(f"scale.{option}" for option in ("corpus_subset", "corpus_column", "corpus_revision", "instruction",
+    ["task.file", *(f"scale.{option}" for option in ("corpus_subset", "corpus_column", "corpus_revision", "instruction", "wording",
      "generator_revision", "target_revision")), *(f"launcher.{option}" for option in ("partition", "account", "qos", "constraint"))]
 )  # fmt: skip
 

@@ -24,7 +24,7 @@ ADDED_SETTINGS = {
     "scale": dict.fromkeys(
         ("generator_revision", "target_revision", "max_prompt_tokens", "corpus_subset", "corpus_column", "corpus_revision")
     )
-    | {"more_deployments": []},
+    | {"more_deployments": [], "wording": None, "held_out": "lambada"},
     "method": {
         "lora": None,
         **{"credit": "text", "baseline": "group", "discount": 1.0},

@@ -19,6 +19,8 @@ class Scale(Options):
     corpus_column: str | None
     corpus_revision: str | None
     max_prompt_tokens: int | None
+    wording: str | None
+    held_out: str
     languages: list[str]
     generator: str
     target: str

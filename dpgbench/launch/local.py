@@ -112,7 +112,7 @@ def death(exit_code: int) -> str:
 
 def work(spec: RunSpec, results: Path, plugins: Path | None, checkpoint_seconds: float) -> str:
     """What a worker process does for one cell; what it writes to its standard output and error goes into the cell's folder."""
-    with Stop.on_signals(), _output_into(RunFolder.of(results, spec).path / "log.txt"):
+    with Stop.on_signals(), output_into(RunFolder.of(results, spec).path / "log.txt"):
         from dpgbench.run.cell import run_cell
 
         state = run_cell(spec, results, plugins, checkpoint_seconds=checkpoint_seconds)
@@ -154,7 +154,7 @@ def _nothing() -> None:
 
 
 @contextmanager
-def _output_into(path: Path) -> Iterator[None]:
+def output_into(path: Path) -> Iterator[None]:
     """Standard output and error, of C libraries and of crashes too, at the end of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     before = [os.dup(number) for number in (1, 2)]

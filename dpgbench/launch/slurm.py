@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpgbench.config import validate
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError
 from dpgbench.core.files import write_atomically
@@ -46,12 +47,9 @@ class Submitted:
 
 def check(launcher: Options) -> None:
     """Raises UserError if there is no SLURM here, or for a setting that cannot be."""
-    gpus = max(setting["gpus"] for setting in _all_resources(launcher))
-    if gpus > 1:
-        raise UserError(
-            f"launcher.gpus={gpus}: a job runs its cell in one process, which uses one GPU; write launcher.gpus=1, "
-            "or start torchrun in a job of your own (docs/cluster.md)"
-        )
+    given = launcher.processes
+    if given is not None and (not isinstance(given, int) or given < 1):
+        raise UserError(f"launcher.processes={given}: a whole number from 1 up, or null for one to each GPU; write launcher.processes=null")
     for program in ("sbatch", "squeue", "scancel", "srun"):
         if shutil.which(program) is None:
             raise UserError(f"launcher=slurm: there is no {program} on this machine; run it on a login node, or use launcher=local")
@@ -87,11 +85,12 @@ def submit(specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: 
     folder = results.resolve() / "jobs"
     _need_room_for_names(folder)
     code = code_snapshot.pin(results, plugins, commit)
-    groups: dict[str, list[RunSpec]] = {}
+    groups: dict[tuple[str, int], list[RunSpec]] = {}
     for spec in specs:
-        groups.setdefault(json.dumps(_resources(launcher, spec.scale.name, spec.method.name), sort_keys=True), []).append(spec)
+        asked, processes = _asked(launcher, spec)
+        groups.setdefault((json.dumps(asked, sort_keys=True), processes), []).append(spec)
     submitted = []
-    for asked, group in groups.items():
+    for (asked, processes), group in groups.items():
         executor = submitit.SlurmExecutor(folder, max_num_timeout=launcher.max_timeouts, python=PYTHON)
         executor.update_parameters(**_parameters(launcher, json.loads(asked), code, sweep))
         packs = [group[start : start + launcher.cells_per_job] for start in range(0, len(group), launcher.cells_per_job)]
@@ -100,7 +99,7 @@ def submit(specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: 
             part = packs[start : start + largest]
             try:
                 with redirect_stderr(io.StringIO()), executor.batch():  # submitit echoes sbatch, and raises its words as well
-                    jobs = [executor.submit(_job(pack, launcher, results, code)) for pack in part]
+                    jobs = [executor.submit(_job(pack, launcher, results, code, processes)) for pack in part]
             except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
                 raise UserError(f"launcher=slurm: {_reason(str(error))}; `sinfo` shows the partitions there are") from None
             for job, pack in zip(jobs, part, strict=True):
@@ -112,10 +111,26 @@ def submit(specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: 
     return submitted
 
 
-def _job(pack: Sequence[RunSpec], launcher: Options, results: Path, code: Path) -> Job:
+def check_cells(specs: Iterable[RunSpec], launcher: Options) -> None:
+    """Raises UserError for the first cell that cannot be shared by as many processes as it would get."""
+    for spec in specs:
+        _, processes = _asked(launcher, spec)
+        if processes > 1:
+            validate.check_shared(spec, processes)
+
+
+def _asked(launcher: Options, spec: RunSpec) -> tuple[dict[str, Any], int]:
+    """A cell's resources and its number of processes. A method that trains no policy has nothing to share: one process, one GPU."""
+    asked = _resources(launcher, spec.scale.name, spec.method.name)
+    if spec.method.get("policy") is None:
+        return asked | {"gpus": min(1, asked["gpus"])}, 1
+    return asked, launcher.processes or max(1, asked["gpus"])
+
+
+def _job(pack: Sequence[RunSpec], launcher: Options, results: Path, code: Path, processes: int = 1) -> Job:
     cells = [_with_whole_paths(json.loads(json.dumps(dict(spec.config)))) for spec in pack]
     plugins = str(code / "plugins") if (code / "plugins").is_dir() else None
-    return Job(cells, str(results.resolve()), plugins, str(code), launcher.checkpoint_seconds, launcher.warning_seconds)
+    return Job(cells, str(results.resolve()), plugins, str(code), launcher.checkpoint_seconds, launcher.warning_seconds, processes)
 
 
 def _with_whole_paths(config: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class Job:
     code: str
     checkpoint_seconds: float
     warning_seconds: float
+    processes: int = 1
+    """Of each cell, together under torchrun."""
     _asked: bool = False
     _running: Any = None
 
@@ -40,16 +42,18 @@ class Job:
         """Run the cells; their states. Raises UserError if the pinned code is not what it was."""
         from pebble import ProcessExpired
 
+        from dpgbench.launch import together
         from dpgbench.launch.local import death, work, workers
 
         self._use_pinned_code()
         results, plugins = Path(self.results), Path(self.plugins) if self.plugins else None
         specs = [RunSpec(config) for config in self.cells]
         states: list[str] = []
-        with workers(1, specs) as processes:
+        how: tuple = (work, ()) if self.processes == 1 else (together.work, (self.processes, 0.7 * self.warning_seconds))
+        with workers(1, specs) as pool:
             signal.signal(signal.SIGTERM, lambda *_: self._pass_on())  # submitit only logs it; USR2 is its own, and calls `checkpoint`
             for spec in specs:
-                self._running = processes.schedule(work, args=(spec, results, plugins, self.checkpoint_seconds))
+                self._running = pool.schedule(how[0], args=(spec, results, plugins, self.checkpoint_seconds, *how[1]))
                 try:
                     states.append(self._running.result())
                 except ProcessExpired as error:

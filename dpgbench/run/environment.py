@@ -12,8 +12,6 @@ from dpgbench.core.paths import home
 
 def environment() -> dict[str, Any]:
     """What the numbers were made with: versions, git commit, device."""
-    from importlib.metadata import version
-
     import torch
 
     scores = ("alt-profanity-check", "scikit-learn", "lexicalrichness", "py3langid", "rapidfuzz", "zxing-cpp")  # read the texts
@@ -22,10 +20,20 @@ def environment() -> dict[str, Any]:
         "dpgbench": __version__,
         "commit": commit(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: _version(name) for name in packages},
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed, which whoever needs it says: a machine that runs one task may lack what another one reads with."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def commit() -> str:

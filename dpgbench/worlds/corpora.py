@@ -8,16 +8,13 @@ import textwrap
 import zlib
 from collections.abc import Iterator
 from functools import cache
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import Protocol
 
 from dpgbench.core.errors import UserError, did_you_mean
 from dpgbench.core.plugin_types import Prompt
 from dpgbench.worlds import text_files
 from dpgbench.worlds.prompts import Wording
-
-if TYPE_CHECKING:
-    pass
-
 
 SPLITS = {"train": range(0, 90), "dev": range(90, 95), "test": range(95, 100)}
 
@@ -82,7 +79,10 @@ LAMBADA_SHA256 = {
 
 class Topics:
     """English passages that are always present, the language reference in the standard library's `pydoc_data.topics`, as prompts; in
-    other languages the held-out texts are LAMBADA's, from the model hub or its cache."""
+    other languages the held-out texts are LAMBADA's, from the model hub or its cache, or sentences that come with dpgbench."""
+
+    foreign = "lambada"
+    """Where held-out texts in other languages are from: one of `FOREIGN`."""
 
     def __init__(self, wording: Wording | None = None) -> None:
         self.wording = wording or Wording()
@@ -112,8 +112,8 @@ class Topics:
         if language == "en":
             return self._held_out_english(split, count)
         if split not in ("dev", "test"):
-            raise ValueError(f"split={split!r} is not held out: LAMBADA has dev and test")
-        return _lambada(language)[split == "test"][:count]
+            raise ValueError(f"split={split!r} is not held out: {self.foreign} has dev and test")
+        return FOREIGN[self.foreign](language)[split == "test"][:count]
 
     def identify_language(self, text: str) -> str:
         """What py3langid is more sure of than of all other languages together; a mixture, digits and no text at all are "other"."""
@@ -150,6 +150,19 @@ def _lambada(language: str) -> tuple[list[str], list[str]]:
     if text_files.digest(path) != LAMBADA_SHA256[language]:
         raise UserError(f"{path}: not the file that {LAMBADA} vouches for (another SHA-256); delete it and run again")
     return text_files.split(text for _, text in text_files.read(path))
+
+
+@cache
+def _sentences(language: str) -> tuple[list[str], list[str]]:
+    """Dev and test of the 200 sentences of one language in `sentences/`, written for this. Raises UserError if there are none."""
+    folder = Path(__file__).with_name("sentences")
+    if not (path := folder / f"{language}.txt").is_file():
+        there = ["en", *sorted(file.stem for file in folder.glob("*.txt"))]
+        raise UserError(f"task.lang={language}: scale.held_out=sentences has no such language; {did_you_mean(language, there)}")
+    return text_files.split(path.read_text(encoding="utf-8").splitlines())
+
+
+FOREIGN = {"lambada": _lambada, "sentences": _sentences}
 
 
 def _downloaded(name: str) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # The instruction of the DPG paper (arXiv 2604.08423): the goal of a task is nowhere in it.
 REPHRASE = "Help read the following article and then rephrase it in different terms. Answer with the rephrased article only.\n\n{passage}"
+PASSAGE = "{passage}"
 CUE = "\n\nRephrased article:\n"  # ours: after which a model without a chat template goes on
 SHORTEST = 16  # tokens of a passage that a limit must leave room for; ours
 
@@ -21,11 +22,17 @@ SHORTEST = 16  # tokens of a passage that a limit must leave room for; ours
 class Wording:
     """Prompts of at most `max_tokens`, the chat template's own and the scale's instruction included; a longer passage loses its end.
 
-    Without a tokenizer prompts are chats of any length.
+    `request` is what is asked, with {passage} where the passage goes. Without a tokenizer prompts are chats of any length.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None, max_tokens: int | None = None, instruction: str | None = None):
-        self.tokenizer, self.room, self.taken = tokenizer, None, 0
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_tokens: int | None = None,
+        instruction: str | None = None,
+        request: str | None = None,
+    ):
+        self.tokenizer, self.room, self.taken, self.request = tokenizer, None, 0, request or REPHRASE
         self.chat = tokenizer is None or bool(tokenizer.chat_template)
         if tokenizer is None:
             return
@@ -43,7 +50,7 @@ class Wording:
     @classmethod
     def of(cls, scale: Scale, tokenizer: PreTrainedTokenizerBase | None) -> Wording:
         """As a scale sets it, for its generator's tokenizer."""
-        return cls(tokenizer, scale.get("max_prompt_tokens"), scale.get("instruction"))
+        return cls(tokenizer, scale.get("max_prompt_tokens"), scale.get("instruction"), scale.get("wording"))
 
     def prompt(self, passage: str) -> Prompt:
         """The passage, cut if it must be, with the instruction to rephrase it."""
@@ -57,7 +64,7 @@ class Wording:
         return [*before, {**last, "content": f"{last['content']}\n\n{instruction}"}]
 
     def _prompt(self, passage: str) -> Prompt:
-        said = REPHRASE.format(passage=passage)
+        said = self.request.replace(PASSAGE, passage)
         return [{"role": "user", "content": said}] if self.chat else f"{said}{CUE}"
 
     def _cut(self, passage: str) -> str:
@@ -113,7 +120,8 @@ class Room:
 
     def too_long(self, tokens: int, more: int = 0) -> UserError:
         """For a prompt of so many tokens, `more` of them a method's, which `max_prompt_tokens` does not count."""
-        limit, free = self.most - more, self.most - more - Wording(self.tokenizer, None, self.scale.get("instruction")).taken
+        limit = self.most - more
+        free = limit - Wording(self.tokenizer, None, self.scale.get("instruction"), self.scale.get("wording")).taken
         fix = f"write max_prompt_tokens={limit}"
         if free < SHORTEST or self.scale.corpus == "phrasebook":  # whose prompts are never cut
             fix = "choose a generator that reads more, or fewer max_completion_tokens"

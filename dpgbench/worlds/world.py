@@ -27,10 +27,13 @@ def corpus(scale: Scale, tokenizer: PreTrainedTokenizerBase | None = None) -> Co
         return Phrasebook()
     wording = Wording.of(scale, tokenizer)
     if scale.corpus == "topics":
-        return Topics(wording)
-    from dpgbench.worlds.user_corpora import FileTexts, HubTexts
+        texts = Topics(wording)
+    else:
+        from dpgbench.worlds.user_corpora import FileTexts, HubTexts
 
-    return FileTexts(scale, wording) if text_files.is_passages(scale.corpus) else HubTexts(scale, wording)
+        texts = FileTexts(scale, wording) if text_files.is_passages(scale.corpus) else HubTexts(scale, wording)
+    texts.foreign = scale.get("held_out") or texts.foreign
+    return texts
 
 
 def check_room(scale: Scale, corpus: Corpus, room: Room, instructions: Sequence[str] = ()) -> None:

@@ -161,6 +161,18 @@ def test_jobs_give_the_numbers_of_inline_cells(slurm, long_cell, tmp_path):
     assert again.returncode == 0 and "4 of 4 cells are done already" in again.stdout and "submitted" not in again.stdout
 
 
+def test_a_cell_shared_by_two_processes_gives_the_numbers_of_one(slurm, tmp_path):
+    """`launcher.processes=2`: the job starts torchrun; texts and account are those of one process, and base has one process as ever."""
+    words = ["task=l2_norm", "method=base,dpg", *SMALL[1:-1], "steps=2", "snapshots=2", "policy.rollout_batch=4", "policy.micro_batch=4"]
+    jobs = [*JOB[:1], *JOB[2:], "launcher.mem_gb=3", "launcher.processes=2", "launcher.wait=true"]
+    done = program(slurm, "sweep", *words, *jobs, f"results={tmp_path}")
+    assert done.returncode == 0, done.stdout + done.stderr + log_of(tmp_path)
+    assert program(slurm, "sweep", *words, f"results={tmp_path / 'alone'}").returncode == 0
+    ours, theirs = numbers(tmp_path), numbers(tmp_path / "alone")
+    assert [texts for _, _, texts in ours.values()] == [texts for _, _, texts in theirs.values()]
+    assert "torch.distributed" not in log_of(tmp_path) and len(ours) == 2
+
+
 def test_failures_stay_where_they_are_and_code_is_pinned(slurm, long_cell, own, tmp_path):
     """One cell raises, one takes too much memory, both among others in one array; and the jobs run the code as it was submitted."""
     copy = tmp_path / "own"
