@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from dpgbench.api import Options, Task
 from dpgbench.core.errors import UserError, did_you_mean
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from dpgbench.worlds.world import World
 
 NAMES = {"de": "German", "es": "Spanish", "fr": "French", "it": "Italian"}
-TEXTS = 64  # per split, at most
 FEWEST = 8  # in a file, half of them for each split; ours
 
 
@@ -32,6 +31,7 @@ class Language(Task):
     version = 2
     headline = "test_loss"
     higher_is_better = False
+    defaults: ClassVar = {"texts": 64}
 
     def __init__(self, options: Options):
         super().__init__(options)
@@ -39,6 +39,8 @@ class Language(Task):
             raise UserError(f"task.lang={options.lang}: no such language; {did_you_mean(options.lang, NAMES)}")
         if options.labels not in ("last_word", "all"):
             raise UserError(f"task.labels={options.labels}: no such layout; {did_you_mean(options.labels, ('last_word', 'all'))}")
+        if not isinstance(options.texts, int) or options.texts < 1:
+            raise UserError(f"task.texts={options.texts}: how many held-out texts a split has at most, 1 or more; write task.texts=64")
         file = options.get("file")  # cells stored before there was this option have none
         self.own = None if file is None else read(file, options.get("file_sha256"))
         if self.own is not None and len({line.text for line in self.own}) < FEWEST:
@@ -51,10 +53,10 @@ class Language(Task):
     def prepare(self, world: World) -> None:
         super().prepare(world)
         if self.own is None:
-            texts = [[self._shortened(text) for text in world.held_out(self.options.lang, name, TEXTS)] for name in ("dev", "test")]
+            texts = [[self._shortened(text) for text in world.held_out(self.options.lang, name, self.options.texts)] for name in ("dev", "test")]
         else:
             self._check_lines()
-            texts = [half[:TEXTS] for half in split(line.text for line in self.own)]
+            texts = [half[: self.options.texts] for half in split(line.text for line in self.own)]
         self.dev_texts = texts[0]
         self.dev, self.test = map(self._encoded, texts)
 
