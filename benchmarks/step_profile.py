@@ -1,7 +1,7 @@
 """Where a DPG step's time goes: the parts of one cell's steps, on a CPU or a GPU.
 
     python benchmarks/step_profile.py task=language steps=6 snapshots=2
-    python benchmarks/step_profile.py scale=small task=l2_norm steps=2 completions=8 deployment_texts=8 max_prompt_tokens=160
+    python benchmarks/step_profile.py scale=small task=language threads=1 steps=3 snapshots=1 deployment_texts=8
 
 Words are those of `run`; `--json` prints the numbers for machines. A clock stands around each part: on a GPU the wall's, with the device
 synchronised at both ends; on a CPU the process's own, which other processes on the machine do not slow down. The first step, which loads
