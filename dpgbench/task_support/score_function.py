@@ -48,11 +48,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from dpgbench.core.errors import UserError, did_you_mean
 from dpgbench.core.labels import IGNORED_LABEL
 from dpgbench.core.options import Options
-from dpgbench.core.seeds import derive
+from dpgbench.core.seeds import derive, torch_seeded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from torch import Generator, Tensor, nn
+    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
     from dpgbench.worlds.world import World
@@ -137,48 +137,26 @@ class ScoreFunction:
 def sample(model: nn.Module, tokenizer: PreTrainedTokenizerBase, count: int, max_tokens: int, seed: int) -> Samples:
     """`count` texts at temperature 1 from the start token alone, each up to its end token or cut at `max_tokens` tokens.
 
-    The start token is the tokenizer's BOS, or EOS where there is none (what stands before a text where texts are packed). The noise
-    depends on the seed alone, so that under one seed two models that differ little write mostly the same texts: a paired comparison.
+    The start token is the tokenizer's BOS, or EOS where there is none (what stands before a text where texts are packed). A token is the
+    winner of an exponential race whose noise depends on the seed alone (`decoding.race`), so that under one seed two models that differ
+    little write mostly the same texts: a paired comparison.
     """
     import torch
 
-    from dpgbench.worlds.generator import ends_of
+    from dpgbench.worlds.generator import Generator
 
-    end, ends = tokenizer.eos_token_id, torch.tensor(ends_of(model, tokenizer), device=model.device)
-    ids = torch.full((count, 1 + max_tokens), end, dtype=torch.long, device=model.device)
-    ids[:, 0] = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    writer = Generator(model, tokenizer, max_tokens, SAMPLED_AT_ONCE)
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    written: list[list[int]] = []
     for first in range(0, count, SAMPLED_AT_ONCE):
-        noise = torch.Generator(model.device).manual_seed(derive(seed, first))
-        _write(model, ids[first : first + SAMPLED_AT_ONCE], ends, noise)
-    ended = torch.isin(ids[:, 1:], ends)
-    chosen = ended.cumsum(1) - ended.long() == 0  # no end token before this one
-    labels = ids.clone()
-    labels[:, 0] = IGNORED_LABEL
-    labels[:, 1:][~chosen] = IGNORED_LABEL
-    width = 1 + int(chosen.sum(1).max())
-    written = [row[1:][kept] for row, kept in zip(ids, chosen & ~ended, strict=True)]
-    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-    return Samples(ids[:, :width], labels[:, :width], texts)
-
-
-def _write(model: nn.Module, ids_BL: Tensor, ends: Tensor, noise: Generator) -> None:
-    """Fill the columns after the first in place, until every row has its end token.
-
-    A token is drawn as the winner of an exponential race, argmax p_v / e_v with e_v ~ Exp(1): an exact draw from p, and one that changes
-    only where p changes enough (the Gumbel-max trick).
-    """
-    import torch
-
-    cache, going_B = None, torch.ones(len(ids_BL), dtype=torch.bool, device=ids_BL.device)
-    with torch.no_grad():
-        for column in range(1, ids_BL.shape[1]):
-            out = model(input_ids=ids_BL[:, column - 1 : column], past_key_values=cache, use_cache=True)
-            cache, logits_BV = out.past_key_values, out.logits[:, -1].float()
-            race_BV = torch.empty_like(logits_BV).exponential_(generator=noise)
-            ids_BL[going_B, column] = (logits_BV - race_BV.log()).argmax(-1)[going_B]
-            going_B &= ~torch.isin(ids_BL[:, column], ends)
-            if not going_B.any():
-                return
+        with torch_seeded(derive(seed, first)):
+            written += writer.write([[start]] * min(SAMPLED_AT_ONCE, count - first))
+    ids = torch.full((count, 1 + max(map(len, written))), tokenizer.eos_token_id)
+    labels = torch.full_like(ids, IGNORED_LABEL)
+    ids[:, 0] = start
+    for row, text in enumerate(written):
+        ids[row, 1 : 1 + len(text)] = labels[row, 1 : 1 + len(text)] = torch.tensor(text)
+    return Samples(ids.to(model.device), labels.to(model.device), writer.texts_of(written))
 
 
 # ---- what the tasks share

@@ -73,7 +73,7 @@ class Generator:
         return self._padded(self.token_ids(prompts))
 
     def _padded(self, ids: Sequence[Sequence[int]]) -> BatchEncoding:
-        rows, mask = decoding.padded(ids, self.tokenizer.pad_token_id)
+        rows, mask = decoding.padded(ids, self.pad)
         return BatchEncoding({"input_ids": rows, "attention_mask": mask})
 
     # ---- writing
@@ -82,6 +82,11 @@ class Generator:
     def ends(self) -> list[int]:
         """The tokens that end a completion."""
         return ends_of(self.model, self.tokenizer)
+
+    @property
+    def pad(self) -> int:
+        """What stands where a row has no token: nobody reads it."""
+        return self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
     @property
     def own_end(self) -> int:
@@ -109,7 +114,7 @@ class Generator:
         try:
             with self.products():
                 if decoding.keeps_plain_cache(self.model):
-                    return decoding.write(self.model, prompt_ids, self.ends, self.tokenizer.pad_token_id, self.max_completion_tokens)
+                    return decoding.write(self.model, prompt_ids, self.ends, self.pad, self.max_completion_tokens)
                 return self._generated(prompt_ids)
         finally:
             self.model.train(was_training)
@@ -119,7 +124,7 @@ class Generator:
         inputs = self._padded(prompt_ids).to(self.model.device)
         full = GenerationConfig(
             do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=self.max_completion_tokens,
-            pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.ends, bos_token_id=self.tokenizer.bos_token_id,
+            pad_token_id=self.pad, eos_token_id=self.ends, bos_token_id=self.tokenizer.bos_token_id,
         )  # fmt: skip
         rows = self.model.generate(**inputs, generation_config=full)[:, inputs["input_ids"].shape[1] :].tolist()
         return decoding.cut(rows, set(self.ends))
