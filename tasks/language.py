@@ -53,7 +53,8 @@ class Language(Task):
     def prepare(self, world: World) -> None:
         super().prepare(world)
         if self.own is None:
-            texts = [[self._shortened(text) for text in world.held_out(self.options.lang, name, self.options.texts)] for name in ("dev", "test")]
+            found = [world.held_out(self.options.lang, name, self.options.texts) for name in ("dev", "test")]
+            texts = [[self._shortened(text) for text in half] for half in found]
         else:
             self._check_lines()
             texts = [half[: self.options.texts] for half in split(line.text for line in self.own)]
