@@ -37,7 +37,7 @@ if [ "$real" != yes ] || [ -n "$smoke" ]; then
 fi
 
 if has engine; then
-    timeout 300 $PYTHON benchmarks/gpu_engine.py $smoke --repetitions 3 --out "$OUT/engine.json" 2>&1 | tee "$OUT/engine.log"
+    timeout 360 $PYTHON benchmarks/gpu_engine.py $smoke --repetitions 3 --out "$OUT/engine.json" 2>&1 | tee "$OUT/engine.log"
 fi
 if has profile; then
     sizes="steps=4"

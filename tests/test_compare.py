@@ -86,6 +86,24 @@ def test_what_cannot_be_compared_is_said():
     assert "toy, dpg: n.k: 2 → 3, new: absent → x." in changed.notes and only_row(changed)["settings"].text == "2 differ"
 
 
+def test_machines_whose_bits_differ_are_named():
+    """Another torch, vector width or card is a note; the same one, whatever else the environments say, is none."""
+
+    def env(torch="2.13", vectors="AVX2", device="cpu", **more):
+        return json.dumps({"packages": {"torch": torch}, "device": device, "processor": {"model": "X", "vectors": vectors}, **more})
+
+    def notes(*envs):
+        return [
+            note for note in compare(*(side(name, [1, 2], env=text) for name, text in zip("ab", envs, strict=True))).notes if "bits" in note
+        ]
+
+    assert notes(env(), env(commit="other")) == [] == notes(env(device="H100"), env(device="H100", vectors="AVX512"))
+    (said,) = notes(env(), env(vectors="AVX512"))
+    assert "a: torch 2.13 on X AVX2; b: torch 2.13 on X AVX512" in said
+    assert "torch 2.6 on X AVX2" in notes(env(), env(torch="2.6"))[0] and "on H100" in notes(env(), env(device="H100"))[0]
+    assert notes(env(), None) and notes(env(), "no JSON") and notes(env(), json.dumps({"packages": None, "device": "cpu"}))
+
+
 @pytest.fixture
 def stored(tmp_path):
     """A repository whose results/demo.parquet changed between two commits."""

@@ -77,6 +77,13 @@ def compare(a: SuiteResults, b: SuiteResults) -> Table:
         only = sorted(_keys(one) - _keys(other))
         if only:
             notes.append(f"Only in {where}: {and_more((f'{method} on {task}' for task, method in only), 8)}.")
+    computed = [_machines(side) for side in (a, b)]
+    if computed[0] != computed[1]:
+        sides = zip((a, b), computed, strict=True)
+        said = "; ".join(f"{side.name}: {and_more(sorted(machines), 4) or 'not said'}" for side, machines in sides)
+        notes.append(
+            f"Not computed alike ({said}): sums differ in their last bits, and so may texts; a small change says nothing of the code."
+        )
     columns = (
         Column("task", numeric=False), Column("method", numeric=False), Column("n"), Column(a.name), Column(b.name), Column("change"),
         Column("p"), Column("Holm p"), Column("FLOPs", small="ratio"), Column("settings", numeric=False), Column("verdict", numeric=False),
@@ -102,6 +109,21 @@ def as_json(table: Table) -> str:
 
 def _keys(side: SuiteResults) -> set[tuple[str, str]]:
     return {(task.label, method) for task in side.tasks for method in task.finals["method_label"]}
+
+
+def _machines(side: SuiteResults) -> set[str]:
+    """What decides the last bits of a side's sums: torch and the processor or card, as its cells' environments say."""
+    found = set()
+    for text in side.frame["env"].dropna().unique():
+        try:
+            env = json.loads(text)
+            packages, processor = env.get("packages") or {}, env.get("processor") or {}
+            card = env.get("device", "cpu")
+            where = card if card != "cpu" else " ".join(processor.get(key, "") for key in ("model", "vectors")).strip() or "cpu"
+            found.add(f"torch {packages.get('torch', '?')} on {where}")
+        except (ValueError, AttributeError, TypeError):
+            found.add("unreadable")
+    return found
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from pathlib import Path
 from typing import Any
 
 from dpgbench import __version__
@@ -11,7 +12,7 @@ from dpgbench.core.paths import home
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers were made with: versions, git commit, device."""
+    """What the numbers were made with: versions, git commit, device, processor. No name of a host, no path, no variable."""
     import torch
 
     scores = ("alt-profanity-check", "scikit-learn", "lexicalrichness", "py3langid", "rapidfuzz", "zxing-cpp")  # read the texts
@@ -22,8 +23,18 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
         "machine": platform.machine(),
+        "processor": {"model": _processor(), "vectors": torch.backends.cpu.get_cpu_capability()},  # both decide a sum's last bits
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+
+
+def _processor() -> str:
+    """What the kernel calls it; else what Python knows, perhaps nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _version(package: str) -> str | None:

@@ -2,7 +2,7 @@
 
 results/runs/<task>.<method>.s<seed>.<hash>/
     spec.yaml       the resolved configuration; `run spec=...` replays it
-    env.json        versions, git commit, device
+    env.json        versions, git commit, device, processor
     metrics.jsonl   one line per step and per snapshot, append-only, the same in every run of the cell (no clock in it)
     timings.jsonl   wall-clock seconds of the same lines
     rollouts.jsonl  every step's texts, raw rewards and advantages, for methods that train a policy
