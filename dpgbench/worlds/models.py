@@ -108,7 +108,13 @@ def _load(scale: Scale, role: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
         ) from None
     if tokenizer.eos_token_id is None:
         raise model_files.no_end(role, name)
-    if tokenizer.pad_token_id is None:
+    known = model.get_input_embeddings().num_embeddings
+    if tokenizer.eos_token_id >= known:
+        raise UserError(
+            f"scale.{role}={name}: its tokenizer ends texts with token {tokenizer.eos_token_id}, and the model knows {known} tokens; "
+            "resize its embeddings, or save it with the tokenizer it was trained with"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:  # one that was added to the tokenizer alone; nobody reads it
         tokenizer.pad_token = tokenizer.eos_token
     _leave_texts_open(tokenizer, f"scale.{role}={name}")
     if role == "generator":
