@@ -31,7 +31,7 @@ class Language(Task):
     version = 2
     headline = "test_loss"
     higher_is_better = False
-    defaults: ClassVar = {"texts": 64}
+    defaults: ClassVar = {"held_out_texts": 64}
 
     def __init__(self, options: Options):
         super().__init__(options)
@@ -39,8 +39,9 @@ class Language(Task):
             raise UserError(f"task.lang={options.lang}: no such language; {did_you_mean(options.lang, NAMES)}")
         if options.labels not in ("last_word", "all"):
             raise UserError(f"task.labels={options.labels}: no such layout; {did_you_mean(options.labels, ('last_word', 'all'))}")
-        if not isinstance(options.texts, int) or options.texts < 1:
-            raise UserError(f"task.texts={options.texts}: how many held-out texts a split has at most, 1 or more; write task.texts=64")
+        count = options.held_out_texts
+        if not isinstance(count, int) or count < 1:
+            raise UserError(f"task.held_out_texts={count}: at most so many of a split, 1 or more; write task.held_out_texts=64")
         file = options.get("file")  # cells stored before there was this option have none
         self.own = None if file is None else read(file, options.get("file_sha256"))
         if self.own is not None and len({line.text for line in self.own}) < FEWEST:
@@ -53,11 +54,11 @@ class Language(Task):
     def prepare(self, world: World) -> None:
         super().prepare(world)
         if self.own is None:
-            found = [world.held_out(self.options.lang, name, self.options.texts) for name in ("dev", "test")]
+            found = [world.held_out(self.options.lang, name, self.options.held_out_texts) for name in ("dev", "test")]
             texts = [[self._shortened(text) for text in half] for half in found]
         else:
             self._check_lines()
-            texts = [half[: self.options.texts] for half in split(line.text for line in self.own)]
+            texts = [half[: self.options.held_out_texts] for half in split(line.text for line in self.own)]
         self.dev_texts = texts[0]
         self.dev, self.test = map(self._encoded, texts)
 

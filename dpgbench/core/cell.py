@@ -25,7 +25,7 @@ ADDED_SETTINGS = {
         ("generator_revision", "target_revision", "max_prompt_tokens", "corpus_subset", "corpus_column", "corpus_revision")
     )
     | {"more_deployments": [], "wording": None, "held_out": "lambada"},
-    "task": {"texts": 64},
+    "task": {"held_out_texts": 64},
     "method": {
         "lora": None,
         **{"credit": "text", "baseline": "group", "discount": 1.0},
