@@ -41,10 +41,11 @@ def write_report(words: list[str]) -> int:
             word for word in request.arguments if not word.startswith(("results=", "launcher", "workers=", "plugins=", "retry="))
         )
         descriptions = {file.name: file.summary for file in request.registry.files("task")}
-        frame = collect.frame_of(request.cells, results, descriptions)
-        lost = collect.finished_in(parquet) - set(frame.cell[frame.status == "done"])
+        stored = collect.stored_frame(parquet)
+        frame = collect.frame_of(request.cells, results, descriptions, kept=stored)
+        lost = collect.finished(stored) - collect.finished(frame)
         if lost:
-            print(inert(_not_collected(lost, set(frame.cell), parquet, results)), file=sys.stderr if as_json else sys.stdout)
+            print(inert(_not_collected(lost, parquet, results)), file=sys.stderr if as_json else sys.stdout)
         else:
             collect.write_parquet(frame, parquet, suite=name, title=request.title, command=f"python -m dpgbench sweep {said}")
     frame, about = collect.read_parquet(parquet)
@@ -58,19 +59,14 @@ def write_report(words: list[str]) -> int:
     return 0
 
 
-def _not_collected(lost: set[str], named: set[str], parquet: Path, results: Path) -> str:
-    """Why the parquet stays as it is: collecting the `named` cells anew would lose these finished ones."""
+def _not_collected(lost: set[str], parquet: Path, results: Path) -> str:
+    """Why the parquet stays as it is: collecting anew would lose these finished cells, which the line does not name."""
     from dpgbench.report.format import plural
 
-    left_out = sum((results / "runs" / cell).exists() for cell in lost - named)
-    if left_out:
-        fix = f"name all of them in one line, as in seed=0,1,2, or delete {parquet} to leave these out"
-        return (
-            f"{parquet} has {plural(left_out, 'finished cell')} that this line, or the last sweep, does not name: reporting from it; {fix}"
-        )
-    return (
-        f"{parquet} has {plural(len(lost), 'finished cell')} without a finished run folder: reporting from it; delete it to leave these out"
-    )
+    why = f"{parquet} has {plural(len(lost), 'finished cell')} that this line, or the last sweep, does not name: reporting from it"
+    if any((results / "runs" / cell).exists() for cell in lost):
+        return f"{why}; name all of them in one line, as in seed=0,1,2, or delete {parquet} to leave these out"
+    return f"{why}; name them too, or delete {parquet} to leave these out"
 
 
 def export_cell(words: list[str]) -> int:

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 SCHEMA = "1"
 
 
-def frame_of(cells: Sequence[Cell], results: Path, descriptions: Mapping[str, str]) -> pandas.DataFrame:
+def frame_of(cells: Sequence[Cell], results: Path, descriptions: Mapping[str, str], kept: pandas.DataFrame | None = None) -> pandas.DataFrame:
     """One row per (cell, snapshot), and one for each cell without a result, with the reason.
+
+    `kept` is what an earlier call gave, from a parquet: a cell that is finished there and has no finished run folder here keeps its rows, so
+    that a stored suite is extended seed by seed, on one machine after another. Only its labels are made anew.
 
     A cell with `scale.more_deployments` has rows of its last answer's deployment datasets besides, its own among them, with their sizes in
     `deployment_texts`: no part of the curve, whose rows have nothing there (`report.results` keeps them apart).
@@ -31,6 +34,7 @@ def frame_of(cells: Sequence[Cell], results: Path, descriptions: Mapping[str, st
     import pandas
 
     labels = _labels(cells)
+    stored = _finished_rows(kept)
     rows: list[dict[str, Any]] = []
     for cell in cells:
         task_label, method_label = labels[cell.spec.folder]
@@ -44,6 +48,9 @@ def frame_of(cells: Sequence[Cell], results: Path, descriptions: Mapping[str, st
         if cell.skip or state.name != "done":
             if state.name == "damaged":
                 folder.result()  # says what is wrong and how to mend it
+            if cell.spec.folder in stored:
+                rows += [{**line, **row} for line in stored[cell.spec.folder]]
+                continue
             reason = cell.skip or state.detail or ("not run yet" if state.name == "missing" else None)
             rows.append(
                 {**row, "status": "skipped" if cell.skip else "missing" if state.name == "interrupted" else state.name, "reason": reason}
@@ -54,6 +61,21 @@ def frame_of(cells: Sequence[Cell], results: Path, descriptions: Mapping[str, st
     measures = sorted(column for column in frame.columns if column.startswith("metric:"))
     own = [SIZE] if SIZE in frame.columns else []
     return frame.reindex(columns=[*COLUMNS, *own, *measures, *BLOBS])
+
+
+def _finished_rows(frame: pandas.DataFrame | None) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each finished cell of a stored frame, without what is empty there."""
+    if frame is None:
+        return {}
+    done = frame[frame["status"] == "done"]
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in done.to_dict("records"):
+        rows[line["cell"]].append({name: value for name, value in line.items() if not _is_empty(value)})
+    return rows
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value != value  # the second for NaN
 
 
 SIZE = "deployment_texts"
@@ -121,13 +143,17 @@ def read_parquet(path: Path) -> tuple[pandas.DataFrame, dict[str, str]]:
     return table.to_pandas(), about
 
 
-def finished_in(path: Path) -> set[str]:
-    """The finished cells a parquet holds, so that collecting anew never loses one; empty if there is none that can be read."""
+def stored_frame(path: Path) -> pandas.DataFrame | None:
+    """The frame of a parquet; None where there is none that can be read."""
     try:
-        frame, _ = read_parquet(path)
+        return read_parquet(path)[0]
     except UserError:
-        return set()
-    return set(frame.cell[frame.status == "done"])
+        return None
+
+
+def finished(frame: pandas.DataFrame | None) -> set[str]:
+    """The finished cells of a frame."""
+    return set() if frame is None else set(frame.cell[frame.status == "done"])
 
 
 def _labels(cells: Sequence[Cell]) -> dict[str, tuple[str, str]]:
