@@ -330,10 +330,11 @@ def resampled(n: int, draws: int, generator: np.random.Generator) -> np.ndarray:
 
 def percentiles(drawn: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
     """The central `level` of the draws along axis 0: two of the draws themselves, never a number between them (inf - inf is NaN)."""
-    in_order = np.sort(drawn, axis=0)
     beyond = int((1 - level) / 2 * len(drawn) + 1e-9)
-    holes = np.isnan(in_order[-1])  # NaNs sort last
-    return np.where(holes, np.nan, in_order[beyond]), np.where(holes, np.nan, in_order[-1 - beyond])
+    low, high, last = beyond, len(drawn) - 1 - beyond, len(drawn) - 1
+    in_place = np.partition(drawn, (low, high, last), axis=0)  # these three as a sort would leave them, in half its time
+    holes = np.isnan(in_place[last])  # NaNs sort last
+    return np.where(holes, np.nan, in_place[low]), np.where(holes, np.nan, in_place[high])
 
 
 def check_bootstrap(generator: np.random.Generator, draws: int, level: float) -> None:
