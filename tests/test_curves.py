@@ -11,7 +11,6 @@ import pytest
 from dpgbench.stats.curves import (
     CurveTable,
     answer_at,
-    answers_at,
     area_over_seeds,
     area_under_curve,
     compute_to_reach,
@@ -178,12 +177,6 @@ def snapshots_of(curves):
         for flops, value in zip(computes, values, strict=True)
     ]
     return pd.DataFrame(rows, columns=["seed", "flops", "value"])
-
-
-def test_answers_of_all_seeds_at_one_budget():
-    got = answers_at(snapshots_of({3: ([10, 100], [0, 1]), 1: ([50], [7]), 2: ([200], [5])}), 99)
-    assert got.index.tolist() == [1, 2, 3] and got.tolist() == pytest.approx([7, nan, 0], nan_ok=True)
-    assert answers_at(snapshots_of({}), 1.0).empty
 
 
 def test_areas_over_seeds_are_a_mean_with_its_holes_counted():

@@ -24,6 +24,7 @@ from dpgbench.report.results import read_frame
 from dpgbench.report.table import escape, tex
 from dpgbench.report.task_figures import method_curves
 from dpgbench.report.task_tables import method_rows
+from dpgbench.stats.curves import CurveTable
 
 pytestmark = pytest.mark.filterwarnings("error")
 TURNED = "\u202egnp.exe\u2066"
@@ -74,13 +75,14 @@ def test_an_answer_is_the_last_snapshot_that_is_paid_for_by_a_loop():
     rng = np.random.default_rng(3)
     for _ in range(200):
         runs = {seed: (np.sort(rng.uniform(1, 10, 4)), rng.normal(size=4)) for seed in range(3)}
+        snapshots = pd.concat(pd.DataFrame({"seed": seed, "flops": paid, "value": values}) for seed, (paid, values) in runs.items())
         flops = rng.uniform(1, 11)
         expected = {}
         for seed, (paid, values) in runs.items():
             for cost, value in zip(paid, values, strict=True):
                 if cost <= 1.01 * flops:
                     expected[seed] = value
-        found = answers_at(runs, flops)
+        found = answers_at(CurveTable.of(snapshots), flops)
         assert (found is None) == (len(expected) < 3)
         assert found is None or found.to_dict() == expected
 

@@ -15,6 +15,7 @@ from dpgbench.report.format import DASH, amount, and_more, interval, number, plu
 from dpgbench.report.results import ORACLE, SuiteResults, TaskResults, natural
 from dpgbench.report.table import Cell, Column, Row, Table, text_cell
 from dpgbench.report.task_tables import MethodRow
+from dpgbench.stats.curves import CurveTable
 from dpgbench.stats.multiple_testing import BetterThanAll, better_than_all, holm
 from dpgbench.stats.over_seeds import PairedDifference, paired_difference
 
@@ -49,35 +50,25 @@ def budget_of(task: TaskResults) -> float:
     return float(spent.max()) if len(spent) else float("nan")
 
 
-Runs = dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]  # {method: {seed: (FLOPs, values) of its snapshots, in their order}}
+def curves_of(task: TaskResults) -> dict[str, CurveTable]:
+    """Of every method but the oracle, which is no answer that one could have, and those of which a seed has no snapshot at a known price."""
+    labels = task.snapshots.loc[task.snapshots["method"] != ORACLE, "method_label"].unique()
+    curves = {label: CurveTable.of(task.curves(label)) for label in sorted(labels, key=natural)}
+    return {label: curve for label, curve in curves.items() if len(curve.seeds) == len(task.rows_of_finals[label])}
 
 
-def runs_of(task: TaskResults) -> Runs:
-    """Of every method but the oracle, which is no answer that one could have."""
-    rows = task.snapshots[task.snapshots["method"] != ORACLE]
-    runs: Runs = {}
-    for (label, seed), run in rows.groupby(["method_label", "seed"]):
-        runs.setdefault(label, {})[int(seed)] = run["flops"].to_numpy(dtype=float), run["value"].to_numpy(dtype=float)
-    return runs
-
-
-def answers_at(runs: dict[int, tuple[np.ndarray, np.ndarray]], flops: float) -> pd.Series | None:
+def answers_at(curves: CurveTable, flops: float) -> pd.Series | None:
     """What a method answers with `flops` to spend, by seed: its last snapshot that they pay for, also after it has ended.
 
     None where one of its seeds has no snapshot yet, or no value: a mean over fewer seeds than beside it would not compare.
     """
-    answers = {}
-    for seed, (paid, values) in runs.items():
-        bought = np.flatnonzero(paid <= SLACK * flops)  # NaN, a cost that is not known, buys nothing
-        if not len(bought) or not np.isfinite(values[bought[-1]]):
-            return None
-        answers[seed] = values[bought[-1]]
-    return pd.Series(answers, dtype=float).sort_index() if answers else None
+    values = curves.at(np.full(len(curves.seeds), SLACK * flops))
+    return pd.Series(values, index=curves.seeds) if len(values) and np.isfinite(values).all() else None
 
 
-def best_at(task: TaskResults, runs: Runs, flops: float) -> Best | None:
+def best_at(task: TaskResults, curves: Mapping[str, CurveTable], flops: float) -> Best | None:
     """None with fewer than two methods that have an answer by then."""
-    values = {label: task.sign * found for label in sorted(runs, key=natural) if (found := answers_at(runs[label], flops)) is not None}
+    values = {label: task.sign * found for label, curve in curves.items() if (found := answers_at(curve, flops)) is not None}
     if len(values) < 2:
         return None
     first, second = sorted(values, key=lambda label: -values[label].mean())[:2]
@@ -100,9 +91,9 @@ def budgets_table(results: SuiteResults, rows: Mapping[str, list[MethodRow]]) ->
     same = len({f"{budget:.3g}" for budget in budgets.values()}) == 1
     found = {}
     for task in results.tasks:
-        runs = runs_of(task) if np.isfinite(budgets[task.label]) else {}
+        curves = curves_of(task) if np.isfinite(budgets[task.label]) else {}
         for share, _ in SHARES:
-            if best := best_at(task, runs, share * budgets[task.label]):
+            if best := best_at(task, curves, share * budgets[task.label]):
                 found[task.label, share] = best
     adjusted: dict[tuple[str, float], float] = {}
     for share, _ in SHARES:

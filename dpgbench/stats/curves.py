@@ -36,12 +36,6 @@ def answer_at(computes: Numbers, values: Numbers, budget: float | np.ndarray) ->
     return np.where(last >= 0, np.append(values, np.nan)[last], np.nan)  # without a snapshot, last is -1 everywhere
 
 
-def answers_at(snapshots: pd.DataFrame, budget: float) -> pd.Series:
-    """`answer_at` of every seed in `snapshots` (columns seed, flops, value; one method on one task), indexed by seed."""
-    answers = {seed: float(answer_at(flops, values, budget)) for seed, flops, values in curves_by_seed(snapshots)}
-    return pd.Series(answers, dtype=float)
-
-
 @dataclass(frozen=True)
 class CurveArea:
     """The area under one curve between two computes: `area` in metric units x decades, `height` = area / decades in metric units.
