@@ -51,7 +51,7 @@ def budget_of(task: TaskResults) -> float:
 
 
 def curves_of(task: TaskResults) -> dict[str, CurveTable]:
-    """Of every method but the oracle, which is no answer that one could have, and those of which a seed has no snapshot at a known price."""
+    """Of every method but the oracle, which is no answer one could have, and those of which a seed has no snapshot at a known price."""
     labels = task.snapshots.loc[task.snapshots["method"] != ORACLE, "method_label"].unique()
     curves = {label: CurveTable.of(task.curves(label)) for label in sorted(labels, key=natural)}
     return {label: curve for label, curve in curves.items() if len(curve.seeds) == len(task.rows_of_finals[label])}

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 SCHEMA = "1"
 
 
-def frame_of(cells: Sequence[Cell], results: Path, descriptions: Mapping[str, str], kept: pandas.DataFrame | None = None) -> pandas.DataFrame:
+def frame_of(
+    cells: Sequence[Cell], results: Path, descriptions: Mapping[str, str], kept: pandas.DataFrame | None = None
+) -> pandas.DataFrame:
     """One row per (cell, snapshot), and one for each cell without a result, with the reason.
 
-    `kept` is what an earlier call gave, from a parquet: a cell that is finished there and has no finished run folder here keeps its rows, so
-    that a stored suite is extended seed by seed, on one machine after another. Only its labels are made anew.
+    `kept` is what an earlier call gave, from a parquet: a cell that is finished there and has no finished run folder here keeps its rows,
+    so that a stored suite is extended seed by seed, on one machine after another. Only its labels are made anew.
 
     A cell with `scale.more_deployments` has rows of its last answer's deployment datasets besides, its own among them, with their sizes in
     `deployment_texts`: no part of the curve, whose rows have nothing there (`report.results` keeps them apart).
