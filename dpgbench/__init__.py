@@ -43,7 +43,7 @@ def figure(name: str | Path, kind: str = "budget", *, task: str | None = None, r
 
     `kind` is "budget" (what a budget buys, over all tasks), "ranks" or "profile"; or, with `task`, "flops" (its score against FLOPs) or
     "final" (where every method ended). `name` and `results` as in `load`. The first three compute the bootstrap bands of all methods
-    anew, half a minute for `tiny`; the other two take seconds. UserError, one line, for anything that is not there.
+    anew, half a minute for a suite of 500 cells; the other two take seconds. UserError, one line, for anything that is not there.
     """
     from dpgbench.report.data import draw
 

@@ -18,7 +18,7 @@ from dpgbench.report.summary_tables import findings
 
 
 def test_a_suite_says_its_protocol():
-    found = config.protocol_of(Registry(), "tiny")
+    found = config.protocol_of(Registry(), "methods")
     assert found.references and found.meaningful > 0
     assert config.protocol_of(Registry(), "smoke") == config.protocol_of(Registry(), "no such suite") == Protocol()
 

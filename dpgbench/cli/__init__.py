@@ -66,7 +66,7 @@ COMMANDS = {
   retry=failed           run cells again that failed, or with retry=damaged that were damaged; otherwise they are left alone
   --dry-run              print the grid, what is done, what is skipped and why, what it would cost, and do nothing
 {TEXT}""",
-        ("method=dpg,base task=all seed=0,1,2 launcher=local launcher.workers=2 name=mine", "suite=core --dry-run"),
+        ("method=dpg,base task=all seed=0,1,2 launcher=local launcher.workers=2 name=mine", "suite=methods --dry-run"),
         "a cell failed, or another process works on it", ("--dry-run",),
     ),
     "status": Command(
@@ -74,18 +74,18 @@ COMMANDS = {
         f"""{SWEEP}
                          without any of them: every run folder
   --watch                stay until no cell is queued or running""",
-        ("name=mine", "suite=core --watch"), "", ("--watch",),
+        ("name=mine", "suite=methods --watch"), "", ("--watch",),
     ),
     "cancel": Command(
         _late("sweep", "cancel_sweep"), "[name=NAME | suite=NAME | key=value ...]",
-        "stop what that sweep started, here or on SLURM, and nothing else", SWEEP, ("name=mine", "suite=core results=elsewhere"),
+        "stop what that sweep started, here or on SLURM, and nothing else", SWEEP, ("name=mine", "suite=methods results=elsewhere"),
     ),
     "report": Command(
         _late("report", "write_report"), "[name=NAME | suite=NAME] [--format json]", "tables, figures and page of a sweep",
         f"""{SWEEP}
   --format json          the same numbers for machines, unrounded, on standard output, instead of the page
   --compare SIDE SIDE    what changed between two suites, commits (core@HEAD~1) or parquet files, and whether it is within noise""",
-        ("name=mine", "--compare core@HEAD~1 core"), "", ("--format", "--compare"),
+        ("name=mine", "--compare methods@HEAD~1 methods"), "", ("--format", "--compare"),
     ),
     "export": Command(
         _late("report", "export_cell"), "RUN [to=DIR]", "a run folder's trained generator, for transformers, and its deployment dataset",

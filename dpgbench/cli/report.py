@@ -86,7 +86,7 @@ def compare(words: list[str], as_json: bool) -> int:
     at = words.index("--compare")
     sides, rest = words[at + 1 : at + 3], words[:at] + words[at + 3 :]
     if len(sides) < 2 or any("=" in side for side in sides):
-        raise UserError("--compare: needs two sides, each a suite, suite@revision or a parquet file; write --compare core@HEAD~1 core")
+        raise UserError("--compare: needs two sides, each a suite, suite@revision or a parquet file; write --compare methods@HEAD~1 methods")
     unknown = [word for word in rest if not word.startswith("results=")]
     if unknown:
         raise UserError(f"{unknown[0]}: --compare takes two sides and nothing else but results=DIR and --format json")
