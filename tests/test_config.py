@@ -82,7 +82,8 @@ def test_a_policy_is_part_of_methods_that_train_one():
 def test_sweep_overrides_and_suites():
     """Words after a suite are put over each of its lines."""
     assert len(cells("suite=quickstart")) == 2 * len(cells("suite=quickstart", "seed=5"))
-    assert {cell.spec.task.name for cell in cells("suite=paper_language", "task=sixseven")} == {"sixseven"}  # the suite's lang= has no use then
+    of_another_task = cells("suite=paper_language", "task=sixseven")  # the suite's lang= has no use then
+    assert {cell.spec.task.name for cell in of_another_task} == {"sixseven"}
 
 
 def test_replay_gives_the_same_cell(tmp_path):
