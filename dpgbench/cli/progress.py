@@ -38,6 +38,7 @@ class Display:
         self.console, self._clock = console, clock
         self.failed: list[RunSpec] = []
         self.busy: list[RunSpec] = []
+        self.gone: list[RunSpec] = []
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
             TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
@@ -95,8 +96,10 @@ class Display:
         self._progress.advance(self._sweep)
         measures = running.latest.get("measures", {}) if running else {}
         numbers = escape("  ".join(f"{name} {value:.4g}" for name, value in measures.items()))
-        mark = {"done": "[green]done[/]  ", "busy": "[yellow]busy[/]  ", "interrupted": "[yellow]stopped[/]"}.get(state, "[red]failed[/]")
-        {"failed": self.failed, "busy": self.busy}.get(state, []).append(spec)
+        mark = {"done": "[green]done[/]  ", "busy": "[yellow]busy[/]  ", "interrupted": "[yellow]stopped[/]", "gone": "[red]gone[/]  "}.get(
+            state, "[red]failed[/]"
+        )
+        {"failed": self.failed, "busy": self.busy, "gone": self.gone}.get(state, []).append(spec)
         self.console.print(f"{mark} {_name(spec)}  {numbers}", highlight=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
 SCHEMA = "1"
 
 
-def frame_of(cells: Sequence[Cell], results: Path, descriptions: Mapping[str, str], kept: pandas.DataFrame | None = None) -> pandas.DataFrame:
+def frame_of(
+    cells: Sequence[Cell], results: Path, descriptions: Mapping[str, str], kept: pandas.DataFrame | None = None
+) -> pandas.DataFrame:
     """One row per (cell, snapshot), and one for each cell without a result, with the reason.
 
-    `kept` is what an earlier call gave, from a parquet: a cell that is finished there and has no finished run folder here keeps its rows, so
-    that a stored suite is extended seed by seed, on one machine after another. Only its labels are made anew.
+    `kept` is what an earlier call gave, from a parquet: a cell that is finished there and has no finished run folder here keeps its rows,
+    so that a stored suite is extended seed by seed, on one machine after another. Only its labels are made anew.
 
     A cell with `scale.more_deployments` has rows of its last answer's deployment datasets besides, its own among them, with their sizes in
     `deployment_texts`: no part of the curve, whose rows have nothing there (`report.results` keeps them apart).
@@ -101,12 +104,12 @@ def _snapshot_rows(row: dict[str, Any], folder: RunFolder) -> list[dict[str, Any
         }  # fmt: skip
 
     rows = [scored(snapshot) for snapshot in result["snapshots"]]
-    picture = folder.path / "picture.png"
+    drawn = (folder.path / "picture.png").exists()
     rows[-1] |= {
         "texts": json.dumps(result["texts"], ensure_ascii=False),
-        "picture": picture.read_bytes() if picture.exists() else None,
-        "spec": (folder.path / "spec.yaml").read_text(encoding="utf-8"),
-        "env": (folder.path / "env.json").read_text(encoding="utf-8"),
+        "picture": folder.whole("picture.png").read_bytes() if drawn else None,
+        "spec": folder.text("spec.yaml"),
+        "env": folder.text("env.json"),
     }
     return rows + [{**scored(line), SIZE: line[SIZE]} for line in result.get("deployments", [])]
 
@@ -120,9 +123,10 @@ def write_parquet(frame: pandas.DataFrame, path: Path, *, suite: str, title: str
 
     table = pyarrow.Table.from_pandas(frame, preserve_index=False)
     about = {"schema": SCHEMA, "suite": suite, "title": title, "command": command}
+    about["checksum"] = _checksum(about, table.column_names)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"dpgbench": json.dumps(about).encode()})
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(table, buffer, compression="zstd")
+    pyarrow.parquet.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     write_atomically(path, buffer.getvalue())
 
 
@@ -132,15 +136,23 @@ def read_parquet(path: Path) -> tuple[pandas.DataFrame, dict[str, str]]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        table = pyarrow.parquet.read_table(path, page_checksum_verification=True)
         about = json.loads((table.schema.metadata or {}).get(b"dpgbench", b"{}"))
-    except (OSError, pyarrow.ArrowInvalid, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}); restore it or run the suite again") from None
+        if about.pop("checksum", None) not in (None, _checksum(about, table.column_names)):  # none: written before there were any
+            raise ValueError("its checksum differs")
+    except (OSError, pyarrow.ArrowException, ValueError, AttributeError, MemoryError) as error:  # a damaged length asks for any memory
+        said = str(error).strip() or type(error).__name__
+        raise UserError(f"{path}: cannot be read as parquet ({said.splitlines()[0]}); restore it or run the suite again") from None
     if about.get("schema") != SCHEMA:
         raise UserError(
             f"{path}: written with schema {about.get('schema')}, this dpgbench reads {SCHEMA}; run `report` where its run folders are"
         )
     return table.to_pandas(), about
+
+
+def _checksum(about: Mapping[str, str], columns: Sequence[str]) -> str:
+    """Of what the pages' own checksums leave out: what the file says of itself, and the columns' names."""
+    return f"{zlib.crc32(json.dumps([dict(about), list(columns)]).encode()):08x}"
 
 
 def stored_frame(path: Path) -> pandas.DataFrame | None:
