@@ -13,7 +13,6 @@ from dpgbench import __version__
 from dpgbench.bench import distributed
 from dpgbench.core.errors import UserError, did_you_mean
 
-
 INTERRUPTED = 130
 ELSEWHERE = "or give another folder with results=DIR"
 FIXES = {

@@ -13,6 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dpgbench.core.cell import RunSpec
 
+MARKS = {
+    "done": "[green]done[/]  ", "busy": "[yellow]busy[/]  ", "interrupted": "[yellow]stopped[/]", "gone": "[red]gone[/]  ",
+    "failed": "[red]failed[/]",
+}  # fmt: skip
 QUIET_SECONDS = 30.0  # between two lines of a cell
 
 
@@ -96,9 +100,7 @@ class Display:
         self._progress.advance(self._sweep)
         measures = running.latest.get("measures", {}) if running else {}
         numbers = escape("  ".join(f"{name} {value:.4g}" for name, value in measures.items()))
-        mark = {"done": "[green]done[/]  ", "busy": "[yellow]busy[/]  ", "interrupted": "[yellow]stopped[/]", "gone": "[red]gone[/]  "}.get(
-            state, "[red]failed[/]"
-        )
+        mark = MARKS.get(state, MARKS["failed"])
         {"failed": self.failed, "busy": self.busy, "gone": self.gone}.get(state, []).append(spec)
         self.console.print(f"{mark} {_name(spec)}  {numbers}", highlight=False)
 

@@ -17,6 +17,7 @@ from dpgbench.store.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import pandas
+    import pyarrow
 
 SCHEMA = "1"
 
@@ -123,7 +124,7 @@ def write_parquet(frame: pandas.DataFrame, path: Path, *, suite: str, title: str
 
     table = pyarrow.Table.from_pandas(frame, preserve_index=False)
     about = {"schema": SCHEMA, "suite": suite, "title": title, "command": command}
-    about["checksum"] = _checksum(about, table.column_names)
+    about["checksum"] = _checksum(about, table)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"dpgbench": json.dumps(about).encode()})
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(table, buffer, compression="zstd", write_page_checksum=True)
@@ -138,21 +139,23 @@ def read_parquet(path: Path) -> tuple[pandas.DataFrame, dict[str, str]]:
     try:
         table = pyarrow.parquet.read_table(path, page_checksum_verification=True)
         about = json.loads((table.schema.metadata or {}).get(b"dpgbench", b"{}"))
-        if about.pop("checksum", None) not in (None, _checksum(about, table.column_names)):  # none: written before there were any
+        if about.pop("checksum", None) not in (None, _checksum(about, table)):  # none: written before there were any
             raise ValueError("its checksum differs")
-    except (OSError, pyarrow.ArrowException, ValueError, AttributeError, MemoryError) as error:  # a damaged length asks for any memory
+        frame = table.to_pandas()
+    except Exception as error:  # of whatever kind: a flipped bit of the footer is a key that is missing, or a length beyond all memory
         said = str(error).strip() or type(error).__name__
         raise UserError(f"{path}: cannot be read as parquet ({said.splitlines()[0]}); restore it or run the suite again") from None
     if about.get("schema") != SCHEMA:
         raise UserError(
             f"{path}: written with schema {about.get('schema')}, this dpgbench reads {SCHEMA}; run `report` where its run folders are"
         )
-    return table.to_pandas(), about
+    return frame, about
 
 
-def _checksum(about: Mapping[str, str], columns: Sequence[str]) -> str:
-    """Of what the pages' own checksums leave out: what the file says of itself, and the columns' names."""
-    return f"{zlib.crc32(json.dumps([dict(about), list(columns)]).encode()):08x}"
+def _checksum(about: Mapping[str, str], table: pyarrow.Table) -> str:
+    """Of what the pages' own checksums leave out: what the file says of itself, its columns' names, and which of them pandas is to see."""
+    for_pandas = (table.schema.metadata or {}).get(b"pandas", b"")
+    return f"{zlib.crc32(json.dumps([dict(about), table.column_names]).encode() + for_pandas):08x}"
 
 
 def stored_frame(path: Path) -> pandas.DataFrame | None:
