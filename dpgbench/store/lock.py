@@ -28,6 +28,7 @@ from dpgbench.core.errors import Busy, Gone, Lost
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 120.0
 FILE = re.compile(r"lock\.(\d+)(\.free)?")
+_let_go: set[str] = set()  # this process's own, also where the file system took no notice
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Owner:
     def lives(self, age: float) -> bool:
         """Whether its process runs; `age` is the seconds since its heart beat, and decides where pids say nothing."""
         if self.machine and self.machine == _machine() and self.host == socket.gethostname():
-            return _start_time(self.pid) == self.started
+            return _start_time(self.pid) == self.started and self.token not in _let_go
         return age < STALE_SECONDS
 
     def __str__(self) -> str:
@@ -142,6 +143,7 @@ class Lock:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+        _let_go.add(self.owner.token)
         try:
             os.rename(self.path, self.folder / f"lock.{self.n}.free")
         except OSError:  # taken over, the folder is gone, or the file system is: a lock whose process ends is not in the way

@@ -139,7 +139,8 @@ def read_parquet(path: Path) -> tuple[pandas.DataFrame, dict[str, str]]:
     try:
         table = pyarrow.parquet.read_table(path, page_checksum_verification=True)
         about = json.loads((table.schema.metadata or {}).get(b"dpgbench", b"{}"))
-        if about.pop("checksum", None) not in (None, _checksum(about, table)):  # none: written before there were any
+        checksum = about.pop("checksum", None)  # none: written before there were any
+        if checksum not in (None, _checksum(about, table)) or about.keys() - {"schema", "suite", "title", "command"}:
             raise ValueError("its checksum differs")
         frame = table.to_pandas()
     except Exception as error:  # of whatever kind: a flipped bit of the footer is a key that is missing, or a length beyond all memory

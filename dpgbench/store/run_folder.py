@@ -136,10 +136,8 @@ class RunFolder:
             return "result.json was written by another version of dpgbench"
         if content.get("hash") != self.hash:
             return f"result.json belongs to another cell (hash {content.get('hash')}, not {self.hash})"
-        checksum = content.pop("checksum", None)
-        if (checksum is not None or "files" in content) and checksum != zlib.crc32(
-            json.dumps(content).encode()
-        ):  # older results have neither
+        checksum = content.pop("checksum", None)  # older results have neither this nor "files"
+        if (checksum is not None or "files" in content) and checksum != zlib.crc32(json.dumps(content).encode()):
             return "result.json is not what the finished run wrote (a damaged file)"
         try:
             metrics = (self.path / "metrics.jsonl").read_bytes()
