@@ -257,7 +257,9 @@ def is_one_line(done, code: int, *says: str) -> None:
 
 def fails_at_writes(dpgbench, disk, walk, tmp_path, which) -> None:
     words = walk(nothing)
-    assert dpgbench(*words, f"results={tmp_path / 'quiet'}").code == 0
+    assert dpgbench(*words, f"results={tmp_path / 'quiet'}").code == 0  # it also writes what Python keeps of the plug-in
+    disk.failing(0, None)
+    assert dpgbench(*words, f"results={tmp_path / 'count'}").code == 0
     total = disk.count
     for at in which(total):
         results = tmp_path / f"r{at}"
