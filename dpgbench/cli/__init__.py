@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -11,6 +12,19 @@ from importlib import import_module
 from dpgbench import __version__
 from dpgbench.bench import distributed
 from dpgbench.core.errors import UserError, did_you_mean
+
+INTERRUPTED = 130
+ELSEWHERE = "or give another folder with results=DIR"
+FIXES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), f"free some space {ELSEWHERE}"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), f"make it writable {ELSEWHERE}"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN), f"see whether its disk is well {ELSEWHERE}"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EISDIR), f"move away what is in a folder's place {ELSEWHERE}"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files, as with `ulimit -n 1024`"),
+    errno.ENAMETOOLONG: "give a shorter name, or a shorter path with results=DIR",
+    errno.ENOMEM: "free some memory, or lower launcher.workers",
+}
+"""What to do about an error of the system's; any other is a mistake in the program and keeps its traceback."""
 
 
 def _not_installed(name: str) -> str:
@@ -158,6 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = _answer(words)
+        if code == INTERRUPTED and arguments is None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more Ctrl-C would only break off how Python ends
         sys.stdout.flush()  # a reader that has gone is heard of here, and not while the interpreter ends
         return code
     except BrokenPipeError:
@@ -175,12 +191,12 @@ def _answer(words: list[str]) -> int:
         print(_not_installed(missing.name), file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG):
+        if error.errno not in FIXES:
             raise
-        said = f"{error.filename or 'results'}: {error.strerror}; free some space or give another folder with results=DIR"
+        said = f"{error.filename or 'results'}: {error.strerror}; {FIXES[error.errno]}"
     except KeyboardInterrupt:
         print("dpgbench: interrupted; finished cells are kept, the same command goes on with the rest", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     print(f"dpgbench: {inert(said)}", file=sys.stderr)
     return 2
 

@@ -70,7 +70,15 @@ def full_words(words: list[str]) -> list[str]:
     """The words of the sweep that is meant: its name alone stands for what was said when it ran."""
     results, name, nothing_else = place_of(words)
     saved = results / "runs" / f"{name}.sweep.json"
-    return [*json.loads(saved.read_text(encoding="utf-8")), quoted("results", str(results))] if nothing_else and saved.exists() else words
+    if not nothing_else or not saved.exists():
+        return words
+    try:
+        stored = json.loads(saved.read_text(encoding="utf-8"))
+        if not (isinstance(stored, list) and all(isinstance(word, str) for word in stored)):
+            raise ValueError("no list of words")
+    except ValueError:  # JSON's and Unicode's errors are such
+        raise UserError(f"{saved}: damaged, so what `{name}` was is not known; say the sweep's words again, or delete the file") from None
+    return [*stored, quoted("results", str(results))]
 
 
 def selector(name: str) -> str:

@@ -13,6 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dpgbench.core.cell import RunSpec
 
+MARKS = {
+    "done": "[green]done[/]  ", "busy": "[yellow]busy[/]  ", "interrupted": "[yellow]stopped[/]", "gone": "[red]gone[/]  ",
+    "failed": "[red]failed[/]",
+}  # fmt: skip
 QUIET_SECONDS = 30.0  # between two lines of a cell
 
 
@@ -38,6 +42,7 @@ class Display:
         self.console, self._clock = console, clock
         self.failed: list[RunSpec] = []
         self.busy: list[RunSpec] = []
+        self.gone: list[RunSpec] = []
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
             TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
@@ -95,8 +100,8 @@ class Display:
         self._progress.advance(self._sweep)
         measures = running.latest.get("measures", {}) if running else {}
         numbers = escape("  ".join(f"{name} {value:.4g}" for name, value in measures.items()))
-        mark = {"done": "[green]done[/]  ", "busy": "[yellow]busy[/]  ", "interrupted": "[yellow]stopped[/]"}.get(state, "[red]failed[/]")
-        {"failed": self.failed, "busy": self.busy}.get(state, []).append(spec)
+        mark = MARKS.get(state, MARKS["failed"])
+        {"failed": self.failed, "busy": self.busy, "gone": self.gone}.get(state, []).append(spec)
         self.console.print(f"{mark} {_name(spec)}  {numbers}", highlight=False)
 
 

@@ -42,6 +42,10 @@ def write_report(words: list[str]) -> int:
         )
         descriptions = {file.name: file.summary for file in request.registry.files("task")}
         stored = collect.stored_frame(parquet)
+        if stored is None and parquet.exists():
+            aside = parquet.with_name(f"{parquet.name}.damaged")
+            parquet.replace(aside)  # it may have had cells that are nowhere else
+            print(inert(f"{parquet}: cannot be read; kept as {aside}, collecting anew"), file=sys.stderr if as_json else sys.stdout)
         frame = collect.frame_of(request.cells, results, descriptions, kept=stored)
         lost = collect.finished(stored) - collect.finished(frame)
         if lost:

@@ -121,13 +121,17 @@ def _run_here(request: Request, todo: list[RunSpec], console: Console, *, sweep:
         launch(todo, request.launcher, request.results, plugins, display, group)
     for spec in display.failed:
         _tell_failure(request, spec, console)
-    if not display.failed and not display.busy:
+    left = [*display.failed, *display.busy, *display.gone]
+    if not left:
         group.close()
     for spec in display.busy:
-        say(console, f"{spec.folder}: another process works on this cell", "busy", "yellow")
-    if not sweep and todo and not display.failed and not display.busy:
+        say(console, f"{spec.folder}: {RunFolder.of(request.results, spec).occupied()}", "busy", "yellow")
+    for spec in display.gone:
+        why = "deleted or replaced while the cell ran; leave it alone, and the same command runs the cell again"
+        say(console, f"{RunFolder.of(request.results, spec).path}: {why}", "gone", "red")
+    if not sweep and todo and not left:
         say(console, f"results in {RunFolder.of(request.results, todo[0]).path}")
-    return 1 if display.failed or display.busy else 0
+    return 1 if left else 0
 
 
 def _tell_failure(request: Request, spec: RunSpec, console: Console) -> None:

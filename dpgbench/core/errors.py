@@ -17,6 +17,10 @@ class Lost(RuntimeError):
     """This process was taken for dead and another one owns the cell now; nothing more may be written."""
 
 
+class Gone(Lost):
+    """The cell's folder was deleted or replaced while this process worked on it."""
+
+
 class Interrupted(RuntimeError):
     """Asked to stop (time limit, preemption, cancellation); what is done so far has been kept."""
 

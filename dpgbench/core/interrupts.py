@@ -1,11 +1,11 @@
-"""A request to stop, heard between two steps."""
+"""A request to stop, heard between two steps; a limit of time, heard at any moment."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -51,3 +51,26 @@ class Stop:
         self.asked = signal.Signals(number).name
         if not self._working:
             os._exit(128 + number)
+
+
+@contextmanager
+def time_limit(seconds: float | None, error: Callable[[], Exception]) -> Iterator[None]:
+    """Inside, `error` is raised once, after `seconds`, where Python code runs; never for None.
+
+    By SIGALRM: code in C (a blocked system call of a library, say) is left alone until it returns. Outside the main thread no signal is
+    heard, and there is no limit.
+    """
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: object) -> None:
+        raise error()
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpgbench.bench import distributed
 from dpgbench.bench.distributed import SINGLE_PROCESS, SingleProcess
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError
@@ -27,6 +28,11 @@ def check(launcher: Options) -> None:
     seconds = launcher.get("checkpoint_seconds", 60.0)
     if not isinstance(seconds, int | float) or seconds < 0:
         raise UserError(f"launcher.checkpoint_seconds={seconds}: seconds from 0 up; write launcher.checkpoint_seconds=60")
+    limit = launcher.get("cell_seconds")
+    if limit is not None and (not isinstance(limit, int | float) or isinstance(limit, bool) or not 0 < limit < float("inf")):
+        raise UserError(f"launcher.cell_seconds={limit}: seconds above 0, or null for no limit; write launcher.cell_seconds=3600")
+    if limit is not None and distributed.size() > 1:
+        raise UserError(f"launcher.cell_seconds={limit:g}: not under torchrun, whose processes cannot be stopped one by one; leave it out")
     if launcher.name == "slurm":
         from dpgbench.launch import slurm
 

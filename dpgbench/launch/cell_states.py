@@ -51,7 +51,7 @@ def _with_time_left(folder: RunFolder, progress: str) -> str:
         found = re.search(r"^ +steps: (\d+)$", (folder.path / "spec.yaml").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
         return progress
-    lines = [line for line in read_lines(folder.path / "timings.jsonl", last_bytes=8192) if "step" in line]
+    lines = [line for line in read_lines(folder.path / "timings.jsonl", last_bytes=8192) if line.keys() >= {"step", "seconds"}]
     if not found or not lines or not lines[-1]["step"]:
         return progress
     steps, step, seconds = int(found[1]), lines[-1]["step"], lines[-1]["seconds"]

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, wait
 from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -25,6 +25,7 @@ from dpgbench.launch import OnEvent
 from dpgbench.store.run_folder import RunFolder, read_lines
 
 POLL_SECONDS = 0.5
+END_SECONDS = 30.0  # for a worker that was told to end: pebble kills it after three
 
 # glibc hands large blocks back to the kernel and faults them in again at the next step: a fifth to a third of a tiny cell's time.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
@@ -47,6 +48,7 @@ def inline(
     from dpgbench.run.cell import run_cell
 
     how = {"checkpoint_seconds": launcher.get("checkpoint_seconds", 60.0), "let_errors_out": launcher.name == "debug", "group": group}
+    how["cell_seconds"] = launcher.get("cell_seconds")
     for spec in specs:
         on_event(spec, {"state": "started"})
         state = run_cell(spec, results, plugins, watch=lambda line, spec=spec: on_event(spec, line), **how)
@@ -57,29 +59,50 @@ def inline(
 
 
 def pool(specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: Path | None, on_event: OnEvent) -> None:
-    """`launcher.workers` at a time, one process each; a process that dies costs its cell alone and is replaced."""
+    """`launcher.workers` at a time, one process each; a process that dies costs its cell alone and is replaced.
+
+    So is a process whose cell takes longer than `launcher.cell_seconds`, whatever it is doing: asked to stop, then killed.
+    """
     from pebble import ProcessExpired
 
+    limit = launcher.get("cell_seconds")
+
     with workers(min(launcher.workers, len(specs)), specs) as processes:
-        how = (results, plugins, launcher.get("checkpoint_seconds", 60.0))
+        how = (results, plugins, launcher.get("checkpoint_seconds", 60.0), limit)
         futures = {processes.schedule(work, args=(spec, *how)): spec for spec in specs}
         seen: dict[str, int] = {}
         started = time.time()
+        begun: dict[Any, float] = {}  # when a worker was first seen at a cell, by a clock that nobody sets
         try:
             while futures:
                 finished, _ = wait(list(futures), timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 for spec in futures.values():
                     _report_progress(RunFolder.of(results, spec), spec, started, seen, on_event)
+                for future in futures:
+                    if future.running() and time.monotonic() - begun.setdefault(future, time.monotonic()) > (limit or float("inf")):
+                        future.cancel()  # pebble ends the worker
                 for future in finished:
                     spec = futures.pop(future)
                     try:
                         state = future.result()
                     except ProcessExpired as error:
                         state = RunFolder.of(results, spec).fail_unless_owned(death(error.exitcode))
+                    except CancelledError:
+                        state = _failed_for_time(RunFolder.of(results, spec), limit)
                     on_event(spec, {"state": state})
         except BaseException:
             processes.stop()
             raise
+
+
+def _failed_for_time(folder: RunFolder, limit: float) -> str:
+    """Mark a cell failed whose worker is being ended; the cell is the worker's until it is gone."""
+    until = time.monotonic() + END_SECONDS
+    while True:
+        state = folder.fail_unless_owned(f"{folder.out_of_time(limit)}; {folder.path / 'log.txt'} has where it was")
+        if state != "busy" or time.monotonic() > until:
+            return state
+        time.sleep(0.1)
 
 
 @contextmanager
@@ -110,12 +133,20 @@ def death(exit_code: int) -> str:
     return f"the worker process died ({how}){': perhaps out of memory' if exit_code == -signal.SIGKILL else ''}"
 
 
-def work(spec: RunSpec, results: Path, plugins: Path | None, checkpoint_seconds: float) -> str:
-    """What a worker process does for one cell; what it writes to its standard output and error goes into the cell's folder."""
+def work(spec: RunSpec, results: Path, plugins: Path | None, checkpoint_seconds: float, cell_seconds: float | None = None) -> str:
+    """What a worker process does for one cell; what it writes to its standard output and error goes into the cell's folder.
+
+    After `cell_seconds` that is where it is, the stack of every thread; who started the worker ends it then.
+    """
     with Stop.on_signals(), output_into(RunFolder.of(results, spec).path / "log.txt"):
         from dpgbench.run.cell import run_cell
 
-        state = run_cell(spec, results, plugins, checkpoint_seconds=checkpoint_seconds)
+        if cell_seconds:
+            faulthandler.dump_traceback_later(cell_seconds, file=2)
+        try:
+            state = run_cell(spec, results, plugins, checkpoint_seconds=checkpoint_seconds)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         give_memory_back()
         return state
 
@@ -193,7 +224,7 @@ def _report_progress(folder: RunFolder, spec: RunSpec, since: float, seen: dict[
     path = folder.path / "metrics.jsonl"
     try:
         status = path.stat()
-    except FileNotFoundError:
+    except OSError:  # not yet there, or not any more
         return
     if status.st_mtime < since or seen.get(spec.folder) == status.st_size:
         return

@@ -8,7 +8,7 @@ import re
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,7 +29,8 @@ def announced(results: Path, sweep: str) -> Iterator[None]:
     finally:
         if in_main:
             signal.signal(signal.SIGTERM, before)
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # the results folder is gone, or read-only by now
+            path.unlink()
 
 
 def stop(results: Path, sweep: str) -> tuple[list[Owner], list[Owner]]:

@@ -17,8 +17,8 @@ from dpgbench.bench.distributed import SINGLE_PROCESS, SingleProcess
 from dpgbench.bench.meter import Meter
 from dpgbench.config import optional_packages
 from dpgbench.core.cell import RunSpec
-from dpgbench.core.errors import Busy, CellError, Interrupted, Lost, UserError
-from dpgbench.core.interrupts import Stop
+from dpgbench.core.errors import Busy, CellError, Gone, Interrupted, Lost, UserError
+from dpgbench.core.interrupts import Stop, time_limit
 from dpgbench.core.plugin_types import Prompt, Snapshot, TaskView
 from dpgbench.core.seeds import stream
 from dpgbench.plugins import contract
@@ -37,10 +37,11 @@ if TYPE_CHECKING:
 
 Watch = Callable[[dict[str, Any]], None]
 SAMPLE_TEXTS = 12  # deployment texts kept for the report
+MORE_MEMORY = "give the process more, or lower scale.sampling_batch, policy.micro_batch, training.micro_batch or launcher.workers"
 OVERRUN = 0.01  # of the budget; a step's price is known when it is paid
 
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)  # no fault of the cell
 
 
 def run_cell(
@@ -50,19 +51,24 @@ def run_cell(
     watch: Watch = lambda event: None,
     *,
     checkpoint_seconds: float = 60.0,
+    cell_seconds: float | None = None,
     let_errors_out: bool = False,
     group: SingleProcess = SINGLE_PROCESS,
 ) -> str:
     """Run a cell unless it is done, from its last checkpoint if it has one; in a `group` of several processes all call this.
 
-    Returns "done", "failed" (its `error.txt` says why), "busy" (another process has it) or "interrupted" (asked to stop by SIGTERM or
-    SIGUSR2). `watch` is told about every step, for a progress display. `let_errors_out` lets the exception of a failing cell through
-    as well. An interrupt (Ctrl-C) and a full disk pass through and leave the cell interrupted.
+    Returns "done", "failed" (its `error.txt` says why), "busy" (another process has it), "gone" (its folder was deleted or replaced
+    meanwhile) or "interrupted" (asked to stop by SIGTERM or SIGUSR2). `watch` is told about every step, for a progress display. A cell that
+    takes longer than `cell_seconds` fails (`interrupts.time_limit`). `let_errors_out` lets the exception of a failing cell through as well.
+    An interrupt (Ctrl-C) and what is wrong with the file system (STORAGE) pass through and leave the cell interrupted.
     """
     folder = RunFolder.of(results, spec)
     try:
         with Stop.on_signals() as stop, group.shared_fate(folder.fail_and_let_go), folder.owned() if group.first else nullcontext():
-            return _run_owned(spec, RunContext(folder, plugins, watch, checkpoint_seconds, stop, group), let_errors_out)
+            context = RunContext(folder, plugins, watch, checkpoint_seconds, stop, group, cell_seconds)
+            return _run_owned(spec, context, let_errors_out)
+    except Gone:
+        return "gone"
     except (Busy, Lost):
         return "busy"
     except Interrupted:
@@ -79,6 +85,7 @@ class RunContext:
     checkpoint_seconds: float = 60.0
     stop: Stop = field(default_factory=Stop)
     group: SingleProcess = SINGLE_PROCESS
+    cell_seconds: float | None = None
 
 
 def _run_owned(spec: RunSpec, context: RunContext, let_errors_out: bool) -> str:
@@ -86,16 +93,19 @@ def _run_owned(spec: RunSpec, context: RunContext, let_errors_out: bool) -> str:
     if group.broadcast(folder.state().name if group.first else None) == "done":
         return "done"
     try:
-        cell = _Cell(spec, context)
-        cell.begin()
-        cell.run()
+        with time_limit(context.cell_seconds, lambda: CellError(folder.out_of_time(context.cell_seconds))):
+            cell = _Cell(spec, context)
+            cell.begin()
+            cell.run()
     except (Interrupted, Lost):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
+        if isinstance(error, OSError) and error.errno in STORAGE:
             raise
         expected = isinstance(error, UserError | CellError)
         reason = group.why(error) or (f"{type(error).__name__}: {error}" if expected else traceback.format_exc())
+        if _is_for_want_of_memory(error):
+            reason += f"\nout of memory ({str(error).splitlines()[0] if str(error) else 'MemoryError'}); {MORE_MEMORY}"
         if group.first:
             folder.fail(reason)
         group.fail(reason)
@@ -103,6 +113,12 @@ def _run_owned(spec: RunSpec, context: RunContext, let_errors_out: bool) -> str:
             raise
         return "failed"
     return "done"
+
+
+def _is_for_want_of_memory(error: Exception) -> bool:
+    """Python's, torch's for a device, and torch's for the processor, which is a RuntimeError like any other."""
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "std::bad_alloc"))
+    return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 class _Scored(NamedTuple):
@@ -151,12 +167,12 @@ class _Cell:
 
     def begin(self) -> None:
         """Prepare the folder: afresh, or as it was at the newest checkpoint that is whole."""
-        newest = self.checkpoints.newest(self.folder.sizes()) if self.group.first else None
+        newest = self.checkpoints.newest(self.folder.begins_with) if self.group.first else None
         step = self.group.broadcast(newest and newest[0].step)
         if not self.group.first and step is not None:
             newest = self.checkpoints.of(step)
         if self.group.first:
-            self.folder.begin(self.environment(), newest and newest[1]["sizes"])
+            self.folder.begin(self.environment(), newest and newest[1]["growing"])
         self.group.broadcast("the folder is as it should be")
         if newest is None:
             return
@@ -188,7 +204,7 @@ class _Cell:
 
     def _save(self, step: int, tensors: Callable[[], dict[str, Tensor]], numbers: Callable[[], dict[str, Any]], clock: float) -> None:
         content = {
-            "numbers": numbers(), "lines": self.lines, "sizes": self.folder.sizes(), "meter": self.meter.state(),
+            "numbers": numbers(), "lines": self.lines, "growing": self.folder.growing(), "meter": self.meter.state(),
             "bench": self.bench.state(), "seconds": clock - self.started, "texts": self.texts, "passed": self.schedule.passed,
         }  # fmt: skip
         self.folder.check_owned()

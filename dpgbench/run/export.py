@@ -28,6 +28,7 @@ from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import UserError
 from dpgbench.core.files import replacing, write_atomically
 from dpgbench.core.plugin_types import Prompt, Snapshot
+from dpgbench.store.checkpoints import write_tensors
 from dpgbench.store.run_folder import RunFolder, read_lines
 from dpgbench.worlds import adapters
 
@@ -47,10 +48,7 @@ def keep(folder: RunFolder, snapshot: Snapshot, prompts: Sequence[Prompt], texts
 
 
 def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    with replacing(path) as partial:
-        save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, partial)
+    write_tensors(path, {name: weight.detach().cpu().contiguous() for name, weight in weights.items()})
 
 
 def export(run: Path, to: Path | None = None) -> Path:
@@ -71,16 +69,17 @@ def export(run: Path, to: Path | None = None) -> Path:
         raise UserError(f"{run}: finished before datasets were kept; delete the folder and `run` the cell again")
     if to.exists():
         raise UserError(f"{to}: there is something already; delete it, or give another folder with to=DIR")
-    spec = RunSpec(OmegaConf.to_container(OmegaConf.load(run / "spec.yaml")))
+    spec = RunSpec(OmegaConf.to_container(OmegaConf.create(folder.text("spec.yaml"))))
+    env = json.loads(folder.text("env.json"))
+    folder.whole(DATASET)
     with replacing(to) as partial:
         (partial / "dataset").mkdir(parents=True)
         if (run / WEIGHTS).exists():
-            _write_generator(spec, run / WEIGHTS, partial / "generator")
+            _write_generator(spec, folder.whole(WEIGHTS), partial / "generator")
         texts = [line["text"] for line in read_lines(run / DATASET)]
         rows = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
         (partial / "dataset" / "train.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
         shutil.copy(run / "spec.yaml", partial / "spec.yaml")
-        env = json.loads((run / "env.json").read_text(encoding="utf-8"))
         (partial / "README.md").write_text(_readme(spec, folder.result(), env, (run / WEIGHTS).exists()), encoding="utf-8")
     return to
 

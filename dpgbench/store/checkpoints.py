@@ -1,9 +1,10 @@
 """Checkpoints inside a cell: where an interrupted run goes on from, so that its numbers are those of a run that never stopped.
 
 A checkpoint is one file, `checkpoint.<step>.safetensors`: the tensors of whoever trains (weights, optimizer moments, random streams)
-and, in the header, as JSON, everything else (meter, scored snapshots, sizes of the growing files). It is written under another name,
-flushed and renamed; the newest two are kept. A run continues from the newest checkpoint whose checksum, cell and code version match and for
-which the append-only files (metrics.jsonl and the like) are at least as long as it recorded; otherwise the older one is tried.
+and, in the header, as JSON, everything else (meter, scored snapshots, sizes and checksums of the growing files). It is written under
+another name, flushed and renamed; the newest two are kept. A run continues from the newest checkpoint whose checksum, cell and code
+version match and whose append-only files (metrics.jsonl and the like) begin with the bytes that were there; otherwise the older one is
+tried.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,31 +106,22 @@ class Checkpoints:
 
     def save(self, step: int, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
         """Write atomically and drop what is older than the newest two. Cost: the tensors' bytes, once through a checksum and to disk."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         start = time.monotonic()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        about = json.dumps({**content, "identity": self.identity, "step": step, "checksum": _checksum(tensors)})
-        path = path_of(self.folder, step)
-        try:
-            with replacing(path) as partial:
-                save_file(tensors, partial, metadata={"dpgbench": about})
-        except SafetensorError as error:  # hides the system's errors, a full disk among them, in its text
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error from None
+        about = json.dumps({**content, "identity": self.identity, "step": step})
+        write_tensors(path_of(self.folder, step), tensors, {"dpgbench": about, "checksum": str(_checksum(tensors, about))})
         remove(self.folder, keep=KEPT)
         self._last = time.monotonic()
         self._took = self._last - start
 
-    def newest(self, sizes: Mapping[str, int]) -> tuple[Saved, dict[str, Any]] | None:
-        """The newest checkpoint that is whole and fits the growing files of `sizes` bytes, and its content; None: start again."""
+    def newest(self, begins_with: Callable[[Mapping[str, Sequence[int]]], bool]) -> tuple[Saved, dict[str, Any]] | None:
+        """The newest checkpoint that is whole and whose growing files are as it knew them, and its content; None: start again."""
         for step in steps_in(self.folder):
             loaded = self._load(path_of(self.folder, step))
             if loaded is None:
                 continue
             tensors, content = loaded
-            if all(sizes.get(name, 0) >= size for name, size in content["sizes"].items()):
+            if begins_with(content["growing"]):
                 return Saved(step, tensors, content["numbers"]), content
         return None
 
@@ -147,18 +139,32 @@ class Checkpoints:
             return None
         try:
             with safe_open(path, "pt") as file:
-                content = json.loads(file.metadata()["dpgbench"])
+                about, checksum = file.metadata()["dpgbench"], file.metadata().get("checksum")
+                content = json.loads(about)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError, ValueError):
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
             return None
-        fits = content.get("identity") == self.identity and content.get("checksum") == _checksum(tensors)
+        fits = checksum == str(_checksum(tensors, about)) and content["identity"] == self.identity
         return (tensors, content) if fits else None
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file, whole or not at all. Raises the system's error, where safetensors hides it in a text of its own."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        with replacing(path) as partial:
+            save_file(dict(tensors), partial, metadata=metadata and dict(metadata))
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error from None
+
+
+def _checksum(tensors: Mapping[str, Tensor], about: str) -> int:
     import torch
 
-    total = 0
+    total = zlib.crc32(about.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)

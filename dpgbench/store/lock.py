@@ -23,11 +23,12 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dpgbench.core.errors import Busy, Lost
+from dpgbench.core.errors import Busy, Gone, Lost
 
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 120.0
 FILE = re.compile(r"lock\.(\d+)(\.free)?")
+_let_go: set[str] = set()  # this process's own, also where the file system took no notice
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Owner:
     def lives(self, age: float) -> bool:
         """Whether its process runs; `age` is the seconds since its heart beat, and decides where pids say nothing."""
         if self.machine and self.machine == _machine() and self.host == socket.gethostname():
-            return _start_time(self.pid) == self.started
+            return _start_time(self.pid) == self.started and self.token not in _let_go
         return age < STALE_SECONDS
 
     def __str__(self) -> str:
@@ -80,7 +81,7 @@ def _look(folder: Path, now: float) -> Held:
             return Held(n)
         path = folder / f"lock.{n}"
         try:
-            age = max(0.0, now - path.stat().st_mtime)
+            age = abs(now - path.stat().st_mtime)  # a beat in the future is of a clock that was set back since, and none of now
             owner = Owner(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:  # let go of, or overtaken, between the two looks
             continue
@@ -94,7 +95,7 @@ def _highest(folder: Path) -> tuple[int, bool]:
     """The highest number among the lock files, and whether it has been let go of; (0, False) if there is none."""
     try:
         found = [match for name in os.listdir(folder) if (match := FILE.fullmatch(name))]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0, False
     return max(((int(match[1]), bool(match[2])) for match in found), default=(0, False))
 
@@ -142,14 +143,18 @@ class Lock:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+        _let_go.add(self.owner.token)
         try:
             os.rename(self.path, self.folder / f"lock.{self.n}.free")
-        except FileNotFoundError:  # taken over, or the folder is gone
+        except OSError:  # taken over, the folder is gone, or the file system is: a lock whose process ends is not in the way
             return
 
     def check(self) -> None:
-        """Raises Lost if another process has taken over. Costs one directory listing."""
-        if _highest(self.folder) != (self.n, False):
+        """Raises Lost if another process has taken over, Gone if the folder is not there any more. Costs one directory listing."""
+        there = _highest(self.folder)
+        if there[0] == 0:
+            raise Gone(f"{self.folder.name}: its folder was deleted or replaced")
+        if there != (self.n, False):
             raise Lost(f"{self.folder.name}: taken over by another process while this one did not answer; stopping without a trace")
 
     def _beat(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from dpgbench.store.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import pandas
+    import pyarrow
 
 SCHEMA = "1"
 
@@ -103,12 +105,12 @@ def _snapshot_rows(row: dict[str, Any], folder: RunFolder) -> list[dict[str, Any
         }  # fmt: skip
 
     rows = [scored(snapshot) for snapshot in result["snapshots"]]
-    picture = folder.path / "picture.png"
+    drawn = (folder.path / "picture.png").exists()
     rows[-1] |= {
         "texts": json.dumps(result["texts"], ensure_ascii=False),
-        "picture": picture.read_bytes() if picture.exists() else None,
-        "spec": (folder.path / "spec.yaml").read_text(encoding="utf-8"),
-        "env": (folder.path / "env.json").read_text(encoding="utf-8"),
+        "picture": folder.whole("picture.png").read_bytes() if drawn else None,
+        "spec": folder.text("spec.yaml"),
+        "env": folder.text("env.json"),
     }
     return rows + [{**scored(line), SIZE: line[SIZE]} for line in result.get("deployments", [])]
 
@@ -122,9 +124,10 @@ def write_parquet(frame: pandas.DataFrame, path: Path, *, suite: str, title: str
 
     table = pyarrow.Table.from_pandas(frame, preserve_index=False)
     about = {"schema": SCHEMA, "suite": suite, "title": title, "command": command}
+    about["checksum"] = _checksum(about, table)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"dpgbench": json.dumps(about).encode()})
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(table, buffer, compression="zstd")
+    pyarrow.parquet.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     write_atomically(path, buffer.getvalue())
 
 
@@ -134,15 +137,26 @@ def read_parquet(path: Path) -> tuple[pandas.DataFrame, dict[str, str]]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        table = pyarrow.parquet.read_table(path, page_checksum_verification=True)
         about = json.loads((table.schema.metadata or {}).get(b"dpgbench", b"{}"))
-    except (OSError, pyarrow.ArrowInvalid, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}); restore it or run the suite again") from None
+        checksum = about.pop("checksum", None)  # none: written before there were any
+        if checksum not in (None, _checksum(about, table)) or about.keys() - {"schema", "suite", "title", "command"}:
+            raise ValueError("its checksum differs")
+        frame = table.to_pandas()
+    except Exception as error:  # of whatever kind: a flipped bit of the footer is a key that is missing, or a length beyond all memory
+        said = str(error).strip() or type(error).__name__
+        raise UserError(f"{path}: cannot be read as parquet ({said.splitlines()[0]}); restore it or run the suite again") from None
     if about.get("schema") != SCHEMA:
         raise UserError(
             f"{path}: written with schema {about.get('schema')}, this dpgbench reads {SCHEMA}; run `report` where its run folders are"
         )
-    return table.to_pandas(), about
+    return frame, about
+
+
+def _checksum(about: Mapping[str, str], table: pyarrow.Table) -> str:
+    """Of what the pages' own checksums leave out: what the file says of itself, its columns' names, and which of them pandas is to see."""
+    for_pandas = (table.schema.metadata or {}).get(b"pandas", b"")
+    return f"{zlib.crc32(json.dumps([dict(about), table.column_names]).encode() + for_pandas):08x}"
 
 
 def stored_frame(path: Path) -> pandas.DataFrame | None:

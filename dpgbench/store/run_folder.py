@@ -9,7 +9,7 @@ results/runs/<task>.<method>.s<seed>.<hash>/
     deployment.jsonl        the texts of the last scored snapshot, with their prompts
     generator.safetensors   the weights that wrote them, where the method trained its generator and scale.keep_generator is true
     tracking/       files of TensorBoard and the like, where policy.report_to names one
-    result.json     the outcome; written last, by rename: it marks the cell done
+    result.json     the outcome, with checksums of itself and of the other files; written last, by rename: it marks the cell done
     picture.png     what the task drew, if it draws
     error.txt       why the cell failed, if it did
     job.json        the SLURM job that was given the cell
@@ -25,7 +25,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from dpgbench.store import checkpoints, lock
 SCHEMA = 1
 TRACKERS = "tracking"  # the folder of trackers' files, where a policy reports to some
 GROWING = ("metrics.jsonl", "timings.jsonl", "rollouts.jsonl")  # appended to, line by line
+CHECKED = ("spec.yaml", "env.json", "deployment.jsonl", "generator.safetensors", "picture.png")  # whose checksums a result has besides
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class RunFolder:
         self.path, self.spec = path, spec
         self.hash = path.name.rpartition(".")[2]
         self._lock: lock.Lock | None = None
+        self._sums: dict[str, int] = {}  # of the growing files, of what was written: a disk may return something else
 
     @classmethod
     def of(cls, results: Path, spec: RunSpec) -> RunFolder:
@@ -85,6 +88,12 @@ class RunFolder:
             return State("interrupted", f"{self.progress()}, {checkpoints.where_to_go_on(self.path)}")
         return State("missing")
 
+    def occupied(self) -> str:
+        """In words, why a cell that another process has was not run."""
+        held = lock.look(self.path)
+        who = f" ({held.owner})" if held.owner is not None else ""
+        return f"another process works on this cell{who}; wait for it, or stop it first; the same command then goes on"
+
     def progress(self) -> str:
         """How far a cell got, from the last line of its metrics."""
         steps = [line["step"] for line in read_lines(self.path / "metrics.jsonl", last_bytes=16384) if "step" in line]
@@ -92,11 +101,29 @@ class RunFolder:
 
     def result(self) -> dict[str, Any]:
         """The outcome of a finished cell. Raises UserError if the file is damaged."""
+        return {key: value for key, value in self._stored().items() if key not in ("files", "checksum")}
+
+    def _stored(self) -> dict[str, Any]:
         path = self.path / "result.json"
         problem = self._problem_with(path)
         if problem:
             raise UserError(f"{self.path}: {problem}; delete the folder and run the cell again")
         return json.loads(path.read_text(encoding="utf-8"))
+
+    def whole(self, name: str) -> Path:
+        """The path of a finished cell's file that is as it was when the cell ended. Raises UserError if it is damaged or gone."""
+        known, found = self._stored().get("files", {}).get(name), _checksum(self.path / name)
+        if found is None or known not in (None, found):  # none is known where the cell finished before sums were kept
+            problem = "is gone" if found is None else "is not what the finished run wrote (a damaged file)"
+            raise UserError(f"{self.path}: {name} {problem}; delete the folder and run the cell again")
+        return self.path / name
+
+    def text(self, name: str) -> str:
+        """What such a file says. Errors as in `whole`."""
+        try:
+            return self.whole(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{self.path}: {name} is not UTF-8 (a damaged file); delete the folder and run the cell again") from None
 
     def _problem_with(self, result: Path) -> str:
         try:
@@ -105,12 +132,22 @@ class RunFolder:
             return "result.json is not valid JSON (a damaged file)"
         except OSError as error:
             return f"result.json cannot be read ({error.strerror})"
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA or "snapshots" not in content:
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA or not {"snapshots", "lines"} <= set(content):
             return "result.json was written by another version of dpgbench"
         if content.get("hash") != self.hash:
             return f"result.json belongs to another cell (hash {content.get('hash')}, not {self.hash})"
-        lines = count_lines(self.path / "metrics.jsonl")
-        return "" if lines == content["lines"] else f"metrics.jsonl has {lines} whole lines where the finished run wrote {content['lines']}"
+        checksum = content.pop("checksum", None)  # older results have neither this nor "files"
+        if (checksum is not None or "files" in content) and checksum != zlib.crc32(json.dumps(content).encode()):
+            return "result.json is not what the finished run wrote (a damaged file)"
+        try:
+            metrics = (self.path / "metrics.jsonl").read_bytes()
+        except OSError as error:
+            return f"metrics.jsonl cannot be read ({error.strerror})"
+        lines = metrics.count(b"\n")
+        if lines != content["lines"]:
+            return f"metrics.jsonl has {lines} whole lines where the finished run wrote {content['lines']}"
+        known = content.get("files", {}).get("metrics.jsonl")
+        return "" if known in (None, zlib.crc32(metrics)) else "metrics.jsonl is not what the finished run wrote (a damaged file)"
 
     @contextmanager
     def owned(self) -> Iterator[None]:
@@ -129,27 +166,33 @@ class RunFolder:
         if held is not None:
             held.release()
 
-    def begin(self, env: dict[str, Any], sizes: dict[str, int] | None = None) -> None:
-        """Start the cell afresh, removing what an interrupted run left; or go on where its growing files had `sizes` bytes."""
+    def begin(self, env: dict[str, Any], growing: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Start the cell afresh, removing what an interrupted run left; or go on where its growing files were as `growing` said."""
         from omegaconf import OmegaConf
 
         self.check_owned()
-        for name in ("result.json", "error.txt", "picture.png", *(GROWING if sizes is None else ())):
+        kept = growing or {}
+        for name in ("result.json", "error.txt", "picture.png", *(name for name in GROWING if name not in kept)):
             (self.path / name).unlink(missing_ok=True)
-        for partial in self.path.glob(".*.safetensors.*.partial"):  # what a killed owner was writing
-            partial.unlink(missing_ok=True)
-        if sizes is None:
+        for partial in self.path.glob(".*.partial"):  # what a killed owner was writing
+            if not partial.name.startswith(".job.json."):  # which is a sweep's
+                partial.unlink(missing_ok=True)
+        if growing is None:
             checkpoints.remove(self.path)
             shutil.rmtree(self.path / TRACKERS, ignore_errors=True)
-        for name, size in (sizes or {}).items():
-            if (self.path / name).exists():
-                os.truncate(self.path / name, size)
+        for name, (size, _) in kept.items():
+            os.truncate(self.path / name, size)
+        self._sums = {name: checksum for name, (_, checksum) in kept.items()}
         write_atomically(self.path / "spec.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(self.spec.config))))
         write_atomically(self.path / "env.json", json.dumps(env, indent=1))
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of the growing files, for a checkpoint to go back to."""
-        return {name: (self.path / name).stat().st_size for name in GROWING if (self.path / name).exists()}
+    def growing(self) -> dict[str, tuple[int, int]]:
+        """Size and checksum of the growing files, for a checkpoint to go back to."""
+        return {name: ((self.path / name).stat().st_size, self._sums[name]) for name in GROWING if name in self._sums}
+
+    def begins_with(self, growing: Mapping[str, Sequence[int]]) -> bool:
+        """Whether the growing files, which may be longer by now, have those bytes at their beginning. Reads them whole."""
+        return all(_checksum(self.path / name, size) == checksum for name, (size, checksum) in growing.items())
 
     def check_owned(self) -> None:
         """Raises Lost if the cell was taken over; every write asks first."""
@@ -162,11 +205,15 @@ class RunFolder:
         rollouts = line.get("rollouts")
         line = {key: value for key, value in line.items() if key != "rollouts"}
         if rollouts is not None:
-            _append(self.path / "rollouts.jsonl", {"step": line["step"], **rollouts})
-        _append(self.path / "metrics.jsonl", line)
-        _append(
-            self.path / "timings.jsonl", {**{key: line[key] for key in ("step", "snapshot") if key in line}, "seconds": round(seconds, 3)}
-        )
+            self._append("rollouts.jsonl", {"step": line["step"], **rollouts})
+        self._append("metrics.jsonl", line)
+        self._append("timings.jsonl", {**{key: line[key] for key in ("step", "snapshot") if key in line}, "seconds": round(seconds, 3)})
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        content = (json.dumps(line, ensure_ascii=False) + "\n").encode()
+        with open(self.path / name, "ab") as file:
+            file.write(content)
+        self._sums[name] = zlib.crc32(content, self._sums.get(name, 0))
 
     def finish(self, result: dict[str, Any], picture: bytes | None) -> None:
         """Mark the cell done."""
@@ -174,8 +221,17 @@ class RunFolder:
         if picture is not None:
             write_atomically(self.path / "picture.png", picture)
         lines = count_lines(self.path / "metrics.jsonl")
-        write_atomically(self.path / "result.json", json.dumps({"schema": SCHEMA, "hash": self.hash, "lines": lines, **result}))
+        sums = {name: checksum for name in CHECKED if (checksum := _checksum(self.path / name)) is not None} | self._sums
+        content = json.loads(json.dumps({"schema": SCHEMA, "hash": self.hash, "lines": lines, **result, "files": sums}))
+        write_atomically(self.path / "result.json", json.dumps({**content, "checksum": zlib.crc32(json.dumps(content).encode())}))
         checkpoints.remove(self.path)
+
+    def out_of_time(self, seconds: float) -> str:
+        """Why a cell that took longer than `launcher.cell_seconds` has failed."""
+        return (
+            f"launcher.cell_seconds={seconds:g}: the cell took longer and was stopped ({self.progress()}); give more time, as in "
+            f"launcher.cell_seconds={10 * seconds:g} retry=failed"
+        )
 
     def fail(self, reason: str) -> None:
         """Mark the cell failed; the last line of `reason` is what lists show."""
@@ -220,14 +276,16 @@ def read_lines(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]
             if last_bytes is not None:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - last_bytes))
             content = file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     lines = []
     for line in content.split(b"\n"):
         try:
-            lines.append(json.loads(line))
+            read = json.loads(line)
         except ValueError:
             continue
+        if isinstance(read, dict):  # a damaged line may be valid JSON
+            lines.append(read)
     return lines
 
 
@@ -240,12 +298,21 @@ def last_line(path: Path) -> str:
     """The last line of a text file that is not empty; "" if there is none, or no file, which another process may just have removed."""
     try:
         content = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""
     lines = [line for line in content.splitlines() if line.strip()]
     return lines[-1].strip() if lines else ""
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+def _checksum(path: Path, size: int | None = None) -> int | None:
+    """CRC-32 of a file, or of its first bytes; None where it is not there or shorter than they are."""
+    total, left = 0, path.stat().st_size if size is None and path.exists() else size
+    if left is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            while left and (block := file.read(min(left, 1 << 20))):
+                total, left = zlib.crc32(block, total), left - len(block)
+    except FileNotFoundError:
+        return None
+    return None if left else total
