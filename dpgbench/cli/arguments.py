@@ -151,5 +151,6 @@ def warn_of_threads(specs: Sequence[RunSpec]) -> None:
 
 
 def first_comment(path: Path) -> str:
-    lines = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#") and "@package" not in line]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = [line[1:].strip() for line in text.splitlines() if line.startswith("#") and "@package" not in line]
     return lines[0] if lines else ""
