@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -17,8 +16,9 @@ from rich.text import Text
 
 from dpgbench import config
 from dpgbench.bench import distributed
-from dpgbench.config.overrides import one, quoted
+from dpgbench.config.overrides import for_shell, one, quoted
 from dpgbench.core.cell import RunSpec
+from dpgbench.core.documents import Unreadable, json_of, text_of
 from dpgbench.core.errors import UserError, did_you_mean
 from dpgbench.core.text import visible
 from dpgbench.plugins.registry import Registry
@@ -67,10 +67,25 @@ def place_of(words: list[str]) -> tuple[Path, str, bool]:
 
 
 def full_words(words: list[str]) -> list[str]:
-    """The words of the sweep that is meant: its name alone stands for what was said when it ran."""
+    """The words of the sweep that is meant: its name alone stands for what was said when it ran.
+
+    Raises UserError for a file of words that is none, and for one that came with its own plug-ins: those are programs, and whoever names a
+    sweep has not asked to run somebody's.
+    """
     results, name, nothing_else = place_of(words)
     saved = results / "runs" / f"{name}.sweep.json"
-    return [*json.loads(saved.read_text(encoding="utf-8")), quoted("results", str(results))] if nothing_else and saved.exists() else words
+    if not nothing_else or not saved.exists():
+        return words
+    try:
+        said = json_of(text_of(saved))
+    except Unreadable as reason:
+        raise UserError(f"{saved}: cannot be read ({reason}); delete it, and say again which cells are meant") from None
+    if not isinstance(said, list) or not all(isinstance(word, str) for word in said):
+        raise UserError(f"{saved}: not the words of a sweep; delete it, and say again which cells are meant")
+    plugins = one(config.parse(said), "plugins")
+    if plugins is not None and Path(plugins).resolve().is_relative_to(results.resolve()):
+        raise UserError(f"{saved}: its plug-ins came with the results; to run them write it yourself: {for_shell('plugins', plugins)}")
+    return [*said, quoted("results", str(results))]
 
 
 def selector(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from dpgbench import config
 from dpgbench.cli.arguments import full_words, inert, place_of, selector, take_format
 from dpgbench.config.overrides import one
 from dpgbench.core.errors import UserError
+from dpgbench.core.text import json_text
 from dpgbench.plugins.registry import Registry
 from dpgbench.store import run_folder
 
@@ -53,7 +53,7 @@ def write_report(words: list[str]) -> int:
     protocol = config.protocol_of(request.registry if request is not None else Registry(), about["suite"])
     what = {"suite": about["suite"], "command": command, "title": about["title"] or None, "protocol": protocol}
     if as_json:
-        print(json.dumps(machine_readable(frame, **what), indent=1, ensure_ascii=False, allow_nan=False))
+        print(json_text(machine_readable(frame, **what)))
     else:
         print(f"report: {inert(str(build(frame, results / name, **what)))}")
     return 0

@@ -14,6 +14,7 @@ from scipy import special
 
 from dpgbench.core.errors import UserError, did_you_mean
 from dpgbench.core.options import leaves_of
+from dpgbench.core.text import json_text
 from dpgbench.report.format import DASH, and_more, decimals_for, interval, number, plural, probability
 from dpgbench.report.results import SuiteResults, TaskResults, natural, read_frame
 from dpgbench.report.table import Cell, Column, Row, Table, escape, markdown, records, text_cell
@@ -104,7 +105,7 @@ def as_markdown(table: Table) -> str:
 
 
 def as_json(table: Table) -> str:
-    return json.dumps(records(table), indent=1, ensure_ascii=False, allow_nan=False)
+    return json_text(records(table))
 
 
 def _keys(side: SuiteResults) -> set[tuple[str, str]]:

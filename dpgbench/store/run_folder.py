@@ -32,12 +32,14 @@ from pathlib import Path
 from typing import Any
 
 from dpgbench.core.cell import RunSpec
+from dpgbench.core.documents import Unreadable, json_of, settings_of, text_of
 from dpgbench.core.errors import Busy, UserError
 from dpgbench.core.files import write_atomically
 from dpgbench.store import checkpoints, lock
 
 SCHEMA = 1
 TRACKERS = "tracking"  # the folder of trackers' files, where a policy reports to some
+SECTIONS = ("task", "method", "training", "scale")
 GROWING = ("metrics.jsonl", "timings.jsonl", "rollouts.jsonl")  # appended to, line by line
 
 
@@ -87,7 +89,7 @@ class RunFolder:
 
     def progress(self) -> str:
         """How far a cell got, from the last line of its metrics."""
-        steps = [line["step"] for line in read_lines(self.path / "metrics.jsonl", last_bytes=16384) if "step" in line]
+        steps = [line["step"] for line in read_lines(self.path / "metrics.jsonl", last_bytes=16384) if type(line.get("step")) is int]
         return f"step {steps[-1]}" if steps else "starting"
 
     def result(self) -> dict[str, Any]:
@@ -95,22 +97,45 @@ class RunFolder:
         path = self.path / "result.json"
         problem = self._problem_with(path)
         if problem:
-            raise UserError(f"{self.path}: {problem}; delete the folder and run the cell again")
-        return json.loads(path.read_text(encoding="utf-8"))
+            raise self._damaged(problem)
+        return json_of(text_of(path))
+
+    def scored(self) -> dict[str, Any]:
+        """`result`, with all that a report or an export looks for in it. Raises UserError where that is not so."""
+        content = self.result()
+        flaw = _flaw_of(content)
+        if flaw:
+            raise self._damaged(f"result.json {flaw}")
+        return content
+
+    def config(self) -> dict[str, Any]:
+        """The cell's settings as `spec.yaml` has them. Raises UserError where it has none."""
+        try:
+            content = settings_of(text_of(self.path / "spec.yaml"))
+        except Unreadable as reason:
+            raise self._damaged(f"spec.yaml cannot be read ({reason})") from None
+        if not isinstance(content, dict) or not all(isinstance(content.get(section), dict) for section in SECTIONS):
+            raise self._damaged("spec.yaml has not the settings of a cell")
+        return content
+
+    def _damaged(self, problem: str) -> UserError:
+        return UserError(f"{self.path}: {problem}; delete the folder and run the cell again")
 
     def _problem_with(self, result: Path) -> str:
         try:
-            content = json.loads(result.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            return "result.json is not valid JSON (a damaged file)"
-        except OSError as error:
-            return f"result.json cannot be read ({error.strerror})"
+            content = json_of(text_of(result))
+        except Unreadable as reason:
+            return f"result.json is {reason} (a damaged file)"
         if not isinstance(content, dict) or content.get("schema") != SCHEMA or "snapshots" not in content:
             return "result.json was written by another version of dpgbench"
         if content.get("hash") != self.hash:
             return f"result.json belongs to another cell (hash {content.get('hash')}, not {self.hash})"
-        lines = count_lines(self.path / "metrics.jsonl")
-        return "" if lines == content["lines"] else f"metrics.jsonl has {lines} whole lines where the finished run wrote {content['lines']}"
+        try:
+            lines = count_lines(self.path / "metrics.jsonl")
+        except OSError as error:
+            return f"metrics.jsonl cannot be read ({error.strerror})"
+        wrote = content.get("lines")
+        return "" if lines == wrote else f"metrics.jsonl has {lines} whole lines where the finished run wrote {wrote}"
 
     @contextmanager
     def owned(self) -> Iterator[None]:
@@ -214,21 +239,43 @@ def check_writable(results: Path) -> None:
 
 
 def read_lines(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file, or those in its last bytes; lines cut short (by a kill, by the window) are left out."""
+    """The whole lines of a JSONL file, objects all, or those in its last bytes; lines cut short (by a kill, by the window) are left out."""
     try:
         with open(path, "rb") as file:
             if last_bytes is not None:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - last_bytes))
             content = file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return []
     lines = []
     for line in content.split(b"\n"):
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            lines.append(json_of(line))
+        except Unreadable:
             continue
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def _flaw_of(result: dict[str, Any]) -> str:
+    """What a finished cell's result lacks for those who read it; "" if nothing."""
+    kinds = {"headline": str, "higher_is_better": bool, "snapshots": list, "texts": list}
+    wrong = [name for name, kind in kinds.items() if type(result.get(name)) is not kind]
+    if wrong:
+        return f"has no {wrong[0]}"
+    lines = [*result["snapshots"], *(result.get("deployments") or [])]
+    if not result["snapshots"] or not all(isinstance(line, dict) for line in lines):
+        return "has no snapshots"
+    if not all(isinstance(text, str) for text in result["texts"]):
+        return "has texts that are none"
+    for line in lines:
+        numbers = {name: line.get(name) for name in ("snapshot", "flops", "tokens_generated", "tokens_trained", "seconds", "phi")}
+        measures = line.get("measures")
+        if not isinstance(measures, dict) or not isinstance(line.get("flops_by_phase"), dict):
+            return "has a snapshot without measures"
+        unlike = [name for name, value in {**numbers, **measures}.items() if type(value) not in (int, float) and value is not None]
+        if unlike or None in (numbers["snapshot"], numbers["flops"]):
+            return f"has a snapshot whose {unlike[0] if unlike else 'place'} is no number"
+    return ""
 
 
 def count_lines(path: Path) -> int:
@@ -240,7 +287,7 @@ def last_line(path: Path) -> str:
     """The last line of a text file that is not empty; "" if there is none, or no file, which another process may just have removed."""
     try:
         content = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return ""
     lines = [line for line in content.splitlines() if line.strip()]
     return lines[-1].strip() if lines else ""
