@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from typing import Any
 
@@ -25,4 +26,4 @@ def json_text(value: Any) -> str:
     Raises ValueError for a number that JSON does not have.
     """
     written = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    return "".join(char if char == "\n" or _escaped(char) == char else f"\\u{ord(char):04x}" for char in written)
+    return re.sub(r"[^\n -~]", lambda found: found[0] if _escaped(found[0]) == found[0] else f"\\u{ord(found[0]):04x}", written)
