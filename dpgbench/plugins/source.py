@@ -70,7 +70,7 @@ def read(kind: Kind, path: Path, *, trusted: bool = False) -> PluginFile:
     if type(version) is not int:
         return PluginFile(kind, path.stem, path, summary, error=f"{path.name}: version = {version!r}; it must be a whole number")
     if not isinstance(defaults, dict) or not all(isinstance(option, str) for option in defaults):
-        return PluginFile(kind, path.stem, path, summary, error=f"{path.name}: defaults = {defaults!r}; it must be a dict of options by name")
+        return PluginFile(kind, path.stem, path, summary, error=f"{path.name}: defaults = {defaults!r}; it must be a dict by option")
     if not isinstance(budget_options, tuple | list) or not all(isinstance(option, str) for option in budget_options):
         said = f"{path.name}: budget_options = {budget_options!r}; it must be a tuple of names of options"
         return PluginFile(kind, path.stem, path, summary, error=said)

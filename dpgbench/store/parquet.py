@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpgbench.core.cell import Cell
+from dpgbench.core.documents import json_of
 from dpgbench.core.errors import UserError
 from dpgbench.core.files import write_atomically
 from dpgbench.core.options import leaves_of
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
 SCHEMA = "1"
 
 
-def frame_of(cells: Sequence[Cell], results: Path, descriptions: Mapping[str, str], kept: pandas.DataFrame | None = None) -> pandas.DataFrame:
+def frame_of(
+    cells: Sequence[Cell], results: Path, descriptions: Mapping[str, str], kept: pandas.DataFrame | None = None
+) -> pandas.DataFrame:  # fmt: skip
     """One row per (cell, snapshot), and one for each cell without a result, with the reason.
 
-    `kept` is what an earlier call gave, from a parquet: a cell that is finished there and has no finished run folder here keeps its rows, so
-    that a stored suite is extended seed by seed, on one machine after another. Only its labels are made anew.
+    `kept` is what an earlier call gave, from a parquet: a cell that is finished there and has no finished run folder here keeps its rows,
+    so that a stored suite is extended seed by seed, on one machine after another. Only its labels are made anew.
 
     A cell with `scale.more_deployments` has rows of its last answer's deployment datasets besides, its own among them, with their sizes in
     `deployment_texts`: no part of the curve, whose rows have nothing there (`report.results` keeps them apart).
@@ -79,6 +82,11 @@ def _is_empty(value: Any) -> bool:
 
 
 SIZE = "deployment_texts"
+NEEDED = ("cell", "task_label", "method", "method_label", "seed", "status", "step")
+WORDS = (
+    "cell", "task", "task_label", "task_description", "method", "method_label", "status", "reason", "flops_by_phase", "headline",
+    "method_description",
+)  # fmt: skip
 
 
 COLUMNS = [
@@ -89,7 +97,7 @@ BLOBS = ["texts", "picture", "spec", "env"]
 
 
 def _snapshot_rows(row: dict[str, Any], folder: RunFolder) -> list[dict[str, Any]]:
-    result = folder.result()
+    result = folder.scored()
 
     def scored(line: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -104,9 +112,8 @@ def _snapshot_rows(row: dict[str, Any], folder: RunFolder) -> list[dict[str, Any
     picture = folder.path / "picture.png"
     rows[-1] |= {
         "texts": json.dumps(result["texts"], ensure_ascii=False),
-        "picture": picture.read_bytes() if picture.exists() else None,
-        "spec": (folder.path / "spec.yaml").read_text(encoding="utf-8"),
-        "env": (folder.path / "env.json").read_text(encoding="utf-8"),
+        "picture": picture.read_bytes() if picture.is_file() else None,
+        **{name.partition(".")[0]: folder.text(name) for name in ("spec.yaml", "env.json")},
     }
     return rows + [{**scored(line), SIZE: line[SIZE]} for line in result.get("deployments", [])]
 
@@ -122,25 +129,63 @@ def write_parquet(frame: pandas.DataFrame, path: Path, *, suite: str, title: str
     about = {"schema": SCHEMA, "suite": suite, "title": title, "command": command}
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"dpgbench": json.dumps(about).encode()})
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(table, buffer, compression="zstd")
+    pyarrow.parquet.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     write_atomically(path, buffer.getvalue())
 
 
 def read_parquet(path: Path) -> tuple[pandas.DataFrame, dict[str, str]]:
-    """The frame and {"suite", "title", "command"}. Raises UserError if the file is not one of ours."""
-    import pyarrow
+    """The frame and {"suite", "title", "command"}. Raises UserError if the file is not one of ours.
+
+    Columns have the types that are stored, whatever the file's own notes for pandas say; pages are held to their checksums where they have
+    some.
+    """
     import pyarrow.parquet
 
+    fix = "restore it or run the suite again"
     try:
-        table = pyarrow.parquet.read_table(path)
-        about = json.loads((table.schema.metadata or {}).get(b"dpgbench", b"{}"))
-    except (OSError, pyarrow.ArrowInvalid, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}); restore it or run the suite again") from None
-    if about.get("schema") != SCHEMA:
-        raise UserError(
-            f"{path}: written with schema {about.get('schema')}, this dpgbench reads {SCHEMA}; run `report` where its run folders are"
-        )
-    return table.to_pandas(), about
+        table = pyarrow.parquet.read_table(path, page_checksum_verification=True)
+        about = json_of((table.schema.metadata or {}).get(b"dpgbench", b"{}"))
+        frame = table.to_pandas(ignore_metadata=True)
+    except Exception as error:  # Arrow's, and whatever comes of bytes that are not what their lengths say
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as parquet ({said}); {fix}") from None
+    schema = about.get("schema") if isinstance(about, dict) else None
+    if schema != SCHEMA:
+        raise UserError(f"{path}: written with schema {schema}, this dpgbench reads {SCHEMA}; run `report` where its run folders are")
+    if not all(isinstance(about.get(name), str) for name in ("suite", "title", "command")):
+        raise UserError(f"{path}: does not say what it is of; {fix}")
+    flaw = _flaw_of(frame)
+    if flaw:
+        raise UserError(f"{path}: {flaw}; {fix}")
+    return frame, about
+
+
+def _flaw_of(frame: pandas.DataFrame) -> str:
+    """What a stored frame lacks for a report; "" if nothing."""
+    import pandas
+
+    if not frame.columns.is_unique:
+        return "two columns have one name"
+    if not len(frame):
+        return ""
+    lacking = [name for name in NEEDED if name not in frame.columns]
+    if lacking:
+        return f"it has no column {lacking[0]}"
+    for name in frame.columns:
+        column = frame[name]
+        if name in (*WORDS, *BLOBS):
+            what, kinds = ("pictures", bytes) if name == "picture" else ("text", str)
+        elif (name in COLUMNS or name.startswith("metric:")) and not pandas.api.types.is_numeric_dtype(column):
+            what, kinds = "numbers", (bool, int, float)
+        else:
+            continue
+        if not all(value is None or isinstance(value, kinds) or (isinstance(value, float) and value != value) for value in column):
+            return f"its column {name} holds something else than {what}"
+    if frame[[*NEEDED[:-1]]].isna().any().any():
+        return "a row does not say which cell it is of"
+    if not (frame["seed"].astype(float).abs() < 2.0**63).all():
+        return "a seed is no whole number"
+    return ""
 
 
 def stored_frame(path: Path) -> pandas.DataFrame | None:

@@ -111,12 +111,19 @@ class RunFolder:
     def config(self) -> dict[str, Any]:
         """The cell's settings as `spec.yaml` has them. Raises UserError where it has none."""
         try:
-            content = settings_of(text_of(self.path / "spec.yaml"))
+            content = settings_of(self.text("spec.yaml"))
         except Unreadable as reason:
             raise self._damaged(f"spec.yaml cannot be read ({reason})") from None
         if not isinstance(content, dict) or not all(isinstance(content.get(section), dict) for section in SECTIONS):
             raise self._damaged("spec.yaml has not the settings of a cell")
         return content
+
+    def text(self, name: str) -> str:
+        """A text file of a finished cell. Raises UserError where it cannot be read."""
+        try:
+            return text_of(self.path / name)
+        except Unreadable as reason:
+            raise self._damaged(f"{name} cannot be read ({reason})") from None
 
     def _damaged(self, problem: str) -> UserError:
         return UserError(f"{self.path}: {problem}; delete the folder and run the cell again")
@@ -256,6 +263,11 @@ def read_lines(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]
     return [line for line in lines if isinstance(line, dict)]
 
 
+def _is_number(value: Any) -> bool:
+    """One that a table can hold; JSON's have any length."""
+    return type(value) is float or (type(value) is int and -(2**63) <= value < 2**63)
+
+
 def _flaw_of(result: dict[str, Any]) -> str:
     """What a finished cell's result lacks for those who read it; "" if nothing."""
     kinds = {"headline": str, "higher_is_better": bool, "snapshots": list, "texts": list}
@@ -272,7 +284,7 @@ def _flaw_of(result: dict[str, Any]) -> str:
         measures = line.get("measures")
         if not isinstance(measures, dict) or not isinstance(line.get("flops_by_phase"), dict):
             return "has a snapshot without measures"
-        unlike = [name for name, value in {**numbers, **measures}.items() if type(value) not in (int, float) and value is not None]
+        unlike = [name for name, value in {**numbers, **measures}.items() if not _is_number(value) and value is not None]
         if unlike or None in (numbers["snapshot"], numbers["flops"]):
             return f"has a snapshot whose {unlike[0] if unlike else 'place'} is no number"
     return ""
