@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
+from dpgbench.core.documents import Unreadable, settings_of
 from dpgbench.core.errors import UserError, did_you_mean
 from dpgbench.core.options import leaves_of
 from dpgbench.core.text import json_text
@@ -226,13 +227,9 @@ def _settings(task_a: TaskResults, task_b: TaskResults, method: str) -> list[str
 
 
 def _first_spec(task: TaskResults, method: str) -> dict[str, object]:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     specs = task.finals.loc[task.finals["method_label"] == method, "spec"].dropna()
     try:
-        parsed = OmegaConf.to_container(OmegaConf.create(specs.iloc[0])) if len(specs) else {}
-    except (YAMLError, OmegaConfBaseException, ValueError):  # a text that is none: there are no settings to compare
+        parsed = settings_of(specs.iloc[0]) if len(specs) else {}
+    except Unreadable:  # there are no settings to compare
         parsed = {}
     return leaves_of(parsed) if isinstance(parsed, dict) else {}

@@ -20,7 +20,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from dpgbench.core.documents import Unreadable, json_of
+from dpgbench.core.documents import Unreadable, json_of, yaml_of
 from dpgbench.core.options import leaves_of
 from dpgbench.core.text import visible
 from dpgbench.report import task_tables
@@ -260,11 +260,9 @@ def _specs(tasks: Sequence[TaskResults], styles: Iterable[str]) -> list[list[dic
 
 def _settings(spec: str) -> dict[str, object]:
     """By dotted key; nothing where the text is no configuration."""
-    import yaml
-
     try:
-        parsed = yaml.load(spec, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError:
+        parsed = yaml_of(spec)
+    except Unreadable:
         return {}
     return leaves_of(parsed) if isinstance(parsed, dict) else {}
 
