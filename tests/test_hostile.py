@@ -28,8 +28,8 @@ YAMLS = {
     "environment in a label": "label: a_${oc.env:DPGBENCH_SECRET}",
     "environment, decoded": "x: ${oc.decode:${oc.env:DPGBENCH_SECRET}}",
     "a target": "x: {_target_: os.system, command: 'touch {there}/acted'}",
-    "hydra's callbacks": "hydra: {callbacks: {x: {command: y}}}",
-    "a launcher's commands": "launcher.setup: [touch acted]\nhydra: 1",
+    "hydra's callbacks": "# @package _global_\nmethod: {name: base}\nhydra: {callbacks: {x: {command: y}}}",
+    "a launcher's commands": "# @package _global_\nmethod: {name: base}\nlauncher: {setup: [touch acted]}",
     "a file above": "defaults: [../../../outside, _self_]",
     "a file of the root": "defaults: [/etc/outside, _self_]",
     "a folder of another": "defaults: [{/task: language}, _self_]",
@@ -65,7 +65,9 @@ def plugin_folder(there: Path, kind: str, text: str | bytes) -> Path:
 def test_a_plugins_yaml_is_data_or_refused(dpgbench, tmp_path, monkeypatch, case):
     monkeypatch.setenv("DPGBENCH_SECRET", SECRET)
     (tmp_path / "outside.yaml").write_text("outside: yes\n")
-    own = plugin_folder(tmp_path, "method", "name: base\n" + YAMLS[case].replace("{there}", str(tmp_path)) + "\n")
+    own = plugin_folder(
+        tmp_path, "method", ("" if "@package" in YAMLS[case] else "name: base\n") + YAMLS[case].replace("{there}", str(tmp_path)) + "\n"
+    )
     done = dpgbench("run", "task=l2_norm", "method=evil", "--dry-run", f"plugins={own}", f"results={tmp_path / 'r'}")
     assert done.code == 2 and done.err.count("\n") == 1 and done.err.startswith("dpgbench: "), done
     assert done.err[:-1].isprintable() and SECRET not in done.err + done.out

@@ -44,8 +44,14 @@ def yaml_of(text: str) -> Any:
     """A YAML text's content, read by libyaml, ten times as fast, where PyYAML was built with it. Raises Unreadable."""
     import yaml
 
+    kind = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+        depth = 0
+        for event in yaml.parse(text, kind):  # without recursion: libyaml's binding ends the process over brackets that are too deep
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise Unreadable(f"more than {DEEPEST} levels of brackets or indentation")
+        loader = kind(text)
         node = loader.get_single_node()
         if node is None:
             return None
