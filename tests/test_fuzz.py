@@ -29,14 +29,90 @@ def few(count: int):
     )
 
 
-KEYS = ("task", "method", "scale", "launcher", "suite", "seed", "steps", "n", "lang", "policy.lr", "training.betas", "budget.flops", "budget",
-        "retry", "scale.instruction", "task.label", "name", "spec", "zzz", "launcher.sbatch.x", "", "a.b.c", "task.file")  # fmt: skip
+KEYS = (
+    "task",
+    "method",
+    "scale",
+    "launcher",
+    "suite",
+    "seed",
+    "steps",
+    "n",
+    "lang",
+    "policy.lr",
+    "training.betas",
+    "budget.flops",
+    "budget",
+    "retry",
+    "scale.instruction",
+    "task.label",
+    "name",
+    "spec",
+    "zzz",
+    "launcher.sbatch.x",
+    "",
+    "a.b.c",
+    "task.file",
+)
 PIECES = st.one_of(
-    st.sampled_from(["a", "0", "-1", "1e400", "nan", "inf", "null", "true", "all", "base", "dpg", "l2_norm", "tiny", "core", "''", '"', "'", "[", "]", "{",
-                     "}", "(", ")", ",", ", ", ":", "=", "\\", "${", "${oc.env:HOME}", "}", "range(1,5)", "glob(*)", "choice(a,b)", "~", "+", "@", "../x",
-                     "/etc/x", "\x1b[2J", "\n", "\u202e", "\ud800", "\0", "9" * 400, "x" * 300, "{a:1}", "[1,2]", "???", "match:dpg", "--", "%s"]),
+    st.sampled_from(
+        [
+            "a",
+            "0",
+            "-1",
+            "1e400",
+            "nan",
+            "inf",
+            "null",
+            "true",
+            "all",
+            "base",
+            "dpg",
+            "l2_norm",
+            "tiny",
+            "core",
+            "''",
+            '"',
+            "'",
+            "[",
+            "]",
+            "{",
+            "}",
+            "(",
+            ")",
+            ",",
+            ", ",
+            ":",
+            "=",
+            "\\",
+            "${",
+            "${oc.env:HOME}",
+            "}",
+            "range(1,5)",
+            "glob(*)",
+            "choice(a,b)",
+            "~",
+            "+",
+            "@",
+            "../x",
+            "/etc/x",
+            "\x1b[2J",
+            "\n",
+            "\u202e",
+            "\ud800",
+            "\0",
+            "9" * 400,
+            "x" * 300,
+            "{a:1}",
+            "[1,2]",
+            "???",
+            "match:dpg",
+            "--",
+            "%s",
+        ]
+    ),
     st.text(max_size=4),
-)  # fmt: skip
+)
 VALUES = st.lists(PIECES, max_size=4).map("".join)
 ARGUMENTS = st.one_of(
     st.builds("{}={}".format, st.sampled_from(KEYS), VALUES),
@@ -44,8 +120,20 @@ ARGUMENTS = st.one_of(
     st.sampled_from(["--dry-run", "--help", "--format", "json", "--compare", "-x"]),
 )
 # Those that end in an instant, whatever is asked of them; computing is left out by --dry-run.
-STARTS = st.sampled_from([["run", "--dry-run"], ["sweep", "--dry-run"], ["status"], ["list"], ["help"], ["report"], ["export"], ["new"], [],
-                          *(name.split() + ["--help"] for name in COMMANDS)])  # fmt: skip
+STARTS = st.sampled_from(
+    [
+        ["run", "--dry-run"],
+        ["sweep", "--dry-run"],
+        ["status"],
+        ["list"],
+        ["help"],
+        ["report"],
+        ["export"],
+        ["new"],
+        [],
+        *([*name.split(), "--help"] for name in COMMANDS),
+    ]
+)
 
 
 def answered(words: list[str]) -> None:
@@ -81,8 +169,9 @@ def test_any_line(start, words):
 
 MUTATIONS = st.lists(
     st.tuples(st.sampled_from(["set", "cut", "insert", "delete"]), st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=8)),
-    min_size=1, max_size=3,
-)  # fmt: skip
+    min_size=1,
+    max_size=3,
+)
 
 
 def mutated(content: bytes, mutations) -> bytes:

@@ -41,7 +41,10 @@ YAMLS = {
     "a file that is a folder": "file: /etc",
     "a policy that is a word": "policy: hello",
     "of itself": "x: &a [*a]",
-    "nine times nine times": "a: &a [" + "x," * 9 + "]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True)),
+    "nine times nine times": "a: &a ["
+    + "x," * 9
+    + "]\n"
+    + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True)),
     "deep": "x: " + "[" * 3000 + "]" * 3000,
     "a number without end": "x: " + "9" * 5000,
     "no number": "x: !!int abc",
@@ -51,7 +54,7 @@ YAMLS = {
     "a tab": "\tx: 1",
     "two": "---\nname: dpg",
     "twice": "x: 1\nx: 2",
-}  # fmt: skip
+}
 
 
 def plugin_folder(there: Path, kind: str, text: str | bytes) -> Path:
@@ -75,8 +78,16 @@ def test_a_plugins_yaml_is_data_or_refused(dpgbench, tmp_path, monkeypatch, case
     assert sorted(path.name for path in tmp_path.iterdir()) == ["outside.yaml", "own"]
 
 
-BROKEN = {"empty": b"", "list": b"- a\n", "scalar": b"hi\n", "tag": b"a: !!python/name:os.system ''\n", "latin": b"a: \xe4\n", "no lines": b"grid: 3\n",
-          "odd quotes": b"grid: [\"task='a\"]\n", "words": b"grid: [task]\n"}  # fmt: skip
+BROKEN = {
+    "empty": b"",
+    "list": b"- a\n",
+    "scalar": b"hi\n",
+    "tag": b"a: !!python/name:os.system ''\n",
+    "latin": b"a: \xe4\n",
+    "no lines": b"grid: 3\n",
+    "odd quotes": b'grid: ["task=\'a"]\n',
+    "words": b"grid: [task]\n",
+}
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -87,8 +98,23 @@ def test_a_suite_that_is_none_is_one_line_and_does_not_stop_a_list(dpgbench, tmp
     assert dpgbench("list", f"plugins={own}").code == 0
 
 
-@pytest.mark.parametrize("word", ["name=../../x", "name=/x", "suite=../x", "task=../../x", "method=/etc/x", "scale=../x", "launcher=../x",
-                                  "task.label=../../x", "method.label=/x", "name=..", "name=a\\b", "name=runs"])  # fmt: skip
+@pytest.mark.parametrize(
+    "word",
+    [
+        "name=../../x",
+        "name=/x",
+        "suite=../x",
+        "task=../../x",
+        "method=/etc/x",
+        "scale=../x",
+        "launcher=../x",
+        "task.label=../../x",
+        "method.label=/x",
+        "name=..",
+        "name=a\\b",
+        "name=runs",
+    ],
+)
 @pytest.mark.parametrize("command", ["sweep", "status", "report"])
 def test_no_name_leads_out_of_the_results(dpgbench, tmp_path, command, word):
     words = [*(other for other in WORDS if other.partition("=")[0] != word.partition("=")[0]), word]
@@ -99,13 +125,25 @@ def test_no_name_leads_out_of_the_results(dpgbench, tmp_path, command, word):
 # ---- stored files
 
 SPECS = {
-    "not there": None, "empty": b"", "tag": b"task: !!python/object/apply:os.system [ls]\n", "latin": b"\xe4", "a list": b"[1]",
-    "task is a word": {"task": "x"}, "no training": {"training": None}, "no name": {"method": {}}, "seed is a word": {"seed": "x"},
-    "a label above": {"task": {"label": "../../x"}}, "a file without its digest": {"task": {"file": "/etc/passwd"}},
-    "a corpus without its digest": {"scale": {"corpus": "/etc/passwd.txt"}}, "a folder without its digest": {"scale": {"target": "/etc"}},
-    "the environment": {"task": {"x": "${oc.env:HOME}"}}, "a launcher": {"launcher": {"setup": ["ls"]}}, "budget is a list": {"budget": [1]},
-    "betas is a word": {"training": {"betas": "x"}}, "corpus is null": {"scale": {"corpus": None}},
-}  # fmt: skip
+    "not there": None,
+    "empty": b"",
+    "tag": b"task: !!python/object/apply:os.system [ls]\n",
+    "latin": b"\xe4",
+    "a list": b"[1]",
+    "task is a word": {"task": "x"},
+    "no training": {"training": None},
+    "no name": {"method": {}},
+    "seed is a word": {"seed": "x"},
+    "a label above": {"task": {"label": "../../x"}},
+    "a file without its digest": {"task": {"file": "/etc/passwd"}},
+    "a corpus without its digest": {"scale": {"corpus": "/etc/passwd.txt"}},
+    "a folder without its digest": {"scale": {"target": "/etc"}},
+    "the environment": {"task": {"x": "${oc.env:HOME}"}},
+    "a launcher": {"launcher": {"setup": ["ls"]}},
+    "budget is a list": {"budget": [1]},
+    "betas is a word": {"training": {"betas": "x"}},
+    "corpus is null": {"scale": {"corpus": None}},
+}
 
 
 @pytest.mark.parametrize("case", SPECS)
@@ -125,8 +163,16 @@ def test_a_strangers_spec_is_refused_in_one_line(dpgbench, tmp_path, case):
     assert done.code == 2 and done.err.count("\n") == 1 and not (tmp_path / "new").exists()
 
 
-CONTENTS = {"empty": b"", "bytes": b"\xe4\xff\0", "number": b"3", "deep": b"[" * 100_000, "huge": b'{"a":' + b"9" * 5000 + b"}", "object": b"{}",
-            "lines": b'3\n"step"\n{"step": []}\n', "a folder": None}  # fmt: skip
+CONTENTS = {
+    "empty": b"",
+    "bytes": b"\xe4\xff\0",
+    "number": b"3",
+    "deep": b"[" * 100_000,
+    "huge": b'{"a":' + b"9" * 5000 + b"}",
+    "object": b"{}",
+    "lines": b'3\n"step"\n{"step": []}\n',
+    "a folder": None,
+}
 FILES = ("result.json", "spec.yaml", "env.json", "metrics.jsonl", "job.json", "lock.1", "mine.sweep.json", "mine.ab.running.json")
 
 
@@ -147,8 +193,9 @@ def test_stored_files_that_are_none_are_named(dpgbench, tmp_path, name):
             assert done.code in (0, 2) and done.err.count("\n") <= 1, (case, command, done)
 
 
-@pytest.mark.parametrize("change", [{"snapshots": [{}]}, {"snapshots": 3}, {"headline": []}, {"texts": [1]}, {"higher_is_better": "x"},
-                                    {"snapshots": []}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change", [{"snapshots": [{}]}, {"snapshots": 3}, {"headline": []}, {"texts": [1]}, {"higher_is_better": "x"}, {"snapshots": []}]
+)
 def test_a_result_of_another_shape_is_damaged(dpgbench, tmp_path, change):
     folder = write_cell(tmp_path)
     stored = json.loads((folder / "result.json").read_text())
@@ -189,15 +236,65 @@ def test_a_signal_goes_to_a_process_and_to_no_group(tmp_path, change):
         Owner.read(tmp_path / "owner")
 
 
+@pytest.mark.parametrize(
+    "record", [{"job": "--help"}, {"job": "1;ls"}, {"job": 7}, {"log": "/etc/passwd"}, {"log": "../../../etc/passwd"}, {"sweep": []}]
+)
+def test_a_jobs_record_names_a_job_and_a_log_of_these_results(tmp_path, record):
+    from dpgbench.launch import slurm
+
+    folder = write_cell(tmp_path)
+    (folder / "job.json").write_text(json.dumps({"job": "12_3", "sweep": "mine", "log": "/elsewhere/jobs/12_3_log.out"} | record))
+    found = slurm.record_of(folder)
+    assert found is None if "log" not in record else found["log"] == str(tmp_path / "jobs" / "passwd")
+
+
+def test_what_jobs_run_is_the_owners_alone(tmp_path, monkeypatch):
+    """The pickles that submitit writes and a job loads, with an sbatch that only says it took the job."""
+    from dpgbench import config
+    from dpgbench.launch import slurm
+
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 12\n")
+    (tmp_path / "bin" / "srun").write_text("#!/bin/sh\n")
+    for program in (tmp_path / "bin").iterdir():
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    jobs = tmp_path / "r" / "jobs"
+    jobs.mkdir(parents=True)
+    jobs.chmod(0o777)
+    request = config.read([*WORDS, "launcher=slurm"], sweep=True)
+    slurm.submit([request.cells[0].spec], request.launcher, tmp_path / "r", None, "mine", "")
+    pickles = list(jobs.glob("*.pkl"))
+    assert jobs.stat().st_mode & 0o777 == 0o700 and pickles and all(path.stat().st_mode & 0o777 == 0o600 for path in pickles)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(ValueError, match="another user's"):
+        slurm.submit([request.cells[0].spec], request.launcher, tmp_path / "r", None, "mine", "")
+
+
 # ---- texts
 
 TEXTS = {
-    "script": "<script>alert(1)</script>", "end": "</script></style></title>", "attribute": '" onload="alert(1)', "quote": "' onclick='a()",
-    "link": "[a](javascript:alert(1))", "reference": "[a][b] [b]: javascript:x", "image": "![a](http://b/c.png)", "bars": r"a | b \| c \\| d",
-    "bidi": "\u202egnp.exe\u2066", "ansi": "\x1b[2J\x9b31m\x07", "latex": r"\input{/etc/passwd}\write18{ls}", "math": "$x^2$ %comment ~ # &",
-    "bracket": "[1cm", "star": "*", "fence": "```", "heading": "# big", "template": "{{ 7 * 7 }}{% raw %}", "entity": "&lt;b&gt;",
-    "comment": "<!-- a", "lines": "a\nb\u2028c\rd",
-}  # fmt: skip
+    "script": "<script>alert(1)</script>",
+    "end": "</script></style></title>",
+    "attribute": '" onload="alert(1)',
+    "quote": "' onclick='a()",
+    "link": "[a](javascript:alert(1))",
+    "reference": "[a][b] [b]: javascript:x",
+    "image": "![a](http://b/c.png)",
+    "bars": r"a | b \| c \\| d",
+    "bidi": "\u202egnp.exe\u2066",
+    "ansi": "\x1b[2J\x9b31m\x07",
+    "latex": r"\input{/etc/passwd}\write18{ls}",
+    "math": "$x^2$ %comment ~ # &",
+    "bracket": "[1cm",
+    "star": "*",
+    "fence": "```",
+    "heading": "# big",
+    "template": "{{ 7 * 7 }}{% raw %}",
+    "entity": "&lt;b&gt;",
+    "comment": "<!-- a",
+    "lines": "a\nb\u2028c\rd",
+}
 
 
 @pytest.fixture(scope="module")
@@ -243,8 +340,24 @@ def test_a_table_shows_a_text_as_it_is(case):
     assert "<" not in shown and not re.search(r"\][(\[:]", shown) and not re.match(r"(#{1,6}|[-+*])(\s|$)|```", shown)
     assert not re.search(r"(?<!\\)(\\\\)*\|", shown) and (shown.isprintable() or case == "lines")
     written = latex(Table("t", text, text, (Column("a"), Column(text)), (Row((text_cell(text), Cell(text, bold=True))),)))
-    commands = {"textbackslash", "textasciitilde", "textasciicircum", "textless", "textgreater", "textbar", "begin", "end", "centering", "small",
-                "toprule", "midrule", "bottomrule", "textbf", "caption", "label"}  # fmt: skip
+    commands = {
+        "textbackslash",
+        "textasciitilde",
+        "textasciicircum",
+        "textless",
+        "textgreater",
+        "textbar",
+        "begin",
+        "end",
+        "centering",
+        "small",
+        "toprule",
+        "midrule",
+        "bottomrule",
+        "textbf",
+        "caption",
+        "label",
+    }
     assert set(re.findall(r"\\([A-Za-z]+)", written)) <= commands
     plain = re.sub(r"\\.|\{[\[\]*]\}", "", tex(text))
     assert not re.search(r"[$%#&_^~\[\]*\\]", plain) and plain.count("{") == plain.count("}")
