@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -17,8 +16,9 @@ from rich.text import Text
 
 from dpgbench import config
 from dpgbench.bench import distributed
-from dpgbench.config.overrides import one, quoted
+from dpgbench.config.overrides import for_shell, one, quoted
 from dpgbench.core.cell import RunSpec
+from dpgbench.core.documents import Unreadable, json_of, text_of
 from dpgbench.core.errors import UserError, did_you_mean
 from dpgbench.core.text import visible
 from dpgbench.plugins.registry import Registry
@@ -67,18 +67,25 @@ def place_of(words: list[str]) -> tuple[Path, str, bool]:
 
 
 def full_words(words: list[str]) -> list[str]:
-    """The words of the sweep that is meant: its name alone stands for what was said when it ran."""
+    """The words of the sweep that is meant: its name alone stands for what was said when it ran.
+
+    Raises UserError for a file of words that is none, and for one that came with its own plug-ins: those are programs, and whoever names a
+    sweep has not asked to run somebody's.
+    """
     results, name, nothing_else = place_of(words)
     saved = results / "runs" / f"{name}.sweep.json"
     if not nothing_else or not saved.exists():
         return words
     try:
-        stored = json.loads(saved.read_text(encoding="utf-8"))
-        if not (isinstance(stored, list) and all(isinstance(word, str) for word in stored)):
-            raise ValueError("no list of words")
-    except ValueError:  # JSON's and Unicode's errors are such
-        raise UserError(f"{saved}: damaged, so what `{name}` was is not known; say the sweep's words again, or delete the file") from None
-    return [*stored, quoted("results", str(results))]
+        said = json_of(text_of(saved))
+    except Unreadable as reason:
+        raise UserError(f"{saved}: cannot be read ({reason}); delete it, and say again which cells are meant") from None
+    if not isinstance(said, list) or not all(isinstance(word, str) for word in said):
+        raise UserError(f"{saved}: not the words of a sweep; delete it, and say again which cells are meant")
+    plugins = one(config.parse(said), "plugins")
+    if plugins is not None and Path(plugins).resolve().is_relative_to(results.resolve()):
+        raise UserError(f"{saved}: its plug-ins came with the results; to run them write it yourself: {for_shell('plugins', plugins)}")
+    return [*said, quoted("results", str(results))]
 
 
 def selector(name: str) -> str:
@@ -159,5 +166,6 @@ def warn_of_threads(specs: Sequence[RunSpec]) -> None:
 
 
 def first_comment(path: Path) -> str:
-    lines = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#") and "@package" not in line]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = [line[1:].strip() for line in text.splitlines() if line.startswith("#") and "@package" not in line]
     return lines[0] if lines else ""

@@ -4,7 +4,6 @@ estimator` (how far rewards stand for exact effects, and how much of a policy gr
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from dpgbench.config.overrides import Word, one
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import CellError, UserError
 from dpgbench.core.files import replacing
+from dpgbench.core.text import json_text
 from dpgbench.plugins.registry import Registry
 from dpgbench.store import run_folder
 
@@ -120,7 +120,7 @@ def check_estimators(words: list[str]) -> int:
     }  # fmt: skip
     figure = _keep_estimators(request.results, specs, counts, found, about)
     if as_json:
-        print(json.dumps({**about, "figure": str(figure)}, indent=1, ensure_ascii=False, allow_nan=False))
+        print(json_text({**about, "figure": str(figure)}))
     else:
         _show_estimators(specs[0], found, figure)
         if not {"batches", "texts"} & set(given) and len(specs) >= measured_together.MANY:
@@ -138,7 +138,7 @@ def _keep_estimators(
     which = hashlib.sha256(repr((*(spec.hash for spec in specs), sorted(counts.items()))).encode()).hexdigest()[:10]
     path = results / "checks" / f"estimator.{specs[0].task.label}.s{specs[0].seed}.{which}.png"
     with replacing(path.with_suffix(".json")) as partial:
-        partial.write_text(json.dumps(about, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        partial.write_text(json_text(about) + "\n", encoding="utf-8")
     title = f"{specs[0].task.label}, scale {specs[0].scale.name}, seed {specs[0].seed}"
     ratios = [(method.label, method.snr.value, method.snr.error) for method in found.methods]
     with replacing(path) as partial:

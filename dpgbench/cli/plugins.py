@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from dpgbench import config
+from dpgbench.cli.arguments import inert
 from dpgbench.config.overrides import one
 from dpgbench.core.errors import UserError, did_you_mean
 from dpgbench.core.paths import home
@@ -27,9 +28,9 @@ def new_plugin(words: list[str]) -> int:
         raise UserError(f"new {plain[0]}: {odd} is not understood; write `new {plain[0]} NAME`, and plugins=DIR for another folder")
     (kind, name), folder = plain, one(given, "plugins", FOLDER)
     for path in starters.write(kind, name, Path(folder)):
-        print(f"wrote {path}")
+        print(inert(f"wrote {path}"))
     same = f"{kind}={name} {shlex.quote(f'plugins={folder}')}"
-    print(f"It runs as it is. Try:\n  python -m dpgbench check plugin {same}\n  python -m dpgbench run {same}")
+    print(f"It runs as it is. Try:\n  python -m dpgbench check plugin {inert(same)}\n  python -m dpgbench run {inert(same)}")
     return 0
 
 
@@ -60,7 +61,7 @@ def check_plugins(words: list[str]) -> int:
     for kind, name in named:
         for answer in plugin_check.answers(registry, kind, name, others):
             mark = {True: "ok", False: "WRONG", None: "skipped"}[answer.good]
-            print(f"{mark:8}{kind} {name}: {answer.check}: {answer.words}", flush=True)
+            print(inert(f"{mark:8}{kind} {name}: {answer.check}: {answer.words}"), flush=True)
             wrong += answer.good is False
     print(f"{wrong or 'nothing'} wrong")
     return 1 if wrong else 0

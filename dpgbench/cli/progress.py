@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dpgbench.core.cell import RunSpec
+from dpgbench.core.text import visible
 
 MARKS = {
     "done": "[green]done[/]  ", "busy": "[yellow]busy[/]  ", "interrupted": "[yellow]stopped[/]", "gone": "[red]gone[/]  ",
@@ -99,7 +100,7 @@ class Display:
             self._progress.remove_task(running.bar)
         self._progress.advance(self._sweep)
         measures = running.latest.get("measures", {}) if running else {}
-        numbers = escape("  ".join(f"{name} {value:.4g}" for name, value in measures.items()))
+        numbers = escape(visible("  ".join(f"{name} {value:.4g}" for name, value in measures.items())))
         mark = MARKS.get(state, MARKS["failed"])
         {"failed": self.failed, "busy": self.busy, "gone": self.gone}.get(state, []).append(spec)
         self.console.print(f"{mark} {_name(spec)}  {numbers}", highlight=False)

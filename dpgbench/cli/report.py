@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from dpgbench import config
 from dpgbench.cli.arguments import full_words, inert, place_of, selector, take_format
 from dpgbench.config.overrides import one
 from dpgbench.core.errors import UserError
+from dpgbench.core.text import json_text
 from dpgbench.plugins.registry import Registry
 from dpgbench.store import run_folder
 
@@ -57,7 +57,7 @@ def write_report(words: list[str]) -> int:
     protocol = config.protocol_of(request.registry if request is not None else Registry(), about["suite"])
     what = {"suite": about["suite"], "command": command, "title": about["title"] or None, "protocol": protocol}
     if as_json:
-        print(json.dumps(machine_readable(frame, **what), indent=1, ensure_ascii=False, allow_nan=False))
+        print(json_text(machine_readable(frame, **what)))
     else:
         print(f"report: {inert(str(build(frame, results / name, **what)))}")
     return 0
@@ -90,7 +90,9 @@ def compare(words: list[str], as_json: bool) -> int:
     at = words.index("--compare")
     sides, rest = words[at + 1 : at + 3], words[:at] + words[at + 3 :]
     if len(sides) < 2 or any("=" in side for side in sides):
-        raise UserError("--compare: needs two sides, each a suite, suite@revision or a parquet file; write --compare methods@HEAD~1 methods")
+        raise UserError(
+            "--compare: needs two sides, each a suite, suite@revision or a parquet file; write --compare methods@HEAD~1 methods"
+        )
     unknown = [word for word in rest if not word.startswith("results=")]
     if unknown:
         raise UserError(f"{unknown[0]}: --compare takes two sides and nothing else but results=DIR and --format json")

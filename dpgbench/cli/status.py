@@ -58,7 +58,7 @@ def watch_rows(rows: Callable[[], list[tuple[str, tuple[str, str]]]], console: C
             if console.is_terminal:
                 table = Table("cell", "state", "", box=None, pad_edge=False, caption=counts)
                 for name, (state, detail) in [row for row in found if row[1][0] in OPEN][: max(5, console.height - 5)]:
-                    table.add_row(Text(name), state, Text(inert(detail)))
+                    table.add_row(Text(inert(name)), state, Text(inert(detail)))
                 live.update(table, refresh=True)
             elif counts != told:
                 print(counts, flush=True)

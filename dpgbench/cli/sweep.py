@@ -10,7 +10,7 @@ from rich.console import Console
 
 from dpgbench import config
 from dpgbench.bench import distributed
-from dpgbench.cli.arguments import full_words, place_of, say, selector, show_rows, terminal, warn_of_threads, without
+from dpgbench.cli.arguments import full_words, inert, place_of, say, selector, show_rows, terminal, warn_of_threads, without
 from dpgbench.cli.status import described, watch_rows, with_states
 from dpgbench.config import optional_packages, validate
 from dpgbench.config.overrides import for_shell, one
@@ -194,8 +194,8 @@ def cancel_sweep(words: list[str]) -> int:
     jobs = jobs_of(folders, request.suite)
     slurm.cancel(jobs)
     for owner in elsewhere:
-        print(f"pid {owner.pid} on {owner.host} runs cells of {request.suite}: stop it there")
-    print(f"stopped {len(asked)} processes and {len(jobs)} jobs of {request.suite}")
+        print(inert(f"pid {owner.pid} on {owner.host} runs cells of {request.suite}: stop it there"))
+    print(inert(f"stopped {len(asked)} processes and {len(jobs)} jobs of {request.suite}"))
     return 0
 
 
@@ -292,8 +292,9 @@ def _measured_seconds(request: Request, folders: list[RunFolder], states: list[t
     measured: dict[tuple[str, str], list[float]] = {}
     for cell, folder, (name, _) in zip(request.cells, folders, states, strict=True):
         if name == "done":
-            total = folder.result()["seconds_total"]
-            measured.setdefault((cell.spec.task.label, cell.spec.method.label), []).append(total)
+            total = folder.result().get("seconds_total")
+            if type(total) in (int, float):
+                measured.setdefault((cell.spec.task.label, cell.spec.method.label), []).append(total)
     return {labels: statistics.median(values) for labels, values in measured.items()}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import itertools
 import logging
 import re
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from dpgbench.bench.spending import BUDGET
 from dpgbench.config.overrides import Word, as_texts
+from dpgbench.config.validate import check_sections
 from dpgbench.config.values import FREE, GROUPS, TEXTS, checked_text, checked_value, closest, default_of, resolved_key
+from dpgbench.core.documents import Unreadable, check_settings, settings_of, text_of, yaml_of
 from dpgbench.core.errors import UserError, did_you_mean
-from dpgbench.core.files import yaml_of
 from dpgbench.core.options import leaves_of
 from dpgbench.core.paths import home
 from dpgbench.core.protocol import Protocol, read_protocol
@@ -24,6 +24,7 @@ from dpgbench.plugins.registry import Registry
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+LAUNCHERS = ("inline", "debug", "local", "slurm")
 SECTIONS = ("task", "method", "training", "scale")  # what a cell is made of; the root `policy` enters through `method.policy`
 
 
@@ -34,20 +35,39 @@ def presets(registry: Registry, kind: str) -> dict[str, Path]:
 
 
 def suites(registry: Registry) -> dict[str, str]:
-    """Every stored suite's title, by name."""
-    return {name: str(yaml_of(path.read_text(encoding="utf-8")).get("title", "")) for name, path in files(registry, "suite").items()}
+    """Every stored suite's title, by name; of one that cannot be read, why."""
+    titles = {}
+    for name, path in files(registry, "suite").items():
+        try:
+            titles[name] = str(read_suite(name, path).get("title", ""))
+        except UserError as error:
+            titles[name] = f"unusable: {error}"
+    return titles
+
+
+def read_suite(name: str, path: Path) -> dict[str, Any]:
+    """A stored grid as it is written: a mapping with a `grid` of lines. Raises UserError for what is none."""
+    try:
+        stored = yaml_of(text_of(path))
+    except Unreadable as reason:
+        raise UserError(f"suite={name}: {path.name} cannot be read ({reason}); mend it, or choose another suite") from None
+    grid, common = (stored.get("grid"), stored.get("common", "")) if isinstance(stored, dict) else (None, "")
+    if not isinstance(grid, list) or not all(isinstance(line, str) for line in (*grid, common)):
+        raise UserError(f"suite={name}: {path.name} has no grid, a list of lines such as `- task=language method=dpg seed=0`")
+    return stored
 
 
 def protocol_of(registry: Registry, suite: str) -> Protocol:
     """What a stored suite fixed beforehand; an empty one for a suite that is not stored or fixed nothing. UserError for a bad one."""
     path = files(registry, "suite").get(suite)
-    stored = None if path is None else yaml_of(path.read_text(encoding="utf-8")).get("protocol")
+    stored = None if path is None else read_suite(suite, path).get("protocol")
     return read_protocol(stored, str(path))
 
 
 def files(registry: Registry, group: str) -> dict[str, Path]:
     """The YAML files of one group (scale, suite, ...), the user's own among them, by name."""
-    return {path.stem: path for folder in registry.folders for path in sorted((folder / "configs" / group).glob("*.yaml"))}
+    there = (path for folder in registry.folders for path in sorted((folder / "configs" / group).glob("*.yaml")))
+    return {path.stem: path for path in there if path.is_file()}
 
 
 class Composer:
@@ -125,7 +145,8 @@ class Composer:
     @functools.cached_property
     def _null_somewhere(self) -> set[str]:
         paths = [path for folder in self.registry.folders for path in (folder / "configs").rglob("*.yaml")]
-        return {name for path in paths for name in re.findall(r"^\s*(\w+): null\b", path.read_text(encoding="utf-8"), re.MULTILINE)}
+        texts = (path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file())
+        return {name for text in texts for name in re.findall(r"^\s*(\w+): null\b", text, re.MULTILINE)}
 
     def _choices(self, group: str, values: list[Word] | None) -> list[str]:
         default = {"task": "language", "method": "dpg", "scale": "tiny", "launcher": "inline"}
@@ -158,11 +179,23 @@ class Composer:
         whole = functools.reduce(_overlaid, parts)
         for kind in ("task", "method"):
             whole[kind] = self.registry.options(kind, chosen[kind], whole.get(kind))
+        whole["launcher"] = self._launcher(chosen["launcher"], whole.get("launcher"))
         try:
             return OmegaConf.create(whole)  # OmegaConf.merge takes twice as long, for the same
         except OmegaConfBaseException as error:
             words = " ".join(f"{group}={name}" for group, name in chosen.items() if group != "launcher")
             raise UserError(f"{words}: the configuration does not compose: {str(error).splitlines()[0]}") from None
+
+    def _launcher(self, chosen: str, given: Any) -> dict[str, Any]:
+        """A launcher's options; a user's own file need not have all that ours of its `name` has."""
+        kind = given.get("name") if isinstance(given, dict) else None
+        if kind not in LAUNCHERS:
+            raise UserError(f"launcher={chosen}: configs/launcher/{chosen}.yaml has name: {kind}; {did_you_mean(str(kind), LAUNCHERS)}")
+        return (
+            given
+            if chosen == kind
+            else _overlaid(self._plain_of(f"launcher/{kind}", self._part("launcher", kind, False))["launcher"], given)
+        )
 
     def _plain_of(self, name: str, part: DictConfig) -> dict[str, Any]:
         from omegaconf import OmegaConf
@@ -176,36 +209,56 @@ class Composer:
         if (group, name) in self._parts:
             return self._parts[group, name]
         from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-        from yaml import YAMLError
 
         folders = [folder / "configs" for folder in self.registry.folders]
-        there = [folder for folder in folders if (folder / group / f"{name}.yaml").exists()]
+        there = [folder for folder in folders if (folder / group / f"{name}.yaml").is_file()]
         if not there and optional:
             return None
         path = (there or folders)[0] / group / f"{name}.yaml"
-        text = path.read_text(encoding="utf-8")
-        if not re.search(r"^(defaults|hydra):", text, re.MULTILINE):  # nothing for Hydra to do, which takes 30 ms over it
-            try:
-                part = OmegaConf.load(io.StringIO(text))
-            except (YAMLError, OmegaConfBaseException) as error:
-                raise UserError(f"{group}={name}: {path.name} is not YAML: {str(error).splitlines()[0]}") from None
-            package = header[1] if (header := re.match(r"(?:#.*\n)*?# *@package +(\S+)", text)) else group
-            self._parts[group, name] = part if package == "_global_" else OmegaConf.create({package: part})
+        whole, extends = self._checked(group, name, path)
+        if not extends:  # nothing for Hydra to do, which takes 30 ms over it
+            self._parts[group, name] = OmegaConf.create(whole)
             return self._parts[group, name]
         from hydra import compose, initialize_config_dir
-        from hydra.errors import HydraException
 
         logging.getLogger("hydra").setLevel(logging.ERROR)  # Hydra sets up logging of its own otherwise
         others = [f"file://{folder}" for folder in folders if folder != there[0] and folder.is_dir()]
         try:
             with initialize_config_dir(str(there[0]), version_base="1.3"):
                 part = compose(f"{group}/{name}", [f"hydra.searchpath=[{','.join(others)}]"])
-        except (HydraException, OmegaConfBaseException) as error:
+            check_settings(OmegaConf.to_container(part, resolve=False))
+        except Exception as error:  # Hydra's, OmegaConf's, and for odd lists of defaults whatever comes
             raise UserError(f"{group}={name}: the configuration does not compose: {str(error).splitlines()[0]}") from None
         OmegaConf.set_struct(part, False)
         self._parts[group, name] = part
         return part
+
+    def _checked(self, group: str, name: str, path: Path, seen: frozenset[Path] = frozenset()) -> tuple[dict[str, Any], bool]:
+        """What a file sets, by section, and whether it extends others.
+
+        Those are read and checked too, before Hydra looks for them: they are files of the same group, and no file is anywhere else.
+        """
+        said = f"{group}={name}: {path.name}"
+        try:
+            text = text_of(path)
+            content = settings_of(text)
+        except Unreadable as reason:
+            raise UserError(f"{said} cannot be used: {reason}") from None
+        content = {} if content is None else content
+        extended = content.get("defaults", []) if isinstance(content, dict) else []
+        if not isinstance(extended, list) or not all(isinstance(entry, str) and re.fullmatch(r"\w[\w.+=-]*", entry) for entry in extended):
+            raise UserError(f"{said} has defaults: {extended}; write a list of other files of configs/{group}, and _self_")
+        header = re.match(r"(?:#.*\n)*?# *@package +(\S+)", text)
+        package = header[1] if header else group
+        whole = content if package == "_global_" else {package: content}
+        foreign = {"hydra", "launcher"} - {group}  # what composes, and what starts programs
+        if not isinstance(whole, dict) or foreign & {str(key).partition(".")[0] for key in whole}:
+            raise UserError(f"{said} must be a mapping of settings of a cell; leave out what is Hydra's or a launcher's")
+        there = files(self.registry, group)
+        for entry in extended:
+            if entry != "_self_" and entry in there and there[entry] not in seen:
+                self._checked(group, entry, there[entry], seen | {path})
+        return whole, bool(extended)
 
 
 def _overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -223,6 +276,7 @@ def _plain(config: DictConfig) -> dict[str, Any]:
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"the configuration does not resolve: {str(error).splitlines()[0]}") from None
+    check_sections(resolved, (*SECTIONS, "launcher"))
     kept = {key: resolved[key] for key in (*SECTIONS, "seed", "launcher")}
     for section in (kept["method"], kept["method"].get("policy") or {}):
         if isinstance(section.get("lora"), dict) and section["lora"].get("rank") is None:

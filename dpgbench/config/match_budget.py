@@ -29,14 +29,12 @@ def flops_of(label: str, spec: RunSpec, results: Path) -> float:
 
     Raises UserError unless there is exactly one.
     """
-    from omegaconf import OmegaConf
-
     wanted = _alike(spec.config)
     spent = {}
     for folder in sorted((results / "runs").glob(f"{spec.task.label}.{label}.s{spec.seed}.*")):
         run = RunFolder(folder)
-        if run.state().name == "done" and _alike(OmegaConf.to_container(OmegaConf.load(folder / "spec.yaml"))) == wanted:
-            spent[folder.name] = run.result()["snapshots"][-1]["flops"]
+        if run.state().name == "done" and _alike(run.config()) == wanted:
+            spent[folder.name] = run.scored()["snapshots"][-1]["flops"]
     if len(spent) == 1:
         return next(iter(spent.values()))
     cell = f"{spec.task.label}, scale {spec.scale.name}, seed {spec.seed}"

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from dpgbench.config import match_budget, validate
-from dpgbench.config.compose import SECTIONS, Composer, files
+from dpgbench.config.compose import SECTIONS, Composer, files, read_suite
 from dpgbench.config.overrides import Word, one, parse
 from dpgbench.config.values import PLACES, one_value_form, several_values_form
 from dpgbench.core.cell import Cell, RunSpec
+from dpgbench.core.documents import Unreadable, settings_of, text_of
 from dpgbench.core.errors import UserError, did_you_mean
 from dpgbench.core.options import Options
 from dpgbench.core.plugin_types import TaskInfo
@@ -94,32 +95,54 @@ def checked_name(name: str) -> str:
 
 def replay(path: Path, registry: Registry) -> Cell:
     """The cell stored in a `spec.yaml`, checked like any other."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path))
-        missing = [section for section in (*SECTIONS, "seed") if section not in config]
-    except (OSError, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-        raise UserError(
-            f"spec={path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); give a run folder's spec.yaml"
-        ) from None
+        config = settings_of(text_of(path))
+    except Unreadable as reason:
+        raise UserError(f"spec={path}: cannot be read ({reason}); give a run folder's spec.yaml") from None
+    whose = f"spec={path}: not the settings of a cell"
+    fix = "give a spec.yaml as written into a run folder"
+    missing = [section for section in (*SECTIONS, "seed") if not isinstance(config, dict) or section not in config]
     if missing:
-        raise UserError(f"spec={path}: section {missing[0]!r} is missing; give a spec.yaml as written into a run folder")
-    return _cell(config, registry)
+        raise UserError(f"spec={path}: section {missing[0]!r} is missing; {fix}")
+    unknown = sorted(str(key) for key in set(config) - {*SECTIONS, "seed", "budget"})
+    if unknown:
+        raise UserError(f"{whose} ({unknown[0]} is none of its sections); {fix}")
+    validate.check_sections(config, SECTIONS)
+    unsealed = _unsealed(config)
+    if unsealed:
+        raise UserError(f"{whose} ({unsealed} names a file, and what was in it is not said); {fix}")
+    try:
+        return _cell(config, registry)
+    except (KeyError, TypeError, AttributeError) as error:  # of a setting that is not there, or of another kind, where a rule looked for it
+        raise UserError(f"{whose} ({type(error).__name__}: {' '.join(str(error).split())}); {fix}") from None
+
+
+def _unsealed(config: Mapping[str, Any]) -> str | None:
+    """The first setting of a stored cell that names a file or folder of somebody's without the digest that a cell has of it, or None.
+
+    With a digest, a `spec.yaml` from elsewhere reads nothing here but what whoever wrote it had as well.
+    """
+    scale = config["scale"]
+    named = [(f"{kind}.file", config[kind].get("file"), config[kind].get("file_sha256")) for kind in ("task", "method")]
+    named += [("scale.corpus", scale.get("corpus"), scale.get("corpus_sha256"))] if text_files.is_passages(str(scale.get("corpus"))) else []
+    for role in model_files.ROLES:
+        model = str(scale.get(role))
+        if model_files.is_folder(model):
+            named.append((f"scale.{role}", model, scale.get(f"{role}_sha256")))
+    return next((f"{key}={value}" for key, value, digest in named if value is not None and not isinstance(digest, str)), None)
 
 
 def _suite(name: str, registry: Registry, words: Mapping[str, list[Word]]) -> tuple[str, list[dict[str, list[Word]]]]:
     """A stored grid: its title and its lines, each with the suite's `common` words under it and the command line's over it."""
-    from omegaconf import OmegaConf
-
     stored_suites = files(registry, "suite")
     if name not in stored_suites:
         raise UserError(f"suite={name}: no such suite; {did_you_mean(name, stored_suites)}")
-    stored = OmegaConf.load(stored_suites[name])
-    common = parse(shlex.split(stored.get("common", "")))
-    return str(stored.get("title", "")), [{**common, **parse(shlex.split(line)), **words} for line in stored.grid]
+    stored = read_suite(name, stored_suites[name])
+    try:
+        common, *lines = (parse(shlex.split(line)) for line in (stored.get("common", ""), *stored["grid"]))
+    except ValueError as error:  # of a quotation mark without its other one; UserError, of a word, is one too
+        raise UserError(f"suite={name}: {stored_suites[name].name} has a line that cannot be read: {error}") from None
+    return str(stored.get("title", "")), [{**common, **line, **words} for line in lines]
 
 
 def _cell(config: dict[str, Any], registry: Registry, reasons: dict[str, str | None] | None = None) -> Cell:

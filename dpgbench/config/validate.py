@@ -60,6 +60,23 @@ def check(config: Mapping[str, Any]) -> None:
         _check_policy(_Section("policy", config["method"]["policy"]), config["training"]["inner_steps"], bool(config.get("budget")))
 
 
+def check_sections(config: Mapping[str, Any], names: Sequence[str]) -> None:
+    """That there are sections to look for settings in, before any rule does, and that what names plug-ins and files are words."""
+    parts = {name: config.get(name) for name in names}
+    for kind in ("task", "method"):
+        inside = parts[kind] if isinstance(parts.get(kind), Mapping) else {}
+        for key in ("name", "label", "file"):
+            if inside.get(key) is not None and not isinstance(inside[key], str):
+                raise UserError(f"{kind}.{key}={inside[key]}: must be a word; write {kind}.{key} as text, in quotes where it is a number")
+        parts |= {f"{kind}.{key}": inside[key] for key in ("policy", "lora") if inside.get(key) is not None}
+        policy = inside.get("policy")
+        parts |= {"policy.lora": policy["lora"]} if isinstance(policy, Mapping) and policy.get("lora") is not None else {}
+    parts |= {"budget": config["budget"]} if "budget" in config else {}
+    for name, section in parts.items():
+        if not isinstance(section, Mapping):
+            raise UserError(f"{name}={section}: must be a section of settings, a mapping; leave it out, or write its settings below it")
+
+
 def check_seed(seed: Any) -> None:
     """The one setting that differs between a grid's cells of the same settings."""
     _check_storable("seed", seed)

@@ -8,14 +8,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-
-def yaml_of(text: str) -> Any:
-    """A YAML text's content, read by libyaml, ten times as fast, where PyYAML was built with it. Raises yaml.YAMLError."""
-    import yaml
-
-    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from dpgbench.core.documents import text_of
+from dpgbench.core.errors import UserError
 from dpgbench.launch import slurm
 from dpgbench.store.run_folder import RunFolder, State, read_lines
 
@@ -48,10 +50,11 @@ def _with_job(state: State, record: dict, queue: dict[str, str], ends: dict[str,
 def _with_time_left(folder: RunFolder, progress: str) -> str:
     """The steps there are and the time they will take, where the method counts steps and has made some."""
     try:
-        found = re.search(r"^ +steps: (\d+)$", (folder.path / "spec.yaml").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
+        found = re.search(r"^ +steps: (\d{1,18})$", text_of(folder.path / "spec.yaml"), re.MULTILINE)
+    except UserError:
         return progress
-    lines = [line for line in read_lines(folder.path / "timings.jsonl", last_bytes=8192) if line.keys() >= {"step", "seconds"}]
+    lines = read_lines(folder.path / "timings.jsonl", last_bytes=8192)
+    lines = [line for line in lines if type(line.get("step")) is int and type(line.get("seconds")) in (int, float)]
     if not found or not lines or not lines[-1]["step"]:
         return progress
     steps, step, seconds = int(found[1]), lines[-1]["step"], lines[-1]["seconds"]

@@ -39,8 +39,8 @@ def stop(results: Path, sweep: str) -> tuple[list[Owner], list[Owner]]:
     name = re.compile(rf"{re.escape(sweep)}\.[0-9a-f]+\.running\.json")  # and not sweep.1's, whose name begins alike
     for path in sorted(path for path in (results / "runs").glob("*.running.json") if name.fullmatch(path.name)):
         try:
-            owner = Owner(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            owner = Owner.read(path)
+        except (OSError, ValueError):
             continue
         if owner.host != Owner.me().host:
             elsewhere.append(owner)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -22,6 +23,7 @@ from typing import Any
 
 from dpgbench.config import validate
 from dpgbench.core.cell import RunSpec
+from dpgbench.core.documents import Unreadable, json_of, text_of
 from dpgbench.core.errors import UserError
 from dpgbench.core.files import write_atomically
 from dpgbench.core.options import Options
@@ -103,6 +105,7 @@ def submit(specs: Sequence[RunSpec], launcher: Options, results: Path, plugins: 
             except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
                 raise UserError(f"launcher=slurm: {_reason(str(error))}; `sinfo` shows the partitions there are") from None
             for job, pack in zip(jobs, part, strict=True):
+                job.paths.submitted_pickle.chmod(0o600)
                 for spec in pack:
                     record = {"job": job.job_id, "sweep": sweep, "log": str(job.paths.stdout), "submitted": time.time(), "code": code.name}
                     write_atomically(RunFolder.of(results, spec).path / "job.json", json.dumps(record))
@@ -162,7 +165,15 @@ def _need_room_for_names(folder: Path) -> None:
     if found := re.search(r"[%\\\s:]", str(folder)):
         reads = "PYTHONPATH reads a colon" if found[0] == ":" else "SLURM reads %, backslashes and spaces"
         raise UserError(f"results={folder.parent}: {reads} in a path its own way; choose another folder with results=DIR")
+    _make_private(folder)
+
+
+def _make_private(folder: Path) -> None:
+    """A job unpickles what lies in the folder, which runs it: nobody else may write there. Raises UserError for another user's folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.geteuid():
+        raise UserError(f"results={folder.parent}: {folder} is another user's, and jobs run what is in it; choose another with results=DIR")
+    folder.chmod(0o700)
 
 
 def _largest_array() -> int:
@@ -186,11 +197,19 @@ def is_here() -> bool:
 
 
 def record_of(folder: Path) -> dict[str, Any] | None:
-    """Which job a cell was given to; None if to none."""
+    """Which job a cell was given to; None if to none.
+
+    Its log is looked for where this results folder has logs: a folder from elsewhere names no other file of this machine.
+    """
     try:
-        return json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = json_of(text_of(folder / "job.json"))
+    except Unreadable:
         return None
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("job", "sweep", "log")):
+        return None
+    if not re.fullmatch(r"\d+(_\d+)?", record["job"], re.ASCII):  # it becomes an argument of SLURM's commands
+        return None
+    return record | {"log": str(folder.resolve().parents[1] / "jobs" / Path(record["log"]).name)}
 
 
 def queue() -> dict[str, str]:

@@ -13,11 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from yaml import YAMLError
-
 from dpgbench.api import Method, Task
+from dpgbench.core.documents import Unreadable, text_of, yaml_of
 from dpgbench.core.errors import UserError, did_you_mean
-from dpgbench.core.files import yaml_of
 from dpgbench.core.options import Options
 from dpgbench.core.paths import home
 from dpgbench.plugins import contract, source
@@ -55,7 +53,8 @@ class Registry:
 
     def presets(self, kind: Kind) -> dict[str, Path]:
         """What can be chosen on the command line: the YAML files of `configs/<kind>/`, by name."""
-        return {path.stem: path for folder in self.folders for path in sorted((folder / "configs" / kind).glob("*.yaml"))}
+        there = (path for folder in self.folders for path in sorted((folder / "configs" / kind).glob("*.yaml")))
+        return {path.stem: path for path in there if path.is_file()}
 
     def find(self, kind: Kind, name: str) -> PluginFile:
         """The plug-in file of that name. Raises UserError if there is none or it cannot be used."""
@@ -96,7 +95,7 @@ class Registry:
         Raises UserError where the YAML names no plug-in that there is."""
         said, known = f"{kind}={preset}: configs/{kind}/{preset}.yaml", {file.name for file in self.files(kind)}
         name = section.get("name") if isinstance(section, Mapping) else None
-        if name is None:
+        if not isinstance(name, str):
             fix = preset if preset in known else f"NAME, the {kind} that is meant"
             raise UserError(f"{said} does not say whose options these are; write `name: {fix}` into it")
         if name not in known:
@@ -133,12 +132,17 @@ class Registry:
 
         def name_in(preset: str, seen: frozenset[str] = frozenset()) -> str | None:
             try:
-                content = yaml_of(presets[preset].read_text(encoding="utf-8"))
-            except (KeyError, OSError, UnicodeDecodeError, YAMLError):
+                content = yaml_of(text_of(presets[preset]))
+            except (KeyError, Unreadable):
                 return None
             if not isinstance(content, dict):
                 return None
-            parents = [entry for entry in content.get("defaults", []) if isinstance(entry, str) and entry not in seen | {"_self_"}]
-            return content.get("name") or next((name_in(parent, seen | {preset}) for parent in parents), None)
+            defaults, name = content.get("defaults"), content.get("name")
+            parents = (
+                [entry for entry in defaults if isinstance(entry, str) and entry not in seen | {"_self_"}]
+                if isinstance(defaults, list)
+                else []
+            )
+            return name if isinstance(name, str) else next((name_in(parent, seen | {preset}) for parent in parents), None)
 
         return {preset: name_in(preset) for preset in presets}

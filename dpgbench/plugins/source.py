@@ -53,8 +53,8 @@ def read(kind: Kind, path: Path, *, trusted: bool = False) -> PluginFile:
             compile(tree, path.name, "exec", dont_inherit=True)  # which finds what parsing does not, such as a `return` outside
     except SyntaxError as error:
         return PluginFile(kind, path.stem, path, error=f"{path.name} has a syntax error in line {error.lineno}: {error.msg}")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        return PluginFile(kind, path.stem, path, error=f"{path.name} cannot be read: {error}")
+    except (OSError, ValueError, RecursionError, MemoryError) as error:  # the last two: the parser's, of too many brackets
+        return PluginFile(kind, path.stem, path, error=f"{path.name} cannot be read: {' '.join(str(error).split()) or 'nested too deeply'}")
     base = kind.capitalize()
     found = {node: _ancestors(node, tree, base) for node in tree.body if isinstance(node, ast.ClassDef)}
     classes = [node for node, above in found.items() if above is not None]
@@ -67,6 +67,13 @@ def read(kind: Kind, path: Path, *, trusted: bool = False) -> PluginFile:
     version = source.literal("version", 1)
     summary = (ast.get_docstring(tree) or "").split("\n")[0]
     defaults, budget_options = source.literal("defaults", {}), source.literal("budget_options", ())
+    if type(version) is not int:
+        return PluginFile(kind, path.stem, path, summary, error=f"{path.name}: version = {version!r}; it must be a whole number")
+    if not isinstance(defaults, dict) or not all(isinstance(option, str) for option in defaults):
+        return PluginFile(kind, path.stem, path, summary, error=f"{path.name}: defaults = {defaults!r}; it must be a dict by option")
+    if not isinstance(budget_options, tuple | list) or not all(isinstance(option, str) for option in budget_options):
+        said = f"{path.name}: budget_options = {budget_options!r}; it must be a tuple of names of options"
+        return PluginFile(kind, path.stem, path, summary, error=said)
     return PluginFile(kind, path.stem, path, summary, version, source.defines, defaults, budget_options, error)
 
 

@@ -12,8 +12,10 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
+from dpgbench.core.documents import Unreadable, settings_of
 from dpgbench.core.errors import UserError, did_you_mean
 from dpgbench.core.options import leaves_of
+from dpgbench.core.text import json_text
 from dpgbench.report.format import DASH, and_more, decimals_for, interval, number, plural, probability
 from dpgbench.report.results import SuiteResults, TaskResults, natural, read_frame
 from dpgbench.report.table import Cell, Column, Row, Table, escape, markdown, records, text_cell
@@ -104,7 +106,7 @@ def as_markdown(table: Table) -> str:
 
 
 def as_json(table: Table) -> str:
-    return json.dumps(records(table), indent=1, ensure_ascii=False, allow_nan=False)
+    return json_text(records(table))
 
 
 def _keys(side: SuiteResults) -> set[tuple[str, str]]:
@@ -225,13 +227,9 @@ def _settings(task_a: TaskResults, task_b: TaskResults, method: str) -> list[str
 
 
 def _first_spec(task: TaskResults, method: str) -> dict[str, object]:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     specs = task.finals.loc[task.finals["method_label"] == method, "spec"].dropna()
     try:
-        parsed = OmegaConf.to_container(OmegaConf.create(specs.iloc[0])) if len(specs) else {}
-    except (YAMLError, OmegaConfBaseException, ValueError):  # a text that is none: there are no settings to compare
+        parsed = settings_of(specs.iloc[0]) if len(specs) else {}
+    except Unreadable:  # there are no settings to compare
         parsed = {}
     return leaves_of(parsed) if isinstance(parsed, dict) else {}

@@ -20,6 +20,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
+from dpgbench.core.documents import Unreadable, json_of, yaml_of
 from dpgbench.core.options import leaves_of
 from dpgbench.core.text import visible
 from dpgbench.report import task_tables
@@ -219,7 +220,7 @@ def _phases(task: TaskResults, present: list[str]) -> list[dict]:
         for text in task.finals.loc[task.finals["method_label"] == label, "flops_by_phase"]:
             phases = _json(text)
             if isinstance(phases, dict):
-                total.update({str(k): float(v) for k, v in phases.items() if isinstance(v, (int, float)) and math.isfinite(v) and v > 0})
+                total.update({str(k): float(v) for k, v in phases.items() if isinstance(v, (int, float)) and 0 < v < 1e300})
         if total:
             sum_of_all = sum(total.values())
             largest_first = sorted(total.items(), key=lambda item: (-item[1], item[0]))
@@ -259,11 +260,9 @@ def _specs(tasks: Sequence[TaskResults], styles: Iterable[str]) -> list[list[dic
 
 def _settings(spec: str) -> dict[str, object]:
     """By dotted key; nothing where the text is no configuration."""
-    import yaml
-
     try:
-        parsed = yaml.load(spec, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError:
+        parsed = yaml_of(spec)
+    except Unreadable:
         return {}
     return leaves_of(parsed) if isinstance(parsed, dict) else {}
 
@@ -311,8 +310,8 @@ def _texts(text: object) -> list[str]:
 
 def _json(text: object) -> object:
     try:
-        return json.loads(text) if isinstance(text, str) else None
-    except json.JSONDecodeError:
+        return json_of(text) if isinstance(text, str) else None
+    except Unreadable:
         return None
 
 

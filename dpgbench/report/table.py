@@ -111,9 +111,11 @@ def _padded(header: tuple[str, ...], body: list[list[str]], right: list[bool]) -
 
 
 def escape(text: str) -> str:
-    """Data shown as itself in Markdown: no table cell, tag, link or line break of its own."""
+    """Data shown as itself in Markdown: no table cell, tag, link, image, heading, list, fence or line break of its own."""
     text = visible(" ".join(text.split()))
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("](", "]\\(")
+    text = re.sub(r"(\\*)\|", r"\1\1\|", text.replace("&", "&amp;").replace("<", "&lt;"))  # "\|" alone would be a backslash and a border
+    text = re.sub(r"\](?=[(\[:])", r"]\\", text)
+    return re.sub(r"^(?=(#{1,6}|[-+*]|\d{1,9}[.)])(\s|$)|>|```|~~~|===|---|\*\*\*|___)", r"\\", text)
 
 
 def latex(table: Table) -> str:
@@ -134,15 +136,14 @@ LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''",
     "↑": r"$\uparrow$", "↓": r"$\downarrow$", DASH: "--", "−": "$-$", "±": r"$\pm$", "≤": r"$\leq$", "≥": r"$\geq$", "×": r"$\times$",
+    "[": "{[}", "]": "{]}", "*": "{*}",  # at the start of a row they would belong to the line break before it
     "…": r"\dots{}", "’": "'", "Φ": r"$\Phi$",
 }  # fmt: skip
 
 
 def tex(text: str) -> str:
     """Data as LaTeX prints it; letters of other languages are left to the document's encoding (UTF-8)."""
-    # Brackets are braced: at the start of a row, LaTeX would read "[0.1, 0.2]" as an option of the line break before it.
-    text = "".join(LATEX.get(character, character) for character in visible(" ".join(text.split())))
-    return re.sub(r"\[([^\]]*)\]", r"{[}\1{]}", text)
+    return "".join(LATEX.get(character, character) for character in visible(" ".join(text.split())))
 
 
 def records(table: Table) -> dict[str, object]:

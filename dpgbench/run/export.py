@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpgbench.core.cell import RunSpec
+from dpgbench.core.documents import Unreadable, json_of
 from dpgbench.core.errors import UserError
 from dpgbench.core.files import replacing, write_atomically
 from dpgbench.core.plugin_types import Prompt, Snapshot
@@ -56,8 +57,6 @@ def export(run: Path, to: Path | None = None) -> Path:
 
     Raises UserError if the cell is not finished, has kept no dataset, or the folder is there already.
     """
-    from omegaconf import OmegaConf
-
     run, to = Path(run), Path(to) if to is not None else Path(run) / "export"
     if not (run / "spec.yaml").exists():
         raise UserError(f"{run}: not a run folder; give one of results/runs/, such as `python -m dpgbench status` lists")
@@ -69,18 +68,22 @@ def export(run: Path, to: Path | None = None) -> Path:
         raise UserError(f"{run}: finished before datasets were kept; delete the folder and `run` the cell again")
     if to.exists():
         raise UserError(f"{to}: there is something already; delete it, or give another folder with to=DIR")
-    spec = RunSpec(OmegaConf.to_container(OmegaConf.create(folder.text("spec.yaml"))))
-    env = json.loads(folder.text("env.json"))
+    spec, result = RunSpec(folder.config()), folder.scored()
+    try:
+        env = json_of(folder.text("env.json"))
+        card = _readme(spec, result, env, (run / WEIGHTS).exists())
+    except (Unreadable, KeyError, TypeError, AttributeError, ValueError) as error:  # of files that another program wrote, or a stranger
+        raise UserError(f"{run}: its files are not a cell's ({' '.join(str(error).split())}); `run spec={run}/spec.yaml` again") from None
     folder.whole(DATASET)
     with replacing(to) as partial:
         (partial / "dataset").mkdir(parents=True)
         if (run / WEIGHTS).exists():
             _write_generator(spec, folder.whole(WEIGHTS), partial / "generator")
-        texts = [line["text"] for line in read_lines(run / DATASET)]
+        texts = [line["text"] for line in read_lines(run / DATASET) if isinstance(line.get("text"), str)]
         rows = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
         (partial / "dataset" / "train.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
         shutil.copy(run / "spec.yaml", partial / "spec.yaml")
-        (partial / "README.md").write_text(_readme(spec, folder.result(), env, (run / WEIGHTS).exists()), encoding="utf-8")
+        (partial / "README.md").write_text(card, encoding="utf-8")
     return to
 
 

@@ -49,6 +49,18 @@ class Owner:
         job, array, index = (os.environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID"))
         return cls(socket.gethostname(), _machine(), pid, _start_time(pid) or "", f"{array}_{index}" if array else job, uuid.uuid4().hex)
 
+    @classmethod
+    def read(cls, path: Path) -> Owner:
+        """The owner that a file names. Raises ValueError for anything else: a pid is a number that a signal may be sent to."""
+        try:
+            owner = cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, RecursionError) as error:
+            raise ValueError(str(error)) from None
+        words = (owner.host, owner.machine, owner.started, owner.job, owner.token)
+        if type(owner.pid) is not int or owner.pid < 1 or not all(isinstance(word, str) for word in words) or not owner.started:
+            raise ValueError(f"{path.name} names no process")
+        return owner
+
     def lives(self, age: float) -> bool:
         """Whether its process runs; `age` is the seconds since its heart beat, and decides where pids say nothing."""
         if self.machine and self.machine == _machine() and self.host == socket.gethostname():
@@ -82,10 +94,10 @@ def _look(folder: Path, now: float) -> Held:
         path = folder / f"lock.{n}"
         try:
             age = abs(now - path.stat().st_mtime)  # a beat in the future is of a clock that was set back since, and none of now
-            owner = Owner(**json.loads(path.read_text(encoding="utf-8")))
+            owner = Owner.read(path)
         except FileNotFoundError:  # let go of, or overtaken, between the two looks
             continue
-        except (ValueError, TypeError):  # damaged, or of another version: its heartbeat alone decides
+        except (ValueError, IsADirectoryError):  # damaged, or of another version: its heartbeat alone decides
             return Held(n, Owner("unknown host", "", 0, ""), age, age < STALE_SECONDS)
         return Held(n, owner, age, owner.lives(age))
     raise Busy(f"{folder.name}: its lock changes hands faster than it can be read; try again")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpgbench.core.cell import Cell
+from dpgbench.core.documents import json_of
 from dpgbench.core.errors import UserError
 from dpgbench.core.files import write_atomically
 from dpgbench.core.options import leaves_of
@@ -83,6 +84,11 @@ def _is_empty(value: Any) -> bool:
 
 
 SIZE = "deployment_texts"
+NEEDED = ("cell", "task_label", "method", "method_label", "seed", "status", "step")
+WORDS = (
+    "cell", "task", "task_label", "task_description", "method", "method_label", "status", "reason", "flops_by_phase", "headline",
+    "method_description",
+)  # fmt: skip
 
 
 COLUMNS = [
@@ -93,7 +99,7 @@ BLOBS = ["texts", "picture", "spec", "env"]
 
 
 def _snapshot_rows(row: dict[str, Any], folder: RunFolder) -> list[dict[str, Any]]:
-    result = folder.result()
+    result = folder.scored()
 
     def scored(line: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -109,8 +115,7 @@ def _snapshot_rows(row: dict[str, Any], folder: RunFolder) -> list[dict[str, Any
     rows[-1] |= {
         "texts": json.dumps(result["texts"], ensure_ascii=False),
         "picture": folder.whole("picture.png").read_bytes() if drawn else None,
-        "spec": folder.text("spec.yaml"),
-        "env": folder.text("env.json"),
+        **{name.partition(".")[0]: folder.text(name) for name in ("spec.yaml", "env.json")},
     }
     return rows + [{**scored(line), SIZE: line[SIZE]} for line in result.get("deployments", [])]
 
@@ -132,24 +137,32 @@ def write_parquet(frame: pandas.DataFrame, path: Path, *, suite: str, title: str
 
 
 def read_parquet(path: Path) -> tuple[pandas.DataFrame, dict[str, str]]:
-    """The frame and {"suite", "title", "command"}. Raises UserError if the file is not one of ours."""
-    import pyarrow
+    """The frame and {"suite", "title", "command"}. Raises UserError if the file is not one of ours.
+
+    Columns have the types that are stored, whatever the file's own notes for pandas say; pages are held to their checksums where they have
+    some.
+    """
     import pyarrow.parquet
 
+    fix = "restore it or run the suite again"
     try:
         table = pyarrow.parquet.read_table(path, page_checksum_verification=True)
-        about = json.loads((table.schema.metadata or {}).get(b"dpgbench", b"{}"))
-        checksum = about.pop("checksum", None)  # none: written before there were any
-        if checksum not in (None, _checksum(about, table)) or about.keys() - {"schema", "suite", "title", "command"}:
+        about = json_of((table.schema.metadata or {}).get(b"dpgbench", b"{}"))
+        checksum = about.pop("checksum", None) if isinstance(about, dict) else None  # none: written before there were any
+        if checksum not in (None, _checksum(about, table)):
             raise ValueError("its checksum differs")
-        frame = table.to_pandas()
+        frame = table.to_pandas(ignore_metadata=True)
     except Exception as error:  # of whatever kind: a flipped bit of the footer is a key that is missing, or a length beyond all memory
-        said = str(error).strip() or type(error).__name__
-        raise UserError(f"{path}: cannot be read as parquet ({said.splitlines()[0]}); restore it or run the suite again") from None
-    if about.get("schema") != SCHEMA:
-        raise UserError(
-            f"{path}: written with schema {about.get('schema')}, this dpgbench reads {SCHEMA}; run `report` where its run folders are"
-        )
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as parquet ({said}); {fix}") from None
+    schema = about.get("schema") if isinstance(about, dict) else None
+    if schema != SCHEMA:
+        raise UserError(f"{path}: written with schema {schema}, this dpgbench reads {SCHEMA}; run `report` where its run folders are")
+    if about.keys() != {"schema", "suite", "title", "command"} or not all(isinstance(value, str) for value in about.values()):
+        raise UserError(f"{path}: does not say what it is of; {fix}")
+    flaw = _flaw_of(frame)
+    if flaw:
+        raise UserError(f"{path}: {flaw}; {fix}")
     return frame, about
 
 
@@ -157,6 +170,34 @@ def _checksum(about: Mapping[str, str], table: pyarrow.Table) -> str:
     """Of what the pages' own checksums leave out: what the file says of itself, its columns' names, and which of them pandas is to see."""
     for_pandas = (table.schema.metadata or {}).get(b"pandas", b"")
     return f"{zlib.crc32(json.dumps([dict(about), table.column_names]).encode() + for_pandas):08x}"
+
+
+def _flaw_of(frame: pandas.DataFrame) -> str:
+    """What a stored frame lacks for a report; "" if nothing."""
+    import pandas
+
+    if not frame.columns.is_unique:
+        return "two columns have one name"
+    if not len(frame):
+        return ""
+    lacking = [name for name in NEEDED if name not in frame.columns]
+    if lacking:
+        return f"it has no column {lacking[0]}"
+    for name in frame.columns:
+        column = frame[name]
+        if name in (*WORDS, *BLOBS):
+            what, kinds = ("pictures", bytes) if name == "picture" else ("text", str)
+        elif (name in COLUMNS or name.startswith("metric:")) and not pandas.api.types.is_numeric_dtype(column):
+            what, kinds = "numbers", (bool, int, float)
+        else:
+            continue
+        if not all(value is None or isinstance(value, kinds) or (isinstance(value, float) and value != value) for value in column):
+            return f"its column {name} holds something else than {what}"
+    if frame[[*NEEDED[:-1]]].isna().any().any():
+        return "a row does not say which cell it is of"
+    if not (frame["seed"].astype(float).abs() < 2.0**63).all():
+        return "a seed is no whole number"
+    return ""
 
 
 def stored_frame(path: Path) -> pandas.DataFrame | None:

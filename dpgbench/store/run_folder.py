@@ -33,12 +33,14 @@ from pathlib import Path
 from typing import Any
 
 from dpgbench.core.cell import RunSpec
+from dpgbench.core.documents import Unreadable, json_of, settings_of, text_of
 from dpgbench.core.errors import Busy, UserError
 from dpgbench.core.files import write_atomically
 from dpgbench.store import checkpoints, lock
 
 SCHEMA = 1
 TRACKERS = "tracking"  # the folder of trackers' files, where a policy reports to some
+SECTIONS = ("task", "method", "training", "scale")
 GROWING = ("metrics.jsonl", "timings.jsonl", "rollouts.jsonl")  # appended to, line by line
 CHECKED = ("spec.yaml", "env.json", "deployment.jsonl", "generator.safetensors", "picture.png")  # whose checksums a result has besides
 
@@ -96,7 +98,7 @@ class RunFolder:
 
     def progress(self) -> str:
         """How far a cell got, from the last line of its metrics."""
-        steps = [line["step"] for line in read_lines(self.path / "metrics.jsonl", last_bytes=16384) if "step" in line]
+        steps = [line["step"] for line in read_lines(self.path / "metrics.jsonl", last_bytes=16384) if type(line.get("step")) is int]
         return f"step {steps[-1]}" if steps else "starting"
 
     def result(self) -> dict[str, Any]:
@@ -107,31 +109,49 @@ class RunFolder:
         path = self.path / "result.json"
         problem = self._problem_with(path)
         if problem:
-            raise UserError(f"{self.path}: {problem}; delete the folder and run the cell again")
-        return json.loads(path.read_text(encoding="utf-8"))
+            raise self._damaged(problem)
+        return json_of(text_of(path))
+
+    def scored(self) -> dict[str, Any]:
+        """`result`, with all that a report or an export looks for in it. Raises UserError where that is not so."""
+        content = self.result()
+        flaw = _flaw_of(content)
+        if flaw:
+            raise self._damaged(f"result.json {flaw}")
+        return content
+
+    def config(self) -> dict[str, Any]:
+        """The cell's settings as `spec.yaml` has them. Raises UserError where it has none."""
+        try:
+            content = settings_of(self.text("spec.yaml"))
+        except Unreadable as reason:
+            raise self._damaged(f"spec.yaml cannot be read ({reason})") from None
+        if not isinstance(content, dict) or not all(isinstance(content.get(section), dict) for section in SECTIONS):
+            raise self._damaged("spec.yaml has not the settings of a cell")
+        return content
+
+    def _damaged(self, problem: str) -> UserError:
+        return UserError(f"{self.path}: {problem}; delete the folder and run the cell again")
 
     def whole(self, name: str) -> Path:
         """The path of a finished cell's file that is as it was when the cell ended. Raises UserError if it is damaged or gone."""
         known, found = self._stored().get("files", {}).get(name), _checksum(self.path / name)
         if found is None or known not in (None, found):  # none is known where the cell finished before sums were kept
-            problem = "is gone" if found is None else "is not what the finished run wrote (a damaged file)"
-            raise UserError(f"{self.path}: {name} {problem}; delete the folder and run the cell again")
+            raise self._damaged(f"{name} {'is gone' if found is None else 'is not what the finished run wrote (a damaged file)'}")
         return self.path / name
 
     def text(self, name: str) -> str:
         """What such a file says. Errors as in `whole`."""
         try:
-            return self.whole(name).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"{self.path}: {name} is not UTF-8 (a damaged file); delete the folder and run the cell again") from None
+            return text_of(self.whole(name))
+        except Unreadable as reason:
+            raise self._damaged(f"{name} cannot be read ({reason})") from None
 
     def _problem_with(self, result: Path) -> str:
         try:
-            content = json.loads(result.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            return "result.json is not valid JSON (a damaged file)"
-        except OSError as error:
-            return f"result.json cannot be read ({error.strerror})"
+            content = json_of(text_of(result))
+        except Unreadable as reason:
+            return f"result.json is {reason} (a damaged file)"
         if not isinstance(content, dict) or content.get("schema") != SCHEMA or not {"snapshots", "lines"} <= set(content):
             return "result.json was written by another version of dpgbench"
         if content.get("hash") != self.hash:
@@ -146,7 +166,8 @@ class RunFolder:
         lines = metrics.count(b"\n")
         if lines != content["lines"]:
             return f"metrics.jsonl has {lines} whole lines where the finished run wrote {content['lines']}"
-        known = content.get("files", {}).get("metrics.jsonl")
+        files = content.get("files", {})
+        known = files.get("metrics.jsonl") if isinstance(files, dict) else "no sums"
         return "" if known in (None, zlib.crc32(metrics)) else "metrics.jsonl is not what the finished run wrote (a damaged file)"
 
     @contextmanager
@@ -270,23 +291,48 @@ def check_writable(results: Path) -> None:
 
 
 def read_lines(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file, or those in its last bytes; lines cut short (by a kill, by the window) are left out."""
+    """The whole lines of a JSONL file, objects all, or those in its last bytes; lines cut short (by a kill, by the window) are left out."""
     try:
         with open(path, "rb") as file:
             if last_bytes is not None:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - last_bytes))
             content = file.read()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return []
     lines = []
     for line in content.split(b"\n"):
         try:
-            read = json.loads(line)
-        except ValueError:
+            lines.append(json_of(line))
+        except Unreadable:
             continue
-        if isinstance(read, dict):  # a damaged line may be valid JSON
-            lines.append(read)
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def _is_number(value: Any) -> bool:
+    """One that a table can hold; JSON's have any length."""
+    return type(value) is float or (type(value) is int and -(2**63) <= value < 2**63)
+
+
+def _flaw_of(result: dict[str, Any]) -> str:
+    """What a finished cell's result lacks for those who read it; "" if nothing."""
+    kinds = {"headline": str, "higher_is_better": bool, "snapshots": list, "texts": list}
+    wrong = [name for name, kind in kinds.items() if type(result.get(name)) is not kind]
+    if wrong:
+        return f"has no {wrong[0]}"
+    lines = [*result["snapshots"], *(result.get("deployments") or [])]
+    if not result["snapshots"] or not all(isinstance(line, dict) for line in lines):
+        return "has no snapshots"
+    if not all(isinstance(text, str) for text in result["texts"]):
+        return "has texts that are none"
+    for line in lines:
+        numbers = {name: line.get(name) for name in ("snapshot", "flops", "tokens_generated", "tokens_trained", "seconds", "phi")}
+        measures = line.get("measures")
+        if not isinstance(measures, dict) or not isinstance(line.get("flops_by_phase"), dict):
+            return "has a snapshot without measures"
+        unlike = [name for name, value in {**numbers, **measures}.items() if not _is_number(value) and value is not None]
+        if unlike or None in (numbers["snapshot"], numbers["flops"]):
+            return f"has a snapshot whose {unlike[0] if unlike else 'place'} is no number"
+    return ""
 
 
 def count_lines(path: Path) -> int:
@@ -298,7 +344,7 @@ def last_line(path: Path) -> str:
     """The last line of a text file that is not empty; "" if there is none, or no file, which another process may just have removed."""
     try:
         content = path.read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return ""
     lines = [line for line in content.splitlines() if line.strip()]
     return lines[-1].strip() if lines else ""
@@ -306,9 +352,9 @@ def last_line(path: Path) -> str:
 
 def _checksum(path: Path, size: int | None = None) -> int | None:
     """CRC-32 of a file, or of its first bytes; None where it is not there or shorter than they are."""
-    total, left = 0, path.stat().st_size if size is None and path.exists() else size
-    if left is None:
+    if not path.is_file():
         return None
+    total, left = 0, path.stat().st_size if size is None else size
     try:
         with open(path, "rb") as file:
             while left and (block := file.read(min(left, 1 << 20))):

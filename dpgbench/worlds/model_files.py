@@ -85,8 +85,15 @@ def digests(scale: Mapping[str, Any]) -> dict[str, str]:
 
     What has a name of its own, the embedded models and the hub's, has none. Cost: `digest`.
     """
-    folders = {role: Path(str(scale[role])).expanduser() for role in ROLES if scale[role] not in ("phrasebook", SMOLLM2)}
-    return {f"{role}_sha256": digest(folder) for role, folder in folders.items() if folder.is_dir()}
+    return {f"{role}_sha256": digest(Path(str(scale[role])).expanduser()) for role in ROLES if is_folder(str(scale[role]))}
+
+
+def is_folder(model: str) -> bool:
+    """Whether a model is a local folder and none of those that have a name of their own."""
+    try:
+        return model not in ("phrasebook", SMOLLM2) and Path(model).expanduser().is_dir()
+    except (OSError, ValueError, RuntimeError):  # a name too long, a NUL, a home that nobody has
+        return False
 
 
 def digest(folder: Path) -> str:
