@@ -285,6 +285,19 @@ def test_collecting_anew_never_loses_a_finished_cell(dpgbench, finished):
     assert dpgbench("report", *three).code == 0 and table.read_bytes() == told
 
 
+@pytest.mark.slow
+def test_a_damaged_parquet_is_kept_aside(dpgbench, finished):
+    """It may have had cells that are nowhere else; what there are run folders of is collected anew."""
+    words = ["task=l2_norm", "method=base", "seed=0,1", *TINY, f"results={finished}", "--format", "json"]
+    assert dpgbench("report", *words).code == 0
+    parquet = finished / "sweep.parquet"
+    whole = parquet.read_bytes()
+    parquet.write_bytes(whole[: len(whole) // 2])
+    done = dpgbench("report", *words)
+    assert done.code == 0 and "sweep.parquet: cannot be read; kept as " in done.err and len(done.err.splitlines()) == 1
+    assert parquet.with_name("sweep.parquet.damaged").read_bytes() == whole[: len(whole) // 2] and parquet.read_bytes() == whole
+
+
 def test_a_failing_cell_does_not_stop_the_others(dpgbench, plugins, tmp_path):
     """Its reason is kept and shown; exit code 1."""
     (plugins / "methods" / "bad.py").write_text(
