@@ -159,7 +159,7 @@ def test_methods_share_metagradients_and_a_repeated_text_is_judged_once(monkeypa
     found = [bench.metagradients(texts, 0, 0, **how).rewards for bench, how in zip((one, other, other), asked, strict=True)]
     assert len(calls) == 2
     for mine, theirs in zip(found, expected, strict=True):
-        assert mine.shape == theirs.shape and torch.allclose(mine, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+        assert mine.shape == theirs.shape and torch.allclose(mine, theirs, rtol=0, atol=1e-4 * float(theirs.abs().max()))
     judged, judge = [], one._judged
     monkeypatch.setattr(one, "_judged", lambda of, **how: judged.append(of) or judge(of, **how))
     for how in ({}, {"optimizer_aware": True}, {"per_token": True}):

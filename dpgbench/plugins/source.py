@@ -67,11 +67,13 @@ def read(kind: Kind, path: Path, *, trusted: bool = False) -> PluginFile:
     version = source.literal("version", 1)
     summary = (ast.get_docstring(tree) or "").split("\n")[0]
     defaults, budget_options = source.literal("defaults", {}), source.literal("budget_options", ())
-    if type(version) is not int:
+    if error:
+        version, defaults, budget_options = 1, {}, ()  # whatever they are, the file cannot be used
+    elif type(version) is not int:
         return PluginFile(kind, path.stem, path, summary, error=f"{path.name}: version = {version!r}; it must be a whole number")
-    if not isinstance(defaults, dict) or not all(isinstance(option, str) for option in defaults):
+    elif not isinstance(defaults, dict) or not all(isinstance(option, str) for option in defaults):
         return PluginFile(kind, path.stem, path, summary, error=f"{path.name}: defaults = {defaults!r}; it must be a dict by option")
-    if not isinstance(budget_options, tuple | list) or not all(isinstance(option, str) for option in budget_options):
+    elif not isinstance(budget_options, tuple | list) or not all(isinstance(option, str) for option in budget_options):
         said = f"{path.name}: budget_options = {budget_options!r}; it must be a tuple of names of options"
         return PluginFile(kind, path.stem, path, summary, error=said)
     return PluginFile(kind, path.stem, path, summary, version, source.defines, defaults, budget_options, error)
