@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas
 import pytest
+from conftest import ROOT, TINY
 from frames import COMMAND, small_frame
 from stored import WORDS, write_cell
 
@@ -379,3 +385,37 @@ def test_a_cells_files_have_no_token(dpgbench, tmp_path, monkeypatch):
     assert len(files) > 10 and not [path for path in files if SECRET.encode() in path.read_bytes()]
     parquet = pandas.read_parquet(tmp_path / "sweep.parquet").to_csv()
     assert SECRET not in parquet and os.environ["HF_TOKEN"].startswith(SECRET)
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it started, as far as they still run."""
+    children = [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+    return [pid, *(other for child in children for other in family(child))]
+
+
+def listening(pid: int) -> set[str]:
+    """The addresses at which a process waits for connections over a network."""
+    sockets = set()
+    for path in Path(f"/proc/{pid}/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            sockets.add(os.readlink(path))
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {words[1] for words in lines if words[3] == "0A" and f"socket:[{words[9]}]" in sockets}  # 0A: listening
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads /proc/net/tcp")
+def test_a_sweep_opens_no_port(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)):
+        assert listening(os.getpid())  # this is how one would look
+    words = ["sweep", "task=l2_norm", "method=dpg", *TINY, "seed=0,1", "launcher=local", "launcher.workers=2", f"results={tmp_path}"]
+    command = [sys.executable, "-m", "dpgbench", *words]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    looks, most, seen = 0, 0, set()
+    while process.poll() is None:
+        with contextlib.suppress(OSError):  # of a process that ends meanwhile
+            all_of_it = family(process.pid)
+            most, looks = max(most, len(all_of_it)), looks + 1
+            seen |= set().union(*map(listening, all_of_it))
+        time.sleep(0.2)
+    assert process.returncode == 0 and most >= 4 and looks > 5 and not seen
