@@ -16,6 +16,7 @@ from conftest import ROOT
 from frames import COMMAND, row, small_frame
 from matplotlib.figure import Figure
 
+from dpgbench.core.protocol import Protocol
 from dpgbench.report import build
 from dpgbench.report.at_budgets import answers_at, budget_of, budgets_table
 from dpgbench.report.inline_svg import steps
@@ -188,6 +189,16 @@ def test_the_answer_stands_before_all_else_and_tasks_are_folded(hostile):
     page = hostile.read_text(encoding="utf-8")
     assert page.index('id="answer"') < page.index('class="controls"') < page.index('id="summary"') < page.index('id="task-0"')
     assert re.search(r'<section class="task"><details>\s*<summary id="task-0">', page)
+
+
+def test_what_the_primary_tests_show_is_the_first_answer(tmp_path):
+    """Eight seeds, always ahead of base (p 2/256) and never of naive, which is not said there."""
+    rows = [row(method=name, seed=seed, value=value + 0.01 * seed) for name, value in (("base", 0.1), ("dpg", 0.8)) for seed in range(8)]
+    rows += [row(method="naive", seed=seed, value=0.8 + 0.01 * seed + 0.1 * (-1) ** seed) for seed in range(8)]
+    page = build(pd.DataFrame(rows), tmp_path, suite="demo", command=COMMAND, protocol=Protocol(("dpg",))).read_text(encoding="utf-8")
+    answer = page[page.index('id="answer"') : page.index('class="controls"')]
+    assert "Over all tasks dpg is shown to be better than base.</p>" in answer and "not shown to differ from naive" not in answer
+    assert answer.index("is shown to be better") < answer.index("of the budget")
 
 
 @pytest.mark.parametrize("suite", ["methods"])

@@ -27,6 +27,7 @@ from dpgbench.report import task_tables
 from dpgbench.report.format import DASH, and_more, decimals_for, file_names, number, plural
 from dpgbench.report.inline_svg import inline_svg
 from dpgbench.report.plot_style import DrawnFigure
+from dpgbench.report.pooled import shown_over_tasks
 from dpgbench.report.results import BASE, SuiteResults, TaskResults
 from dpgbench.report.summary_tables import findings
 from dpgbench.report.table import Cell, Column, Row, Table, text_cell
@@ -67,6 +68,7 @@ def render_page(contents: Contents, overall: list[DrawnFigure], figures: dict[st
         css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         explanation=_explanation(results),
+        shown=shown_over_tasks(contents.across.pooled),
         findings=findings(results, contents.across, contents.winners),
         statuses=list(results.cells_by_status.items()),
         styles=results.styles,

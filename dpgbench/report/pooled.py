@@ -107,6 +107,11 @@ def primary_findings(family: Family) -> list[str]:
     return said
 
 
+def shown_over_tasks(family: Family) -> tuple[str, ...]:
+    """Of `primary_findings` what is shown, for the page's first answer, where single tasks may be too few seeds to decide."""
+    return tuple(primary_findings({pair: found for pair, found in family.items() if found.direction}))
+
+
 def _table(
     reference: str, found: dict[str, PooledComparison], results: SuiteResults, anchors: Mapping[str, Anchors], family: Family,
     protocol: Protocol,
