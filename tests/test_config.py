@@ -173,7 +173,7 @@ def test_every_choice_of_files_is_what_hydra_composes():
 
     registry = Registry()
     composer = Composer(registry)
-    files = {group: list(config.files(registry, group)) for group in GROUPS}
+    files = {group: list(registry.presets(group)) for group in GROUPS}
     choices = [("language", "dpg", scale, launcher) for scale in files["scale"] for launcher in files["launcher"]]
     choices += [(task, "dpg", "tiny", "inline") for task in files["task"]] + [
         ("qr", method, "tiny", "inline") for method in files["method"]

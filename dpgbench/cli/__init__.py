@@ -98,7 +98,7 @@ COMMANDS = {
         _late("report", "write_report"), "[name=NAME | suite=NAME] [--format json]", "tables, figures and page of a sweep",
         f"""{SWEEP}
   --format json          the same numbers for machines, unrounded, on standard output, instead of the page
-  --compare SIDE SIDE    what changed between two suites, commits (core@HEAD~1) or parquet files, and whether it is within noise""",
+  --compare SIDE SIDE    what changed between two suites, commits (methods@HEAD~1) or parquet files, and whether it is within noise""",
         ("name=mine", "--compare methods@HEAD~1 methods"), "", ("--format", "--compare"),
     ),
     "export": Command(

@@ -49,7 +49,7 @@ def list_plugins(words: list[str]) -> int:
         console.print(table, highlight=False)
         console.print()
     table = Table("scales and suites", "", box=None, pad_edge=False)
-    for path in sorted(config.files(registry, "scale").values()):
+    for path in sorted(registry.presets("scale").values()):
         table.add_row(*map(Text, (inert(f"scale={path.stem}"), inert(first_comment(path)))))
     for name, title in config.suites(registry).items():
         table.add_row(*map(Text, (inert(f"suite={name}"), inert(title))))

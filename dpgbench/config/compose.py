@@ -24,20 +24,19 @@ from dpgbench.plugins.registry import Registry
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-LAUNCHERS = ("inline", "debug", "local", "slurm")
 SECTIONS = ("task", "method", "training", "scale")  # what a cell is made of; the root `policy` enters through `method.policy`
 
 
 def presets(registry: Registry, kind: str) -> dict[str, Path]:
     """The YAML files of a plug-in under another name: the same file with other options. By that name."""
     plain = {file.name for file in registry.files(kind)}
-    return {name: path for name, path in files(registry, kind).items() if name not in plain}
+    return {name: path for name, path in registry.presets(kind).items() if name not in plain}
 
 
 def suites(registry: Registry) -> dict[str, str]:
     """Every stored suite's title, by name; of one that cannot be read, why."""
     titles = {}
-    for name, path in files(registry, "suite").items():
+    for name, path in registry.presets("suite").items():
         try:
             titles[name] = str(read_suite(name, path).get("title", ""))
         except UserError as error:
@@ -59,15 +58,9 @@ def read_suite(name: str, path: Path) -> dict[str, Any]:
 
 def protocol_of(registry: Registry, suite: str) -> Protocol:
     """What a stored suite fixed beforehand; an empty one for a suite that is not stored or fixed nothing. UserError for a bad one."""
-    path = files(registry, "suite").get(suite)
+    path = registry.presets("suite").get(suite)
     stored = None if path is None else read_suite(suite, path).get("protocol")
     return read_protocol(stored, str(path))
-
-
-def files(registry: Registry, group: str) -> dict[str, Path]:
-    """The YAML files of one group (scale, suite, ...), the user's own among them, by name."""
-    there = (path for folder in registry.folders for path in sorted((folder / "configs" / group).glob("*.yaml")))
-    return {path.stem: path for path in there if path.is_file()}
 
 
 class Composer:
@@ -150,7 +143,7 @@ class Composer:
 
     def _choices(self, group: str, values: list[Word] | None) -> list[str]:
         default = {"task": "language", "method": "dpg", "scale": "tiny", "launcher": "inline"}
-        there = files(self.registry, group)
+        there = self.registry.presets(group)
         names = [str(value) for value in values] if values else [default[group]]
         if names == ["all"] and group in ("task", "method"):
             return list(there)
@@ -188,14 +181,13 @@ class Composer:
 
     def _launcher(self, chosen: str, given: Any) -> dict[str, Any]:
         """A launcher's options; a user's own file need not have all that ours of its `name` has."""
+        ours = {path.stem for path in (home() / "configs" / "launcher").glob("*.yaml")}
         kind = given.get("name") if isinstance(given, dict) else None
-        if kind not in LAUNCHERS:
-            raise UserError(f"launcher={chosen}: configs/launcher/{chosen}.yaml has name: {kind}; {did_you_mean(str(kind), LAUNCHERS)}")
-        return (
-            given
-            if chosen == kind
-            else _overlaid(self._plain_of(f"launcher/{kind}", self._part("launcher", kind, False))["launcher"], given)
-        )
+        if kind not in ours:
+            raise UserError(f"launcher={chosen}: configs/launcher/{chosen}.yaml has name: {kind}; {did_you_mean(str(kind), ours)}")
+        if chosen == kind:
+            return given
+        return _overlaid(self._plain_of(f"launcher/{kind}", self._part("launcher", kind, False))["launcher"], given)
 
     def _plain_of(self, name: str, part: DictConfig) -> dict[str, Any]:
         from omegaconf import OmegaConf
@@ -254,7 +246,7 @@ class Composer:
         foreign = {"hydra", "launcher"} - {group}  # what composes, and what starts programs
         if not isinstance(whole, dict) or foreign & {str(key).partition(".")[0] for key in whole}:
             raise UserError(f"{said} must be a mapping of settings of a cell; leave out what is Hydra's or a launcher's")
-        there = files(self.registry, group)
+        there = self.registry.presets(group)
         for entry in extended:
             if entry != "_self_" and entry in there and there[entry] not in seen:
                 self._checked(group, entry, there[entry], seen | {path})

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dpgbench.config import match_budget, validate
-from dpgbench.config.compose import SECTIONS, Composer, files, read_suite
+from dpgbench.config.compose import SECTIONS, Composer, read_suite
 from dpgbench.config.overrides import Word, one, parse
 from dpgbench.config.values import PLACES, one_value_form, several_values_form
 from dpgbench.core.cell import Cell, RunSpec
@@ -134,7 +134,7 @@ def _unsealed(config: Mapping[str, Any]) -> str | None:
 
 def _suite(name: str, registry: Registry, words: Mapping[str, list[Word]]) -> tuple[str, list[dict[str, list[Word]]]]:
     """A stored grid: its title and its lines, each with the suite's `common` words under it and the command line's over it."""
-    stored_suites = files(registry, "suite")
+    stored_suites = registry.presets("suite")
     if name not in stored_suites:
         raise UserError(f"suite={name}: no such suite; {did_you_mean(name, stored_suites)}")
     stored = read_suite(name, stored_suites[name])

@@ -51,9 +51,9 @@ class Registry:
         """Every plug-in file of a kind, the broken ones too, by name."""
         return [file for (its_kind, _), file in sorted(self._files.items()) if its_kind == kind]
 
-    def presets(self, kind: Kind) -> dict[str, Path]:
-        """What can be chosen on the command line: the YAML files of `configs/<kind>/`, by name."""
-        there = (path for folder in self.folders for path in sorted((folder / "configs" / kind).glob("*.yaml")))
+    def presets(self, group: str) -> dict[str, Path]:
+        """What can be chosen on the command line: the YAML files of `configs/<group>/` (task, scale, ...), the user's own too, by name."""
+        there = (path for folder in self.folders for path in sorted((folder / "configs" / group).glob("*.yaml")))
         return {path.stem: path for path in there if path.is_file()}
 
     def find(self, kind: Kind, name: str) -> PluginFile:
@@ -138,11 +138,8 @@ class Registry:
             if not isinstance(content, dict):
                 return None
             defaults, name = content.get("defaults"), content.get("name")
-            parents = (
-                [entry for entry in defaults if isinstance(entry, str) and entry not in seen | {"_self_"}]
-                if isinstance(defaults, list)
-                else []
-            )
+            above = defaults if isinstance(defaults, list) else []
+            parents = [entry for entry in above if isinstance(entry, str) and entry not in seen | {"_self_"}]
             return name if isinstance(name, str) else next((name_in(parent, seen | {preset}) for parent in parents), None)
 
         return {preset: name_in(preset) for preset in presets}

@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from dpgbench.report.format import and_more, file_names, plural
+from dpgbench.store.parquet import NEEDED
 
-NEEDED = ("cell", "task_label", "method", "method_label", "seed", "status", "step")
 NUMBERS = ("step", "flops", "tokens_generated", "tokens_trained", "seconds", "phi")
 OPTIONAL = (
     "reason", "headline", "higher_is_better", "flops_by_phase", "deployment_texts", "texts", "picture", "spec", "env", "task_description",

@@ -66,6 +66,7 @@ class RunFolder:
         self.path, self.spec = path, spec
         self.hash = path.name.rpartition(".")[2]
         self._lock: lock.Lock | None = None
+        self._result: dict[str, Any] | None = None  # once read and found whole
         self._sums: dict[str, int] = {}  # of the growing files, of what was written: a disk may return something else
 
     @classmethod
@@ -77,7 +78,7 @@ class RunFolder:
         """Read from the files alone; costs a few file system calls."""
         result, error = self.path / "result.json", self.path / "error.txt"
         if result.exists():
-            problem = self._problem_with(result)
+            _, problem = self._read_result()
             return State("damaged", problem) if problem else State("done")
         held = lock.look(self.path)
         if held.alive:
@@ -103,14 +104,16 @@ class RunFolder:
 
     def result(self) -> dict[str, Any]:
         """The outcome of a finished cell. Raises UserError if the file is damaged."""
-        return {key: value for key, value in self._stored().items() if key not in ("files", "checksum")}
+        return {key: value for key, value in self._stored().items() if key != "files"}
 
     def _stored(self) -> dict[str, Any]:
-        path = self.path / "result.json"
-        problem = self._problem_with(path)
-        if problem:
-            raise self._damaged(problem)
-        return json_of(text_of(path))
+        """With the checksums of the cell's files. Read once: a report asks for a cell's files one by one, and a result does not change."""
+        if self._result is None:
+            content, problem = self._read_result()
+            if problem:
+                raise self._damaged(problem)
+            self._result = content
+        return self._result
 
     def scored(self) -> dict[str, Any]:
         """`result`, with all that a report or an export looks for in it. Raises UserError where that is not so."""
@@ -147,28 +150,31 @@ class RunFolder:
         except Unreadable as reason:
             raise self._damaged(f"{name} cannot be read ({reason})") from None
 
-    def _problem_with(self, result: Path) -> str:
+    def _read_result(self) -> tuple[dict[str, Any], str]:
+        """What `result.json` says, without its own checksum, and what is wrong with it or with the metrics beside it; "" if nothing."""
         try:
-            content = json_of(text_of(result))
+            content = json_of(text_of(self.path / "result.json"))
         except Unreadable as reason:
-            return f"result.json is {reason} (a damaged file)"
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA or not {"snapshots", "lines"} <= set(content):
-            return "result.json was written by another version of dpgbench"
+            return {}, f"result.json is {reason} (a damaged file)"
+        ours = isinstance(content, dict) and content.get("schema") == SCHEMA and {"snapshots", "lines"} <= set(content)
+        if not ours or not isinstance(content.get("files", {}), dict):
+            return {}, "result.json was written by another version of dpgbench"
         if content.get("hash") != self.hash:
-            return f"result.json belongs to another cell (hash {content.get('hash')}, not {self.hash})"
+            return {}, f"result.json belongs to another cell (hash {content.get('hash')}, not {self.hash})"
         checksum = content.pop("checksum", None)  # older results have neither this nor "files"
         if (checksum is not None or "files" in content) and checksum != zlib.crc32(json.dumps(content).encode()):
-            return "result.json is not what the finished run wrote (a damaged file)"
+            return {}, "result.json is not what the finished run wrote (a damaged file)"
         try:
             metrics = (self.path / "metrics.jsonl").read_bytes()
         except OSError as error:
-            return f"metrics.jsonl cannot be read ({error.strerror})"
+            return {}, f"metrics.jsonl cannot be read ({error.strerror})"
         lines = metrics.count(b"\n")
         if lines != content["lines"]:
-            return f"metrics.jsonl has {lines} whole lines where the finished run wrote {content['lines']}"
-        files = content.get("files", {})
-        known = files.get("metrics.jsonl") if isinstance(files, dict) else "no sums"
-        return "" if known in (None, zlib.crc32(metrics)) else "metrics.jsonl is not what the finished run wrote (a damaged file)"
+            return {}, f"metrics.jsonl has {lines} whole lines where the finished run wrote {content['lines']}"
+        known = content.get("files", {}).get("metrics.jsonl")
+        if known not in (None, zlib.crc32(metrics)):
+            return {}, "metrics.jsonl is not what the finished run wrote (a damaged file)"
+        return content, ""
 
     @contextmanager
     def owned(self) -> Iterator[None]:
@@ -192,6 +198,7 @@ class RunFolder:
         from omegaconf import OmegaConf
 
         self.check_owned()
+        self._result = None
         kept = growing or {}
         for name in ("result.json", "error.txt", "picture.png", *(name for name in GROWING if name not in kept)):
             (self.path / name).unlink(missing_ok=True)
