@@ -483,7 +483,8 @@ def test_two_codes_in_one_folder_share_no_half_cell(tmp_path, quiet):
     """What one has finished the other leaves alone; what one has begun the other begins again."""
     assert numbers(pretend(tmp_path / "done")) == numbers(pretend(tmp_path / "done", code="two")) == quiet
     folder = pretend(tmp_path / "half", until=3)
-    began = (folder.path / "metrics.jsonl").stat().st_ino
+    os.link(folder.path / "metrics.jsonl", tmp_path / "begun")  # or its inode would be free for the next file
+    began = (tmp_path / "begun").stat().st_ino
     assert numbers(pretend(tmp_path / "half", code="two")) == quiet and (folder.path / "metrics.jsonl").stat().st_ino != began
 
 

@@ -66,7 +66,7 @@ class RunFolder:
         self.path, self.spec = path, spec
         self.hash = path.name.rpartition(".")[2]
         self._lock: lock.Lock | None = None
-        self._result: dict[str, Any] | None = None  # once read and found whole
+        self._files: dict[str, int] | None = None  # checksums of a finished cell's files, once its result was read
         self._sums: dict[str, int] = {}  # of the growing files, of what was written: a disk may return something else
 
     @classmethod
@@ -104,16 +104,11 @@ class RunFolder:
 
     def result(self) -> dict[str, Any]:
         """The outcome of a finished cell. Raises UserError if the file is damaged."""
-        return {key: value for key, value in self._stored().items() if key != "files"}
-
-    def _stored(self) -> dict[str, Any]:
-        """With the checksums of the cell's files. Read once: a report asks for a cell's files one by one, and a result does not change."""
-        if self._result is None:
-            content, problem = self._read_result()
-            if problem:
-                raise self._damaged(problem)
-            self._result = content
-        return self._result
+        content, problem = self._read_result()
+        if problem:
+            raise self._damaged(problem)
+        self._files = content.pop("files", {})  # kept, for a report asks for a cell's files one by one
+        return content
 
     def scored(self) -> dict[str, Any]:
         """`result`, with all that a report or an export looks for in it. Raises UserError where that is not so."""
@@ -138,7 +133,9 @@ class RunFolder:
 
     def whole(self, name: str) -> Path:
         """The path of a finished cell's file that is as it was when the cell ended. Raises UserError if it is damaged or gone."""
-        known, found = self._stored().get("files", {}).get(name), _checksum(self.path / name)
+        if self._files is None:
+            self.result()
+        known, found = self._files.get(name), _checksum(self.path / name)
         if found is None or known not in (None, found):  # none is known where the cell finished before sums were kept
             raise self._damaged(f"{name} {'is gone' if found is None else 'is not what the finished run wrote (a damaged file)'}")
         return self.path / name
@@ -198,7 +195,7 @@ class RunFolder:
         from omegaconf import OmegaConf
 
         self.check_owned()
-        self._result = None
+        self._files = None
         kept = growing or {}
         for name in ("result.json", "error.txt", "picture.png", *(name for name in GROWING if name not in kept)):
             (self.path / name).unlink(missing_ok=True)
