@@ -88,6 +88,71 @@ def test_metagradients_are_charged_what_they_cost_and_counting_changes_nothing()
     assert flops > 3 * forward_flops(model, 16, 24)
 
 
+SIGNALS = {"head": lambda m: -m.get_output_embeddings().weight.square().sum(), "loss": lambda m: -m(PROBE, labels=PROBE).loss}
+PROBE = torch.arange(40).view(4, 10)
+WAYS = {
+    "tapes": {},
+    "no tape": {"memory_budget": 1},
+    "some tapes": {"memory_budget": 29_000_000},
+    "replayed": {"checkpoint": 2},
+    "micro-batches": {"micro_batch": 3},
+    "reverse": {"mode": "reverse"},
+    "tokens": {"per_token": True},
+}
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+@pytest.mark.parametrize("way", WAYS)
+def test_one_of_each_kind_is_enough_to_count(monkeypatch, way, signal):
+    """FLOPs of six steps, two of them of another length, however they are differentiated: those of torch's counter over all of it."""
+    from dpgbench.bench.flops import _Counter
+    from dpgbench.metagrad import metagradients
+    from dpgbench.metagrad.training import AdamW
+
+    model = MODELS["gpt2_wide"]().eval()
+    ids = torch.randint(0, 90, (24, 20), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": part, "labels": part} for part in (*ids[:16].chunk(4), *ids[16:, :12].chunk(2))]
+    modes, computed = [], []
+
+    def rewards():
+        outcome = metagradients(model, batches, SIGNALS[signal], optimizer=AdamW(lr=1e-3, eps_root=1e-6), **WAYS[way])
+        modes.append(outcome.modes)
+        return outcome.rewards
+
+    rewards()  # what is checked once a model is behind us
+    under_counter, flops = counted_flops(rewards)
+    record = _Counter.__enter__
+    monkeypatch.setattr(_Counter, "__enter__", lambda counter: computed.append(1) or record(counter))
+    assert counted_flops(rewards)[1] == flops and len(computed) > 6  # it was stopped and started again
+    monkeypatch.setattr(_Counter, "alike", lambda counter, kind, work: work())
+    every_piece, all_flops = counted_flops(rewards)
+    assert flops == all_flops and torch.equal(under_counter, every_piece) and len(set(modes)) == 1
+    if way == "some tapes":
+        assert {"tape", "forward"} == set(modes[0])
+
+
+def test_what_raises_is_no_measure_of_its_kind():
+    """Work that was given up counts as far as it went; the next of its kind is counted whole."""
+    from dpgbench.metagrad.alike import alike
+
+    def product(times, fails=False):
+        for _ in range(times):
+            torch.ones(2, 3) @ torch.ones(3, 4)
+        if fails:
+            raise KeyError
+
+    def work():
+        with pytest.raises(KeyError):
+            alike("a", lambda: product(1, fails=True))
+        for times in (3, 5):  # the second is taken for the first
+            alike("a", lambda times=times: product(times))
+        alike("b", lambda: alike("a", lambda: product(7)))
+        alike("b", lambda: product(9))
+
+    assert counted_flops(work)[1] == 48 * (1 + 3 + 3 + 3 + 3)
+    assert counted_flops(lambda: alike("a", lambda: product(2)))[1] == 48 * 2  # known in one call and not in the next
+
+
 @pytest.mark.parametrize("name", ["gpt2_wide", "llama_grouped"])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_metagradients_lie_within_what_the_bench_documents(name, steps):

@@ -115,6 +115,28 @@ def test_the_other_goal_moves_the_other_way(tasks, name, goal):
     assert change > 0 if goal == "up" else change < 0
 
 
+def test_what_was_measured_is_drawn_without_being_written_again(tasks, monkeypatch):
+    """Once for the same tensors; again for others of the same values, and for the same ones after they were written to."""
+    from matplotlib.figure import Figure
+
+    task, written = tasks("length"), []
+    model, write = task.world.target, task.surrogate._sample
+    monkeypatch.setattr(task.surrogate, "_sample", lambda *given: written.append(given[1]) or write(*given))
+    params = {key: value.detach().clone() for key, value in model.named_parameters()}
+    with loaded(model, params):
+        before = task.measure(model, [])
+        task.draw(model, [], Figure().add_axes((0, 0, 1, 1)))
+    assert written == ["test"]
+    with loaded(model, {key: value.clone() for key, value in params.items()}):
+        assert task.measure(model, []) == before
+    assert written == ["test"] * 2
+    with loaded(model, params):
+        task.measure(model, [])
+        params["lm_head.weight"].mul_(-1)
+        assert task.measure(model, []) != before
+    assert written == ["test"] * 4
+
+
 def test_more_tokens_than_positions_are_refused(tasks):
     with pytest.raises(UserError, match=r"task.max_tokens=96: the target has 96 positions, one of them for the start token; write .*=95"):
         tasks("length", "max_tokens=96")

@@ -284,6 +284,7 @@ SIGNALS = {
     "output embeddings": lambda model: model.get_output_embeddings().weight[:3, :4].tanh().mean(),
     "forward": lambda model: -per_example_loss(model, {}, **HELD_OUT).mean(),
     "model call": lambda model: model(input_ids=HELD_OUT["input_ids"]).logits.log_softmax(-1)[..., 3].mean(),
+    "looks without a gradient": lambda model: model.lm_head.weight.norm() + model.get_input_embeddings().weight.detach().norm(),
 }
 
 
@@ -304,6 +305,25 @@ def test_one_step_values_equal_the_loop(make, attention, name):
             expected.append(signal(model).detach())
     assert values.shape == (5,) and not values.requires_grad
     assert relative_error(values, torch.stack(expected)) < (1e-12 if make is tiny_gpt2 else 1e-6)
+
+
+@pytest.mark.parametrize("name, stepped", [("head", 1), ("forward", None), ("looks without a gradient", None)])
+def test_only_what_the_signal_looks_at_is_stepped(name, stepped):
+    """The head alone, where Phi is of the head; every parameter where Phi may look at all."""
+
+    class Watched(SGD):
+        def update(self, params, gradients, state, step):
+            assert set(params) == set(gradients)
+            sizes.append(len(params))
+            return super().update(params, gradients, state, step)
+
+    sizes, model = [], tiny_gpt2()
+    one_step_values(model, **tiny_batch(3), signal=SIGNALS[name], optimizer=Watched(0.1))
+    assert set(sizes) == {stepped or len(list(model.parameters()))}
+    direction = {"lm_head.weight": torch.ones_like(model.lm_head.weight)}
+    sizes.clear()
+    first_step_dots(model, **tiny_batch(3), direction=direction, optimizer=Watched(0.1))
+    assert set(sizes) == {1}
 
 
 def test_one_step_values_fall_back_loudly():

@@ -186,18 +186,59 @@ def critic_flops(tokens: int, features: int) -> float:
 def counted_flops(function: Callable[[], Result]) -> tuple[Result, float]:
     """What `function` returns, and its FLOPs by torch's own counter; for code whose products only it knows, such as a user's signal.
 
-    Padding is computed, and so counted. Counting changes no number that `function` computes beyond rounding.
+    Padding is computed, and so counted. Of work that the engine names as alike one piece is counted, and the others are taken to cost the
+    same. Counting changes no number that `function` computes beyond rounding.
     """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
+    from dpgbench.metagrad.alike import told
     from dpgbench.metagrad.loss import padding_computed
 
-    aten = torch.ops.aten  # products that add to their result in place, which the counter does not know
-    in_place = {
-        aten.addmm_: lambda total, left, right, *_, **__: 2 * left[0] * left[1] * right[1],
-        aten.baddbmm_: lambda total, left, right, *_, **__: 2 * left[0] * left[1] * left[2] * right[2],
-    }
-    with padding_computed(), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    counter = _Counter()
+    with padding_computed(), counter, told(counter.alike):
         result = function()
-    return result, float(counter.get_total_flops())
+    return result, float(counter.flops)
+
+
+class _Counter:
+    """torch's counter, stopped where what is computed has a known cost: it goes through Python at every operation."""
+
+    def __init__(self):
+        self._so_far, self._known = 0, {}
+
+    def __enter__(self) -> None:
+        import torch
+        from torch.utils.flop_counter import FlopCounterMode
+
+        aten = torch.ops.aten  # products that add to their result in place, which the counter does not know
+        in_place = {
+            aten.addmm_: lambda total, left, right, *_, **__: 2 * left[0] * left[1] * right[1],
+            aten.baddbmm_: lambda total, left, right, *_, **__: 2 * left[0] * left[1] * left[2] * right[2],
+        }
+        self._counter = FlopCounterMode(display=False, custom_mapping=in_place).__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._counter.__exit__(*error)
+        self._so_far += self._counter.get_total_flops()
+        self._counter = None
+
+    @property
+    def flops(self) -> int:
+        """Counted up to now."""
+        return self._so_far + (self._counter.get_total_flops() if self._counter else 0)
+
+    def alike(self, kind: Hashable, work: Callable[[], Result]) -> Result:
+        """What `work` returns; counted if nothing of its kind was. Work that raises is counted as far as it went, and its kind not known."""
+        from dpgbench.metagrad.alike import told
+
+        if kind not in self._known:
+            before = self.flops
+            result = work()
+            self._known[kind] = self.flops - before
+            return result
+        self.__exit__(None, None, None)
+        try:
+            with told(None):
+                result = work()
+        finally:
+            self.__enter__()
+        self._so_far += self._known[kind]
+        return result

@@ -44,6 +44,11 @@ class Share(NamedTuple):
     weights: Tensor
     count: int
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and tokens."""
+        return tuple(self.batch.input_ids.shape)
+
     def rows(self, rows: slice) -> Share:
         return Share(Batch(self.batch.input_ids[rows], self.batch.labels[rows]), self.weights[rows], self.count)
 

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpgbench.metagrad import derivatives
+from dpgbench.metagrad.alike import alike
 from dpgbench.metagrad.data_parallel import ShardedBatch, WholeBatch
 from dpgbench.metagrad.derivatives import Share, StepLoss, Tape
 from dpgbench.metagrad.inputs import (
@@ -254,7 +255,8 @@ class _Run:
                 gradients = _detached_sum(tapes)
             gradients = self.group.summed(gradients, params)
             with torch.no_grad():
-                new_params, state = self.optimizer.update(params, gradients, state, step)
+                given = (params, gradients, state, step)
+                new_params, state = alike("update", lambda given=given: self.optimizer.update(*given))
             if reverse_follows:
                 records.append(Record(step, tapes, self.store.put((params, gradients, state))))
                 self.held_bytes = max(self.held_bytes, self.kept_bytes + per_step * len(records) + tapes_bytes)
@@ -269,7 +271,7 @@ class _Run:
         return sum(self._predicted_one(later) for later in range(step, stop))
 
     def _predicted_one(self, step: int) -> float:
-        rows, width = self.shares[step].batch.input_ids.shape
+        rows, width = self.shares[step].shape
         if (rows, width) in self.tape_sizes or not self.tape_sizes:
             return self.tape_sizes.get((rows, width), 0)
         # Activations grow with the tokens, attention with their square.
@@ -280,33 +282,39 @@ class _Run:
         share = self.shares[step]
         try:
             with weighed(limit, (*params.values(), *share.batch, share.weights)) as scale:
-                tapes = [derivatives.record(self.loss, params, piece) for piece in self.loss.pieces(share)]
+                pieces = self.loss.pieces(share)
+                tapes = alike(("tape", *share.shape), lambda: [derivatives.record(self.loss, params, piece) for piece in pieces])
         except OverBudget:
-            shape = tuple(share.batch.input_ids.shape)
+            shape = share.shape
             self.tape_sizes[shape] = max(self.tape_sizes.get(shape, 0), int(limit) + 1)
             return None, 0
-        self.tape_sizes[tuple(share.batch.input_ids.shape)] = scale.bytes
+        self.tape_sizes[share.shape] = scale.bytes
         return tapes, scale.bytes
 
     def _gradients(self, step: int, params: Params) -> Params:
         share, loss = self.shares[step], self.loss
         options = (loss.micro_batch, loss.reduction, loss.precision, loss.activation_checkpointing)
-        return mean_gradients(loss.model, params, share.batch, share.weights, *options, count=share.count)
+        given = (loss.model, params, share.batch, share.weights, *options)
+        return alike(("gradients", *share.shape), lambda: mean_gradients(*given, count=share.count))
 
     # ---- backwards
 
     def reverse(self, record: Record, to_params: Cotangents, to_state: Any) -> tuple[Tensor, Cotangents, Any]:
         """Pull the cotangents of (phi_{t+1}, state) back through step t: (rewards, cotangents of phi_t and of its state)."""
         params, gradients, new_state = record.tensors()
+        reached = tuple(name for name, cotangent in to_params.items() if cotangent is not None)
         with torch.no_grad():
-            to_gradients, to_params, to_state = self.optimizer.vjp(gradients, new_state, record.step, to_params, to_state)
+            given = (gradients, new_state, record.step, to_params, to_state)
+            vjp = ("vjp", reached, to_state is None)
+            to_gradients, to_params, to_state = alike(vjp, lambda: self.optimizer.vjp(*given))
         direction = {name: cotangent for name, cotangent in to_gradients.items() if cotangent is not None}
         second_order = record.step > 0  # phi_0 is given: nothing before it to pull back to
         if len(self.shares[record.step].weights) == 0:  # no share of a small batch
             self.modes[record.step], reward, products = "forward", self.shares[record.step].weights.clone(), {}
         elif record.tapes is not None:
             self.modes[record.step] = "tape"
-            reward, products = derivatives.pull_tapes(record.tapes, direction, second_order)
+            pull = ("pull", *self.shares[record.step].shape, tuple(direction), second_order)
+            reward, products = alike(pull, lambda: derivatives.pull_tapes(record.tapes, direction, second_order))
         else:
             reward, products = self._recompute(record.step, params, direction, second_order)
         if second_order:
@@ -317,7 +325,8 @@ class _Run:
         share = self.shares[step]
         self.modes[step] = mode = "reverse" if self.mode == "reverse" or self._forward_fault(params, share, second_order) else "forward"
         compute = derivatives.reverse_over_reverse if mode == "reverse" else derivatives.reverse_over_forward
-        return compute(self.loss, params, share, direction, second_order)
+        kind = (mode, *share.shape, tuple(direction), second_order)
+        return alike(kind, lambda: compute(self.loss, params, share, direction, second_order))
 
     def _forward_fault(self, params: Params, share: Share, second_order: bool) -> bool:
         """Whether the forward-mode way is closed to this model. Raises ValueError if it is the way that was asked for."""

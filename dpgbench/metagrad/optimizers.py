@@ -31,7 +31,10 @@ def _check_common(lr: float, weight_decay: float) -> None:
 
 
 class Optimizer(Protocol):
-    """A differentiable update rule. `step` counts from 0. All methods are pure: no argument is modified."""
+    """A differentiable update rule. `step` counts from 0. All methods are pure: no argument is modified.
+
+    What becomes of a parameter hangs on its own gradient and state alone, so that those nobody looks at can be left out.
+    """
 
     def init(self, params: Params) -> Any:
         """State before the first step."""

@@ -132,15 +132,17 @@ def one_step_values(
 
     input_ids, labels: (N, L) long. `signal` is called on the model with the stepped parameters inside. Texts run `chunk` at a
     time through torch.func.vmap, holding about six copies of the parameters per text; where an architecture or a signal
-    cannot be vectorised, one warning names the reason and the rest runs text by text. Cost: 3F over all texts plus N signals.
-    Raises ValueError as `train` does, and on a signal that is not a scalar tensor."""
+    cannot be vectorised, one warning names the reason and the rest runs text by text. Only parameters that the signal looks at are stepped.
+    Cost: at most 3F over all texts plus N signals. Raises ValueError as `train` does, and on a signal that is not a scalar tensor."""
     check_reduction(reduction)
     check_count("chunk", chunk)
     params, texts = _start(model, input_ids, labels)
-    state = optimizer.init(params)
+    stepping = _looked_at(model, params, signal)
+    state = optimizer.init(stepping)
 
     def value(ids_L: Tensor, labels_L: Tensor) -> Tensor:
-        stepped, _ = optimizer.update(params, _gradients_of_one(model, params, ids_L, labels_L, reduction), state, 0)
+        gradients = _gradients_of_one(model, params, stepping, ids_L, labels_L, reduction)
+        stepped, _ = optimizer.update(stepping, gradients, state, 0)
         with loaded(model, stepped), sdpa_kernel(SDPBackend.MATH):
             return check_scalar(signal(model))
 
@@ -162,17 +164,18 @@ def first_step_dots(
 
     The next update is the first unless the optimizer's `state` after `step` steps is given. Weight decay, the same for every text, is left
     out. direction: by parameter name; a parameter it does not name counts as zero.
-    Vectorised as `one_step_values` is, with about four copies of the parameters per text. Cost 3F over all texts.
+    Vectorised as `one_step_values` is, with about four copies of the named parameters per text. Cost at most 3F over all texts.
     Raises ValueError as `train` does."""
     check_reduction(reduction)
     check_count("chunk", chunk)
     params, texts = _start(model, input_ids, labels)
     # From parameters of zero, what the optimizer returns is the update itself: no digits are lost against phi_0, and nothing decays.
-    zeros = {name: torch.zeros_like(theta) for name, theta in params.items()}
-    before = optimizer.init(params) if state is None else state
+    stepping = {name: params[name] for name in direction}
+    zeros = {name: torch.zeros_like(theta) for name, theta in stepping.items()}
+    before = optimizer.init(stepping) if state is None else state
 
     def dot(ids_L: Tensor, labels_L: Tensor) -> Tensor:
-        update, _ = optimizer.update(zeros, _gradients_of_one(model, params, ids_L, labels_L, reduction), before, step)
+        update, _ = optimizer.update(zeros, _gradients_of_one(model, params, stepping, ids_L, labels_L, reduction), before, step)
         return torch.stack([(update[name] * along).sum() for name, along in direction.items()]).sum()
 
     return _text_by_text(dot, texts, chunk, "first_step_dots")
@@ -222,9 +225,26 @@ def _start(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Params,
     return params, check_batch({"input_ids": input_ids, "labels": labels}, "input", device_of(params), may_be_unlabelled=True)
 
 
-def _gradients_of_one(model: nn.Module, params: Params, ids_L: Tensor, labels_L: Tensor, reduction: str) -> Params:
-    """Of one text's loss, for use under torch.func.vmap."""
-    return torch.func.grad(lambda p: per_example_loss(model, p, ids_L[None], labels_L[None], reduction)[0])(params)
+def _looked_at(model: nn.Module, params: Params, signal: Signal) -> Params:
+    """The parameters that the signal looks at: those with a gradient, if its value stays when all others have other values; else all.
+
+    Cost: the signal's forward and backward, and its forward again."""
+    leaves = {name: theta.detach().requires_grad_() for name, theta in params.items()}
+    with torch.enable_grad(), loaded(model, leaves):
+        value = check_scalar(signal(model))
+        if not value.requires_grad:
+            return params
+        slopes = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    read = {name: theta for (name, theta), slope in zip(params.items(), slopes, strict=True) if slope is not None}
+    # A signal may also look without a gradient: at the likeliest token, through detach().
+    others = {name: -1 - theta for name, theta in params.items() if name not in read}
+    with torch.no_grad(), loaded(model, others):
+        return read if torch.equal(signal(model), value) else params
+
+
+def _gradients_of_one(model: nn.Module, params: Params, to: Params, ids_L: Tensor, labels_L: Tensor, reduction: str) -> Params:
+    """Of one text's loss to the parameters `to`, the others being what `params` has; for use under torch.func.vmap."""
+    return torch.func.grad(lambda p: per_example_loss(model, {**params, **p}, ids_L[None], labels_L[None], reduction)[0])(to)
 
 
 def _text_by_text(function: Callable[[Tensor, Tensor], Tensor], texts: Batch, chunk: int, caller: str) -> Tensor:

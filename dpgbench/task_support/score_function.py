@@ -42,6 +42,7 @@ their `__init__`.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -178,6 +179,21 @@ class Remembered:
         return scores
 
 
+class _Written:
+    """Texts, and whose they are: the very tensors that the model had inside, not written to since. They are not kept alive."""
+
+    def __init__(self, model: nn.Module, texts: list[str]):
+        self.texts = texts
+        self._weights = [(weakref.ref(tensor), tensor._version) for tensor in model.parameters()]
+
+    def by(self, model: nn.Module) -> bool:
+        """Whether this model, as it is now, has written them."""
+        now = list(model.parameters())
+        return len(now) == len(self._weights) and all(
+            tensor() is weight and version == weight._version for (tensor, version), weight in zip(self._weights, now, strict=True)
+        )
+
+
 class Surrogate:
     """A task's Phi over fixed texts of phi_0, and the fresh texts of a trained target that people read.
 
@@ -206,6 +222,7 @@ class Surrogate:
                 what = f"{least} or more groups of group={self.group}" if self.group > 1 else f"{least} or more texts"
                 raise UserError(f"task.{name}={value}: must be {what}; write {name}={64 * self.group}")
         self.up = options.goal == "up"
+        self._written: _Written | None = None
 
     def prepare(self, world: World) -> None:
         """Draw phi_0's texts, for Phi and for the comparison."""
@@ -221,8 +238,10 @@ class Surrogate:
         self.before = self.fresh(world.target)
 
     def fresh(self, model: nn.Module) -> list[str]:
-        """Texts that the model writes now; the same noise in every call."""
-        return self._sample(model, "test", self.options.fresh).texts
+        """Texts that the model writes now; the same noise in every call. Written once for weights that are measured and then drawn."""
+        if self._written is None or not self._written.by(model):
+            self._written = _Written(model, self._sample(model, "test", self.options.fresh).texts)
+        return self._written.texts
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """What there is to read off fresh texts, and each number's change from phi_0's."""
