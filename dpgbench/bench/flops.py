@@ -11,7 +11,7 @@ tests hold these formulas against.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -226,7 +226,7 @@ class _Counter:
         return self._so_far + (self._counter.get_total_flops() if self._counter else 0)
 
     def alike(self, kind: Hashable, work: Callable[[], Result]) -> Result:
-        """What `work` returns; counted if nothing of its kind was. Work that raises is counted as far as it went, and its kind not known."""
+        """What `work` returns; counted if nothing of its kind was. Work that raises counts as far as it went and is no measure."""
         from dpgbench.metagrad.alike import told
 
         if kind not in self._known:
