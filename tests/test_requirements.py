@@ -104,7 +104,7 @@ def test_the_lock_is_closed(version):
             for need in needs:
                 if need.marker is None or need.marker.evaluate(environment | {"extra": extra}):
                     other = plain(need.name)
-                    assert other in locked or other in APART, f"{name} needs {need} on Python {version}, {platform}: not in requirements.lock"
+                    assert other in locked or other in APART, f"{name} needs {need}, {platform} {version}: not in the lock"
                     assert other in APART or locked[other][0] in need.specifier, f"{name} needs {need}; the lock has {locked[other][0]}"
                     todo += [(other, wanted) for wanted in need.extras or ("",)]
 
