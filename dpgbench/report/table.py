@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from dpgbench.core.text import visible
 from dpgbench.report.format import DASH
@@ -138,17 +139,27 @@ FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}"
 
 
 def latex(table: Table) -> str:
-    """A floating booktabs table with caption and label; ends with one newline. Findings and notes go into the caption."""
+    """A floating booktabs table with caption and label; ends with one newline. Findings and notes stand below the caption."""
     columns = "".join("r" if column.numeric else "l" for column in table.columns)
     lines = [r"\begin{table}", r"\centering\small", rf"{FIT}{{\begin{{tabular}}{{{columns}}}", r"\toprule"]
     lines += [" & ".join(_lines(column.plain) for column in table.columns) + r" \\", r"\midrule"]
     for row in table.rows:
         texts = [rf"\textbf{{{_lines(cell.plain)}}}" if cell.bold else _lines(cell.plain) for cell in row.cells]
         lines.append(" & ".join(texts) + r" \\")
-    caption = " ".join([f"{table.title}.", table.caption, *table.findings, *table.notes])
+    caption, rest = _split(f"{table.title}. {table.caption}")
+    below = " ".join([*filter(None, [rest]), *table.findings, *table.notes])
     label = re.sub(r"[^A-Za-z0-9]+", "-", table.name).strip("-")
-    lines += [r"\bottomrule", r"\end{tabular}}", rf"\caption{{{tex(caption)}}}", rf"\label{{tab:{label}}}", r"\end{table}"]
-    return "\n".join(lines) + "\n"
+    lines += [r"\bottomrule", r"\end{tabular}}", rf"\caption{{{tex(caption)}}}", rf"\label{{tab:{label}}}"]
+    lines += [rf"\par\smallskip\parbox{{\linewidth}}{{\footnotesize {tex(below)}}}"] if below else []
+    return "\n".join([*lines, r"\end{table}"]) + "\n"
+
+
+def _split(text: str, most: int = 1500) -> tuple[str, str]:
+    """What a caption can hold, and the rest. LaTeX first tries to set a caption in one line, and stops where that is beyond 16383pt."""
+    widths = accumulate(1 if character.isascii() else 9 for character in text)  # 9: a number in brackets, at worst
+    room = sum(width <= most for width in widths)
+    at = len(text) if room == len(text) else text.rfind(" ", 1, room) if " " in text[1:room] else room
+    return text[:at], text[at:].strip()
 
 
 def _lines(text: str) -> str:
