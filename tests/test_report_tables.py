@@ -211,7 +211,7 @@ def test_latex_has_every_cell_and_nothing_that_latex_would_take_for_itself(small
     assert not [line for line in text.splitlines()[1:] if unescaped.search(re.sub(r"\$\\[a-z]+\$", "", line))]
     assert tex("50% of a_b & [c] ↑ \\ {x}") == r"50\% of a\_b \& {[}c{]} $\uparrow$ \textbackslash{} \{x\}"
     one = Table("n", "T", "C.", (Column("a_b", numeric=False),), (Row((Cell("x", bold=True),)),), ("note",))
-    assert r"\textbf{x} \\" in latex(one) and r"\caption{T. C. note}" in latex(one)
+    assert r"\textbf{x} \\" in latex(one) and r"\caption{T. C.}" in latex(one) and r"{\footnotesize note}" in latex(one)
 
 
 def test_json_carries_the_unrounded_numbers():

@@ -29,7 +29,7 @@ FIXES = {
 
 def _not_installed(name: str) -> str:
     """For a node whose environment was never installed, or not activated."""
-    return f"dpgbench: {name} is not installed here; activate the environment or `pip install -r requirements.lock`"
+    return f"dpgbench: {name} is not installed here; activate the environment or `pip install --no-deps -r requirements.lock`"
 
 
 try:

@@ -58,7 +58,7 @@ def check(launcher: Options) -> None:
     try:
         import submitit  # noqa: F401
     except ModuleNotFoundError:
-        raise UserError("launcher=slurm: submitit is not installed; write `pip install -r requirements.lock`") from None
+        raise UserError("launcher=slurm: submitit is not installed; write `pip install --no-deps -r requirements.lock`") from None
     if launcher.warning_seconds >= 60 * min(setting["time_min"] for setting in _all_resources(launcher)):
         raise UserError(
             f"launcher.warning_seconds={launcher.warning_seconds}: must be less than the time limit; write launcher.warning_seconds=60"

@@ -16,7 +16,7 @@ from dpgbench.report.over_tasks import Across, compute_across
 from dpgbench.report.pooled import pooled_tables
 from dpgbench.report.results import SuiteResults, read_frame
 from dpgbench.report.summary_tables import means_table, overview_table, phi_table, summary_markdown, versus_tables
-from dpgbench.report.table import Table, latex, markdown, records
+from dpgbench.report.table import Table, latex_file, markdown, records
 from dpgbench.report.task_tables import gaps, notes_on, tables_of_task, task_markdown
 from dpgbench.report.winners import over_tasks_table, winners_table
 
@@ -107,22 +107,18 @@ def table_files(contents: Contents) -> dict[str, str]:
     stems = file_names([*(task.file_name for task in results.tasks), *(f"versus_{label}" for label in contents.versus)])
     task_files = [stems[task.file_name] for task in results.tasks]
     primary = ["pooled"] if contents.pooled else []
-    files = {"summary.md": summary_markdown(results, over_all, [*primary, *stems.values()]), "summary.tex": _latex(over_all)}
+    files = {"summary.md": summary_markdown(results, over_all, [*primary, *stems.values()]), "summary.tex": latex_file(over_all)}
     if contents.pooled:
         shown = "\n".join(markdown(table, "#" if number % 2 == 0 else "##") for number, table in enumerate(contents.pooled))
-        files |= {"pooled.md": shown.rstrip("\n") + "\n", "pooled.tex": _latex(contents.pooled)}
+        files |= {"pooled.md": shown.rstrip("\n") + "\n", "pooled.tex": latex_file(contents.pooled)}
     for task, stem in zip(results.tasks, task_files, strict=True):
         shown = contents.by_task[task.label]
-        files |= {f"{stem}.md": task_markdown(task, shown, contents.across.rows[task.label]), f"{stem}.tex": _latex(shown)}
+        files |= {f"{stem}.md": task_markdown(task, shown, contents.across.rows[task.label]), f"{stem}.tex": latex_file(shown)}
     for label, table in contents.versus.items():
         stem, over_tasks = stems[f"versus_{label}"], [contents.over_tasks[label]] if label in contents.over_tasks else []
         shown = "\n".join([markdown(table, "#"), *map(markdown, over_tasks)])
-        files |= {f"{stem}.md": shown.rstrip("\n") + "\n", f"{stem}.tex": _latex([table, *over_tasks])}
+        files |= {f"{stem}.md": shown.rstrip("\n") + "\n", f"{stem}.tex": latex_file([table, *over_tasks])}
     return files
-
-
-def _latex(tables: list[Table]) -> str:
-    return "\n".join(["% \\usepackage{booktabs}", *(latex(table) for table in tables)])
 
 
 def machine_readable(

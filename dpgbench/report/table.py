@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from dpgbench.core.text import visible
 from dpgbench.report.format import DASH
@@ -118,18 +119,51 @@ def escape(text: str) -> str:
     return re.sub(r"^(?=(#{1,6}|[-+*]|\d{1,9}[.)])(\s|$)|>|```|~~~|===|---|\*\*\*|___)", r"\\", text)
 
 
+def latex_file(tables: list[Table]) -> str:
+    """Tables that a document can input; the first line names the packages that it must load.
+
+    pdflatex stops at a character that neither LaTeX nor the document's packages know. The lines after the first make it print that
+    character's number; XeLaTeX and LuaLaTeX take no notice of them.
+    """
+    shown = "\n".join(latex(table) for table in tables)
+    names = [(rf"u8:\detokenize{{{character}}}", ord(character)) for character in sorted(set(shown)) if not character.isascii()]
+    numbers = [rf"\@ifundefined{{{name}}}{{\@namedef{{{name}}}{{{{[}}U+{code:04X}{{]}}\allowbreak}}}}{{}}" for name, code in names]
+    guard = [r"\makeatletter", *numbers, r"\makeatother"] if numbers else []
+    return "\n".join([r"% \usepackage[T1]{fontenc} \usepackage{booktabs,graphicx}", *guard, shown])
+
+
+# A table wider than the text is made smaller until it fits; it would be cut off at the page's edge. A long cell has lines of about 40
+# characters, because a smaller one is hard to read, and because TeX knows no width beyond 16383pt.
+LONG = 60
+FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}"
+
+
 def latex(table: Table) -> str:
-    """A floating booktabs table with caption and label; ends with one newline. Findings and notes go into the caption."""
+    """A floating booktabs table with caption and label; ends with one newline. Findings and notes stand below the caption."""
     columns = "".join("r" if column.numeric else "l" for column in table.columns)
-    lines = [r"\begin{table}", r"\centering\small", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
-    lines += [" & ".join(tex(column.plain) for column in table.columns) + r" \\", r"\midrule"]
+    lines = [r"\begin{table}", r"\centering\small", rf"{FIT}{{\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    lines += [" & ".join(_lines(column.plain) for column in table.columns) + r" \\", r"\midrule"]
     for row in table.rows:
-        texts = [rf"\textbf{{{tex(cell.plain)}}}" if cell.bold else tex(cell.plain) for cell in row.cells]
+        texts = [rf"\textbf{{{_lines(cell.plain)}}}" if cell.bold else _lines(cell.plain) for cell in row.cells]
         lines.append(" & ".join(texts) + r" \\")
-    caption = " ".join([f"{table.title}.", table.caption, *table.findings, *table.notes])
+    caption, rest = _split(f"{table.title}. {table.caption}")
+    below = " ".join([*filter(None, [rest]), *table.findings, *table.notes])
     label = re.sub(r"[^A-Za-z0-9]+", "-", table.name).strip("-")
-    lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{tex(caption)}}}", rf"\label{{tab:{label}}}", r"\end{table}"]
-    return "\n".join(lines) + "\n"
+    lines += [r"\bottomrule", r"\end{tabular}}", rf"\caption{{{tex(caption)}}}", rf"\label{{tab:{label}}}"]
+    lines += [rf"\par\smallskip\parbox{{\linewidth}}{{\footnotesize {tex(below)}}}"] if below else []
+    return "\n".join([*lines, r"\end{table}"]) + "\n"
+
+
+def _split(text: str, most: int = 1500) -> tuple[str, str]:
+    """What a caption can hold, and the rest. LaTeX first tries to set a caption in one line, and stops where that is beyond 16383pt."""
+    widths = accumulate(1 if character.isascii() else 9 for character in text)  # 9: a number in brackets, at worst
+    room = sum(width <= most for width in widths)
+    at = len(text) if room == len(text) else text.rfind(" ", 1, room) if " " in text[1:room] else room
+    return text[:at], text[at:].strip()
+
+
+def _lines(text: str) -> str:
+    return tex(text) if len(text) <= LONG else rf"\parbox[t]{{20em}}{{\raggedright {tex(text)}}}"
 
 
 LATEX = {
@@ -142,8 +176,12 @@ LATEX = {
 
 
 def tex(text: str) -> str:
-    """Data as LaTeX prints it; letters of other languages are left to the document's encoding (UTF-8)."""
-    return "".join(LATEX.get(character, character) for character in visible(" ".join(text.split())))
+    """Data as LaTeX prints it; letters of other languages are left to the document's encoding (UTF-8) and to `latex_file`.
+
+    An empty group keeps two characters apart that a font would join: "--" is an option's start and no dash.
+    """
+    text = re.sub(r"(?<=[-',`!?])(?=[-',`])", "\0", visible(" ".join(text.split())))
+    return "".join("{}" if character == "\0" else LATEX.get(character, character) for character in text)
 
 
 def records(table: Table) -> dict[str, object]:
