@@ -136,7 +136,7 @@ class Disturbances:
     def _preempt(self) -> bool:
         if not jobs("RUNNING"):
             return False
-        urgent = ["sbatch", "--partition=urgent", "--cpus-per-task=4", "--mem=100M", "--output=/dev/null"]
+        urgent = ["sbatch", "--partition=urgent", f"--cpus-per-task={os.environ['SLURM_TEST_CPUS']}", "--mem=100M", "--output=/dev/null"]
         return subprocess.run([*urgent, f"--wrap=sleep {self.rng.uniform(1, 10):.1f}"], capture_output=True).returncode == 0
 
     def _restart_slurmd(self) -> bool:
@@ -234,20 +234,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", type=int, default=200, help=f"a multiple of {len(METHODS)}")
     parser.add_argument("--every", type=float, nargs=2, default=(10.0, 40.0), metavar="SECONDS", help="between two disturbances")
+    parser.add_argument("--cpus", type=int, default=4, help="of the cluster's node: so many tasks run at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=7200)
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="results go there and stay; a quiet run that lies there is used again")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="results go there and stay; finished cells of a quiet run there are used")
     given = parser.parse_args()
     words = chaos.grid(given.cells, METHODS)
     with tempfile.TemporaryDirectory() as scratch:
         place = (given.keep or Path(scratch)).resolve()
         disturbed, quiet = place / "disturbed", place / "quiet"
         disturbed.mkdir(parents=True)
+        os.environ["SLURM_TEST_CPUS"] = str(given.cpus)
         start = time.monotonic()
-        if chaos.sweep(words, 2, quiet).wait():
-            print("the quiet sweep failed", file=sys.stderr)
-            return 1
-        between = time.monotonic()
         told, wrong, watch = {}, [], Watch(disturbed)
         start_cluster()
         watch.start()
@@ -261,17 +259,21 @@ def main() -> int:
         watch.over.set()
         watch.join()
         watch.look()
+        between = time.monotonic()
+        if chaos.sweep(words, 2, quiet).wait():
+            print("the quiet sweep failed", file=sys.stderr)
+            return 1
         end = time.monotonic()
         wrong += [*watch.problems, *chaos.problems(words, disturbed, quiet)]
         measured, undisturbed = chaos.numbers(disturbed), chaos.numbers(quiet)
         submitted = re.findall(r"submitted (\d+) cells", disturbed.with_suffix(".txt").read_text(encoding="utf-8"))
         logs = [path.read_text(encoding="utf-8", errors="replace") for path in (disturbed / "jobs").glob("*_log.out")]
     found = {
-        "cells": len(undisturbed), "seed": given.seed, "every": list(given.every), "tasks": sum(map(int, submitted)),
+        "cells": len(undisturbed), "seed": given.seed, "cpus": given.cpus, "every": list(given.every), "tasks": sum(map(int, submitted)),
         "tasks of the first array": int(submitted[0]), "starts of tasks": sum(log.count("Starting with JobEnvironment") for log in logs),
         "disturbances": sum(told[name] for name in Disturbances(random.Random()).kinds), **told, "looks": watch.looks,
         "differing cells": sum(measured.get(name) != undisturbed[name] for name in undisturbed), "problems": wrong,
-        "seconds quiet": round(between - start), "seconds disturbed": round(end - between),
+        "seconds disturbed": round(between - start), "seconds quiet": round(end - between),
     }  # fmt: skip
     print(json.dumps(found, indent=1))
     return 1 if wrong else 0
