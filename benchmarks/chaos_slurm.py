@@ -110,9 +110,9 @@ class Disturbances:
         self.kinds: dict[str, tuple[int, Callable[[], bool]]] = {
             "running tasks cancelled": (4, lambda: self._cancel("RUNNING")),
             "waiting tasks cancelled": (2, lambda: self._cancel("PENDING")),
-            "preemptions": (2, self._preempt),
-            "slurmd restarts": (2, self._restart_slurmd),
+            "preemptions": (1, self._preempt),  # this and the next cost every running task what it has not written down
             "node crashes": (1, self._crash_node),
+            "slurmd restarts": (2, lambda: self._restart("slurmd")),
             "slurmctld restarts": (1, lambda: self._restart("slurmctld")),
             "sweeps killed": (1, self._kill_sweep),
         }
@@ -138,9 +138,6 @@ class Disturbances:
             return False
         urgent = ["sbatch", "--partition=urgent", f"--cpus-per-task={os.environ['SLURM_TEST_CPUS']}", "--mem=100M", "--output=/dev/null"]
         return subprocess.run([*urgent, f"--wrap=sleep {self.rng.uniform(1, 10):.1f}"], capture_output=True).returncode == 0
-
-    def _restart_slurmd(self) -> bool:
-        return self._restart("slurmd")
 
     def _crash_node(self) -> bool:
         """As if the node lost its power: slurmd, the steps it watches and all their processes."""
@@ -188,9 +185,9 @@ def _descendants(pid: int) -> list[int]:
     return [one for child in chaos.children(pid) for one in (child, *_descendants(child))]
 
 
-def disturb(words: list[str], results: Path, every: tuple[float, float], seed: int, limit: float, told: dict) -> None:
-    """Sweep under fire until nothing is left; counts go into `told`. Raises TimeoutError after `limit` seconds."""
-    rng, deadline = random.Random(seed), time.monotonic() + limit
+def disturb(words: list[str], results: Path, given: argparse.Namespace, told: dict) -> None:
+    """Sweep under fire until nothing is left; counts go into `told`. Raises TimeoutError after `given.limit` seconds."""
+    rng, deadline, every = random.Random(given.seed), time.monotonic() + given.limit, given.every
     disturbances, restarts = Disturbances(rng), {}
     told.update({"sweeps": 0, "restarts": 0, "requeues": 0, **dict.fromkeys(disturbances.kinds, 0)})
     next_shot, seen = time.monotonic() + rng.uniform(*every), chaos.written(results)
@@ -202,8 +199,8 @@ def disturb(words: list[str], results: Path, every: tuple[float, float], seed: i
             time.sleep(0.5)
             if time.monotonic() > deadline:
                 process.send_signal(signal.SIGTERM)
-                raise TimeoutError(f"not through after {limit:.0f} s")
-            if time.monotonic() < next_shot or chaos.written(results) == seen:
+                raise TimeoutError(f"not through after {given.limit:.0f} s")
+            if sum(disturbances.counts.values()) >= given.most or time.monotonic() < next_shot or chaos.written(results) == seen:
                 continue
             disturbances.one()
             told.update(disturbances.counts)
@@ -234,6 +231,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", type=int, default=200, help=f"a multiple of {len(METHODS)}")
     parser.add_argument("--every", type=float, nargs=2, default=(10.0, 40.0), metavar="SECONDS", help="between two disturbances")
+    parser.add_argument("--most", type=int, default=10**6, metavar="N", help="disturbances; then the sweep is left in peace")
     parser.add_argument("--cpus", type=int, default=4, help="of the cluster's node: so many tasks run at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=7200)
@@ -250,7 +248,7 @@ def main() -> int:
         start_cluster()
         watch.start()
         try:
-            disturb(words, disturbed, tuple(given.every), given.seed, given.limit, told)
+            disturb(words, disturbed, given, told)
             wrong += drained()
         except TimeoutError as error:
             wrong.append(str(error))
@@ -269,7 +267,7 @@ def main() -> int:
         submitted = re.findall(r"submitted (\d+) cells", disturbed.with_suffix(".txt").read_text(encoding="utf-8"))
         logs = [path.read_text(encoding="utf-8", errors="replace") for path in (disturbed / "jobs").glob("*_log.out")]
     found = {
-        "cells": len(undisturbed), "seed": given.seed, "cpus": given.cpus, "every": list(given.every), "tasks": sum(map(int, submitted)),
+        "cells": len(undisturbed), "seed": given.seed, "cpus": given.cpus, "every": given.every, "tasks": sum(map(int, submitted)),
         "tasks of the first array": int(submitted[0]), "starts of tasks": sum(log.count("Starting with JobEnvironment") for log in logs),
         "disturbances": sum(told[name] for name in Disturbances(random.Random()).kinds), **told, "looks": watch.looks,
         "differing cells": sum(measured.get(name) != undisturbed[name] for name in undisturbed), "problems": wrong,
