@@ -61,13 +61,13 @@ class Watch(threading.Thread):
     A worker's standard output is its cell's log.txt for as long as it works on that cell.
     """
 
-    def __init__(self, results: Path):
+    def __init__(self, results: Path, known: dict[str, list[int]]):
         super().__init__(daemon=True)
         self.runs, self.over = results / "runs", threading.Event()
         self.problems: list[str] = []
         self.looks = 0
         self._together: Counter[tuple[str, tuple[int, ...]]] = Counter()
-        self._results: dict[str, tuple[int, int]] = {}
+        self.results = known  # inode and time of each result.json
 
     def run(self) -> None:
         while not self.over.wait(1.0):
@@ -82,10 +82,10 @@ class Watch(threading.Thread):
                     self.problems.append(f"{cell}: processes {pids} were at it at the same time")
         for path in self.runs.glob("*/result.json"):
             status = path.stat()
-            identity = (status.st_ino, status.st_mtime_ns)
-            if self._results.setdefault(path.parent.name, identity) != identity:
+            identity = [status.st_ino, status.st_mtime_ns]
+            if self.results.setdefault(path.parent.name, identity) != identity:
                 self.problems.append(f"{path.parent.name}: finished twice")
-                self._results[path.parent.name] = identity
+                self.results[path.parent.name] = identity
 
     def _workers(self) -> dict[str, tuple[int, ...]]:
         found: dict[str, list[int]] = {}
@@ -103,10 +103,9 @@ class Watch(threading.Thread):
 class Disturbances:
     """What can happen to a cluster. Each takes place and is counted, or returns False because there is nothing that it could hit."""
 
-    def __init__(self, rng: random.Random):
-        self.rng = rng
+    def __init__(self, rng: random.Random, counts: dict[str, int]):
+        self.rng, self.counts = rng, counts
         self.sweep: subprocess.Popen | None = None
-        self.counts: Counter[str] = Counter()
         self.kinds: dict[str, tuple[int, Callable[[], bool]]] = {
             "running tasks cancelled": (4, lambda: self._cancel("RUNNING")),
             "waiting tasks cancelled": (2, lambda: self._cancel("PENDING")),
@@ -122,10 +121,13 @@ class Disturbances:
         while names:
             name = self.rng.choices(names, [self.kinds[name][0] for name in names])[0]
             if self.kinds[name][1]():
-                self.counts[name] += 1
+                self.counts[name] = self.counts.get(name, 0) + 1
                 print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
                 return
             names.remove(name)
+
+    def total(self) -> int:
+        return sum(self.counts.get(name, 0) for name in self.kinds)
 
     def _cancel(self, state: str) -> bool:
         found = jobs(state)
@@ -186,10 +188,9 @@ def _descendants(pid: int) -> list[int]:
 
 
 def disturb(words: list[str], results: Path, given: argparse.Namespace, told: dict) -> None:
-    """Sweep under fire until nothing is left; counts go into `told`. Raises TimeoutError after `given.limit` seconds."""
-    rng, deadline, every = random.Random(given.seed), time.monotonic() + given.limit, given.every
-    disturbances, restarts = Disturbances(rng), {}
-    told.update({"sweeps": 0, "restarts": 0, "requeues": 0, **dict.fromkeys(disturbances.kinds, 0)})
+    """Sweep under fire until nothing is left; counts are added to `told`. Raises TimeoutError after `given.limit` seconds."""
+    rng, deadline, every = random.Random(given.seed + 1000 * told["sweeps"]), time.monotonic() + given.limit, given.every
+    disturbances, restarts = Disturbances(rng, told), {}
     next_shot, seen = time.monotonic() + rng.uniform(*every), chaos.written(results)
     while True:
         with open(results.with_suffix(".txt"), "a", encoding="utf-8") as output:
@@ -200,13 +201,14 @@ def disturb(words: list[str], results: Path, given: argparse.Namespace, told: di
             if time.monotonic() > deadline:
                 process.send_signal(signal.SIGTERM)
                 raise TimeoutError(f"not through after {given.limit:.0f} s")
-            if sum(disturbances.counts.values()) >= given.most or time.monotonic() < next_shot or chaos.written(results) == seen:
+            if disturbances.total() >= given.most or time.monotonic() < next_shot or chaos.written(results) == seen:
                 continue
             disturbances.one()
-            told.update(disturbances.counts)
             next_shot, seen = time.monotonic() + rng.uniform(*every), chaos.written(results)
             restarts.update(_restarts())
-        told.update({"restarts": told["sweeps"] - 1, "requeues": sum((restarts | _restarts()).values())})
+            told["requeues"] = sum(restarts.values())
+        restarts.update(_restarts())
+        told["requeues"] = sum(restarts.values())
         print(f"{time.strftime('%H:%M:%S')} the sweep ended with {process.returncode}", file=sys.stderr, flush=True)
         if process.returncode == 0:
             return
@@ -217,6 +219,10 @@ def _restarts() -> dict[str, int]:
     """How often SLURM has put each task back into the queue, as long as it remembers them."""
     found = (re.search(r"JobId=(\d+) .* Restarts=(\d+) ", line) for line in slurm("scontrol", "show", "job", "-o"))
     return {match[1]: int(match[2]) for match in found if match}
+
+
+def _saved(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def drained() -> list[str]:
@@ -235,16 +241,17 @@ def main() -> int:
     parser.add_argument("--cpus", type=int, default=4, help="of the cluster's node: so many tasks run at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=7200)
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="results go there and stay; finished cells of a quiet run there are used")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="results go there and stay; what lies there is gone on with")
     given = parser.parse_args()
     words = chaos.grid(given.cells, METHODS)
     with tempfile.TemporaryDirectory() as scratch:
         place = (given.keep or Path(scratch)).resolve()
         disturbed, quiet = place / "disturbed", place / "quiet"
-        disturbed.mkdir(parents=True)
+        disturbed.mkdir(parents=True, exist_ok=True)
         os.environ["SLURM_TEST_CPUS"] = str(given.cpus)
         start = time.monotonic()
-        told, wrong, watch = {}, [], Watch(disturbed)
+        told = {"sweeps": 0, "requeues": 0, "looks": 0} | _saved(place / "counts.json")
+        wrong, watch = told.pop("problems", []), Watch(disturbed, _saved(place / "results.json"))
         start_cluster()
         watch.start()
         try:
@@ -253,6 +260,9 @@ def main() -> int:
         except TimeoutError as error:
             wrong.append(str(error))
         finally:
+            told["looks"] += watch.looks
+            (place / "counts.json").write_text(json.dumps({**told, "problems": [*wrong, *watch.problems]}))
+            (place / "results.json").write_text(json.dumps(watch.results))
             subprocess.run(["bash", SCRIPTS / "stop.sh"], check=True)
         watch.over.set()
         watch.join()
@@ -269,7 +279,7 @@ def main() -> int:
     found = {
         "cells": len(undisturbed), "seed": given.seed, "cpus": given.cpus, "every": given.every, "tasks": sum(map(int, submitted)),
         "tasks of the first array": int(submitted[0]), "starts of tasks": sum(log.count("Starting with JobEnvironment") for log in logs),
-        "disturbances": sum(told[name] for name in Disturbances(random.Random()).kinds), **told, "looks": watch.looks,
+        "disturbances": Disturbances(random.Random(), told).total(), **told, "restarts": told["sweeps"] - 1,
         "differing cells": sum(measured.get(name) != undisturbed[name] for name in undisturbed), "problems": wrong,
         "seconds disturbed": round(between - start), "seconds quiet": round(end - between),
     }  # fmt: skip
