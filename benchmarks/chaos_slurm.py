@@ -190,25 +190,25 @@ def _descendants(pid: int) -> list[int]:
 def disturb(words: list[str], results: Path, given: argparse.Namespace, told: dict) -> None:
     """Sweep under fire until nothing is left; counts are added to `told`. Raises TimeoutError after `given.limit` seconds."""
     rng, deadline, every = random.Random(given.seed + 1000 * told["sweeps"]), time.monotonic() + given.limit, given.every
-    disturbances, restarts = Disturbances(rng, told), {}
+    disturbances, before, restarts = Disturbances(rng, told), told["requeues"], {}
     next_shot, seen = time.monotonic() + rng.uniform(*every), chaos.written(results)
     while True:
         with open(results.with_suffix(".txt"), "a", encoding="utf-8") as output:
             disturbances.sweep = process = chaos.start(words, JOB, results, output)
         told["sweeps"] += 1
-        while process.poll() is None:
-            time.sleep(0.5)
-            if time.monotonic() > deadline:
-                process.send_signal(signal.SIGTERM)
-                raise TimeoutError(f"not through after {given.limit:.0f} s")
-            if disturbances.total() >= given.most or time.monotonic() < next_shot or chaos.written(results) == seen:
-                continue
-            disturbances.one()
-            next_shot, seen = time.monotonic() + rng.uniform(*every), chaos.written(results)
-            restarts.update(_restarts())
-            told["requeues"] = sum(restarts.values())
-        restarts.update(_restarts())
-        told["requeues"] = sum(restarts.values())
+        try:
+            while process.poll() is None:
+                time.sleep(0.5)
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"not through after {given.limit:.0f} s")
+                if disturbances.total() >= given.most or time.monotonic() < next_shot or chaos.written(results) == seen:
+                    continue
+                disturbances.one()
+                next_shot, seen = time.monotonic() + rng.uniform(*every), chaos.written(results)
+                restarts.update(_restarts())
+        finally:
+            process.terminate()
+            told["requeues"] = before + sum((restarts | _restarts()).values())
         print(f"{time.strftime('%H:%M:%S')} the sweep ended with {process.returncode}", file=sys.stderr, flush=True)
         if process.returncode == 0:
             return
@@ -243,6 +243,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=7200)
     parser.add_argument("--keep", type=Path, metavar="DIR", help="results go there and stay; what lies there is gone on with")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the cluster is stopped, and what is kept can be gone on with
     words = chaos.grid(given.cells, METHODS)
     with tempfile.TemporaryDirectory() as scratch:
         place = (given.keep or Path(scratch)).resolve()
@@ -250,8 +251,8 @@ def main() -> int:
         disturbed.mkdir(parents=True, exist_ok=True)
         os.environ["SLURM_TEST_CPUS"] = str(given.cpus)
         start = time.monotonic()
-        told = {"sweeps": 0, "requeues": 0, "looks": 0} | _saved(place / "counts.json")
-        wrong, watch = told.pop("problems", []), Watch(disturbed, _saved(place / "results.json"))
+        told = {"sweeps": 0, "requeues": 0, "looks": 0, "seconds disturbed": 0} | _saved(place / "counts.json")
+        wrong, seen, watch = [], told.pop("problems", []), Watch(disturbed, _saved(place / "results.json"))
         start_cluster()
         watch.start()
         try:
@@ -261,18 +262,17 @@ def main() -> int:
             wrong.append(str(error))
         finally:
             told["looks"] += watch.looks
-            (place / "counts.json").write_text(json.dumps({**told, "problems": [*wrong, *watch.problems]}))
+            told["seconds disturbed"] += round(time.monotonic() - start)
+            (place / "counts.json").write_text(json.dumps({**told, "problems": [*seen, *watch.problems]}))
             (place / "results.json").write_text(json.dumps(watch.results))
             subprocess.run(["bash", SCRIPTS / "stop.sh"], check=True)
         watch.over.set()
         watch.join()
         watch.look()
-        between = time.monotonic()
         if chaos.sweep(words, 2, quiet).wait():
             print("the quiet sweep failed", file=sys.stderr)
             return 1
-        end = time.monotonic()
-        wrong += [*watch.problems, *chaos.problems(words, disturbed, quiet)]
+        wrong += [*seen, *watch.problems, *chaos.problems(words, disturbed, quiet)]
         measured, undisturbed = chaos.numbers(disturbed), chaos.numbers(quiet)
         submitted = re.findall(r"submitted (\d+) cells", disturbed.with_suffix(".txt").read_text(encoding="utf-8"))
         logs = [path.read_text(encoding="utf-8", errors="replace") for path in (disturbed / "jobs").glob("*_log.out")]
@@ -281,7 +281,6 @@ def main() -> int:
         "tasks of the first array": int(submitted[0]), "starts of tasks": sum(log.count("Starting with JobEnvironment") for log in logs),
         "disturbances": Disturbances(random.Random(), told).total(), **told, "restarts": told["sweeps"] - 1,
         "differing cells": sum(measured.get(name) != undisturbed[name] for name in undisturbed), "problems": wrong,
-        "seconds disturbed": round(between - start), "seconds quiet": round(end - between),
     }  # fmt: skip
     print(json.dumps(found, indent=1))
     return 1 if wrong else 0
