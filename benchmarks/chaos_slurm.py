@@ -251,7 +251,11 @@ def main() -> int:
         disturbed.mkdir(parents=True, exist_ok=True)
         os.environ["SLURM_TEST_CPUS"] = str(given.cpus)
         start = time.monotonic()
-        told = {"sweeps": 0, "requeues": 0, "looks": 0, "seconds disturbed": 0} | _saved(place / "counts.json")
+        told = (
+            dict.fromkeys(Disturbances(random.Random(), {}).kinds, 0)
+            | {"sweeps": 0, "requeues": 0, "looks": 0, "seconds disturbed": 0}
+            | _saved(place / "counts.json")
+        )
         wrong, seen, watch = [], told.pop("problems", []), Watch(disturbed, _saved(place / "results.json"))
         start_cluster()
         watch.start()
