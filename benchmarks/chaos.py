@@ -19,22 +19,27 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 CELL = ["completions=16", "group_size=4", "deployment_texts=16", "deployment_steps=null", "snapshots=3", "steps=4"]
+ALWAYS = ["launcher.checkpoint_seconds=0.0", "retry=failed"]
 SWEEP_SHARE = 0.2  # of the kills: the whole sweep, whose workers finish their cells without it
 
 
-def grid(cells: int) -> list[str]:
-    """Words for that many cells: a policy that makes checkpoints and a method that starts again, half of each."""
-    seeds = ",".join(map(str, range(cells // 2)))
-    return ["task=language", "method=dpg,active_inheritance", "n=2", f"seed={seeds}", *CELL]
+def grid(cells: int, methods: tuple[str, ...] = ("dpg", "active_inheritance")) -> list[str]:
+    """Words for that many cells, as many of each method: a policy that makes checkpoints, and methods that start again."""
+    seeds = ",".join(map(str, range(cells // len(methods))))
+    return ["task=language", f"method={','.join(methods)}", "n=2", f"seed={seeds}", *CELL]
 
 
 def sweep(words: list[str], workers: int, results: Path) -> subprocess.Popen:
-    launcher = ["launcher=local", f"launcher.workers={workers}", "launcher.checkpoint_seconds=0.0", "retry=failed"]
-    command = [sys.executable, "-m", "dpgbench", "sweep", *words, *launcher, f"results={results}"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return start(words, ["launcher=local", f"launcher.workers={workers}"], results)
+
+
+def start(words: list[str], launcher: list[str], results: Path, output: int | IO[str] = subprocess.DEVNULL) -> subprocess.Popen:
+    command = [sys.executable, "-m", "dpgbench", "sweep", *words, *launcher, *ALWAYS, f"results={results}"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
 
 
 def written(results: Path) -> int:
@@ -44,12 +49,12 @@ def written(results: Path) -> int:
 
 def workers_of(pid: int) -> list[int]:
     """The worker processes of a sweep: forks of a process that has imported what they need, or processes of their own."""
-    children = _children(pid)
-    forks = [fork for child in children if b"forkserver" in _command_line(child) for fork in _children(child)]
-    return forks + [child for child in children if b"spawn_main" in _command_line(child)]
+    born = children(pid)
+    forks = [fork for child in born if b"forkserver" in command_line(child) for fork in children(child)]
+    return forks + [child for child in born if b"spawn_main" in command_line(child)]
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
     try:
         lists = [(task / "children").read_text(encoding="ascii") for task in Path(f"/proc/{pid}/task").iterdir()]
     except OSError:
@@ -57,7 +62,7 @@ def _children(pid: int) -> list[int]:
     return [int(child) for words in lists for child in words.split()]
 
 
-def _command_line(pid: int) -> bytes:
+def command_line(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -91,9 +96,11 @@ def disturb(words: list[str], workers: int, results: Path, every: tuple[float, f
 
 
 def numbers(results: Path) -> dict[str, tuple]:
-    """What every cell measured, without its seconds."""
+    """What every finished cell measured, without its seconds."""
     found = {}
     for folder in sorted((results / "runs").glob("*.s[0-9]*")):
+        if not (folder / "result.json").exists():
+            continue
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         lines = [{key: value for key, value in line.items() if key != "seconds"} for line in result["snapshots"]]
         rollouts = folder / "rollouts.jsonl"
@@ -103,12 +110,19 @@ def numbers(results: Path) -> dict[str, tuple]:
     return found
 
 
+def difference(disturbed: tuple | None, quiet: tuple) -> str:
+    """How a cell's numbers differ from the quiet run's; "" if they do not."""
+    if disturbed is None:
+        return "not done"
+    return "" if disturbed == quiet else "differs from the quiet run"
+
+
 def problems(words: list[str], results: Path, quiet: Path) -> list[str]:
     """What is wrong with the disturbed results; empty if nothing is."""
     import pandas
 
     disturbed, undisturbed = numbers(results), numbers(quiet)
-    wrong = [f"{name}: differs from the quiet run" for name in undisturbed if disturbed.get(name) != undisturbed[name]]
+    wrong = [f"{name}: {how}" for name in undisturbed if (how := difference(disturbed.get(name), undisturbed[name]))]
     wrong += [f"{name}: not in the quiet run" for name in disturbed if name not in undisturbed]
     subprocess.run([sys.executable, "-m", "dpgbench", "report", *words, f"results={results}"], cwd=ROOT, check=True, capture_output=True)
     frame = pandas.read_parquet(results / "sweep.parquet")

@@ -21,6 +21,7 @@ from conftest import ROOT, SMALL, TINY
 
 from dpgbench import config
 from dpgbench.launch import check, local
+from dpgbench.launch.cell_states import standings
 from dpgbench.store import code_snapshot
 from dpgbench.store.run_folder import RunFolder
 
@@ -382,3 +383,112 @@ def test_a_path_that_cannot_be_quoted_is_refused_before_the_code_is_copied(name,
     with pytest.raises(UserError, match="PYTHONPATH reads a colon" if ":" in name else "SLURM reads"):
         slurm.submit([request.cells[0].spec], request.launcher, tmp_path / name, None, "x", "")
     assert not (tmp_path / name).exists()
+
+
+# ---- what SLURM says, or does not
+
+
+@pytest.fixture
+def says(tmp_path, monkeypatch):
+    """Puts a shell script in the place of one of SLURM's commands; its arguments are lines of bin/<command>.calls."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+    def put(command: str, script: str):
+        path, calls = tmp_path / "bin" / command, tmp_path / "bin" / f"{command}.calls"
+        path.write_text(f'#!/bin/sh\necho "$@" >>{calls}\n{script}\n')
+        path.chmod(0o755)
+        return calls
+
+    put("squeue", "true")
+    put("sacct", "false")
+    put("scontrol", "false")
+    return put
+
+
+def begun(results, job: str, seed: int = 0) -> RunFolder:
+    """A cell that a job has begun and nobody owns."""
+    spec = config.read([*LIGHT, f"seed={seed}", f"results={results}"], sweep=False).cells[0].spec
+    folder = RunFolder.of(results, spec)
+    folder.path.mkdir(parents=True)
+    (folder.path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (folder.path / "job.json").write_text(json.dumps({"job": job, "sweep": "sweep", "log": f"/jobs/{job}_0_log.out"}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("end", "state"),
+    [("FAILED", "failed"), ("OUT_OF_MEMORY", "failed")]
+    + [
+        (end, "interrupted") for end in ("CANCELLED by 0", "NODE_FAIL", "RUNNING", "PENDING", "COMPLETING", "REQUEUE_HOLD", "SUSPENDED", "")
+    ],
+)
+def test_only_an_end_of_its_own_doing_fails_a_cell(says, tmp_path, end, state):
+    """A cell is not failed for what a cluster does, nor because accounting still calls a job running that has left the queue."""
+    folder = begun(tmp_path, "7_0")
+    says("sacct", f"echo '7_0|{end}|node1'")
+    (found,) = standings([folder], settle=True)
+    assert found.name == state and (folder.path / "error.txt").exists() == (state == "failed"), found
+
+
+def test_without_accounting_an_array_is_asked_for_once(says, tmp_path):
+    """A waiting sweep asks every two seconds, and hundreds of its jobs may have ended."""
+    folders = [begun(tmp_path, f"7_{seed}", seed) for seed in range(3)] + [begun(tmp_path, "9", 3)]
+    line = "JobId={} ArrayJobId=7 ArrayTaskId={} JobName=x JobState={} Reason=None"
+    array = [line.format(11, 0, "FAILED"), line.format(12, 1, "CANCELLED"), line.format(7, "3-9%4", "PENDING")]
+    printed = " ".join(f"'{one}'" for one in array)
+    cases = f"case $4 in 7) printf '%s\\n' {printed};; 9) echo 'JobId=9 JobName=x JobState=NODE_FAIL';; esac"
+    calls = says("scontrol", cases)
+    details = [state.detail for state in standings(folders)]
+    assert "ended FAILED" in details[0] and "ended CANCELLED" in details[1] and "is gone" in details[2] and "ended NODE_FAIL" in details[3]
+    assert calls.read_text().splitlines() == ["show job -o 7", "show job -o 9"]
+
+
+def test_who_waits_outlasts_a_controller_that_is_away(says, tmp_path, dpgbench, monkeypatch):
+    """It is restarted, say: the jobs go on without it, and so does who waits for them. Asked once, it is one line."""
+    from dpgbench.cli import status
+
+    begun(tmp_path, "7_0")
+    away = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+    calls = says("squeue", f'[ "$(wc -l <{tmp_path}/bin/squeue.calls)" -gt 3 ] || {{ {away}; }}')
+    words = ["status", *LIGHT, f"results={tmp_path}"]
+    monkeypatch.setattr(status, "WATCH_SECONDS", 0.01)
+    done = dpgbench(*words)
+    assert done.code == 2 and "Unable to contact slurm controller" in done.err and done.err.count("\n") == 1
+    done = dpgbench(*words, "--watch")
+    assert done.code == 0 and done.out.count("asking again") == 1 and "interrupted" in done.out
+    assert len(calls.read_text().splitlines()) > 4
+    says("squeue", away)
+    monkeypatch.setattr(status, "PATIENCE_SECONDS", 0.05)
+    done = dpgbench(*words, "--watch")
+    assert done.code == 2 and done.err.count("\n") == 1
+
+
+def test_a_controller_that_hangs_is_one_that_does_not_answer(monkeypatch):
+    from dpgbench.launch import slurm
+
+    def hang(command, timeout):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(slurm, "_told", hang)
+    for asked in (slurm.queue, lambda: slurm.cancel(["7_0"])):
+        with pytest.raises(slurm.NoAnswer, match="nothing came in"):
+            asked()
+    assert slurm.ends(["7_0"]) == {}
+
+
+def test_a_job_that_was_killed_as_it_wrote_itself_down_writes_itself_down(tmp_path, monkeypatch):
+    """submitit's own code around `Job.checkpoint`, with the file that a first, killed attempt leaves."""
+    from submitit.core import job_environment
+    from submitit.core.utils import DelayedSubmission
+
+    from dpgbench.launch.slurm_job import Job
+
+    for name, value in {"SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_FOLDER": str(tmp_path), "SLURM_JOB_ID": "12"}.items():
+        monkeypatch.setenv(name, value)
+    job = DelayedSubmission(Job([], str(tmp_path), None, str(tmp_path), 60.0, 1.0))
+    job.set_timeout(10, 5)
+    (tmp_path / "12_submitted.pkl").write_bytes(b"as it was")
+    (tmp_path / "12_submitted.pkl.save_tmp").write_bytes(b"half")
+    assert job_environment._checkpoint(job, tmp_path / "12_submitted.pkl", 4) == ""
+    assert DelayedSubmission.load(tmp_path / "12_submitted.pkl").function.results == str(tmp_path)

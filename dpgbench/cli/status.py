@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -13,10 +14,14 @@ from dpgbench import config
 from dpgbench.cli.arguments import full_words, inert, place_of, say, show_rows, terminal, without
 from dpgbench.config.request import Request
 from dpgbench.core.cell import Cell
+from dpgbench.launch import slurm
 from dpgbench.launch.cell_states import OPEN, standings
 from dpgbench.store.run_folder import RunFolder, State
 
 WATCH_SECONDS = 2.0
+PATIENCE_SECONDS = 1800.0  # with a controller that is restarted, moved or overloaded; who watches for days is not sent away for that
+
+Answer = TypeVar("Answer")
 
 
 def show_status(words: list[str]) -> int:
@@ -37,7 +42,7 @@ def show_status(words: list[str]) -> int:
     console = terminal()
     if watch:
         watch_rows(rows, console)
-    found = rows()
+    found = patiently(rows, console) if watch else rows()
     if found:
         show_rows(console, ("cell", "state", ""), [(name, *state) for name, state in found])
     else:
@@ -52,7 +57,7 @@ def watch_rows(rows: Callable[[], list[tuple[str, tuple[str, str]]]], console: C
     told = ""
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while True:
-            found = rows()
+            found = patiently(rows, console)
             names = [state for _, (state, _) in found]
             counts = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
             if console.is_terminal:
@@ -66,6 +71,22 @@ def watch_rows(rows: Callable[[], list[tuple[str, tuple[str, str]]]], console: C
             if not set(names) & set(OPEN):
                 return
             time.sleep(WATCH_SECONDS)
+
+
+def patiently(ask: Callable[[], Answer], console: Console) -> Answer:
+    """What `ask` returns. While SLURM does not answer it is asked again, for PATIENCE_SECONDS; that this is so is said once."""
+    began = time.monotonic()
+    told = False
+    while True:
+        try:
+            return ask()
+        except slurm.NoAnswer as error:
+            if time.monotonic() - began > PATIENCE_SECONDS:
+                raise
+            if not told:
+                say(console, f"{str(error).removesuffix('; try again later')}; asking again for {PATIENCE_SECONDS / 60:.0f} minutes")
+            told = True
+        time.sleep(WATCH_SECONDS)
 
 
 def with_states(request: Request) -> list[tuple[Cell, State]]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from dpgbench import config
 from dpgbench.bench import distributed
 from dpgbench.cli.arguments import full_words, inert, place_of, say, selector, show_rows, terminal, warn_of_threads, without
-from dpgbench.cli.status import described, watch_rows, with_states
+from dpgbench.cli.status import described, patiently, watch_rows, with_states
 from dpgbench.config import optional_packages, validate
 from dpgbench.config.overrides import for_shell, one
 from dpgbench.config.request import Request
@@ -177,7 +177,7 @@ def _submit(request: Request, todo: list[RunSpec], console: Console) -> int:
     if not request.launcher.wait:
         return 0
     watch_rows(lambda: [(cell.spec.folder, described(cell, state)) for cell, state in with_states(request)], console)
-    bad = [(cell, state) for cell, state in with_states(request) if not cell.skip and state.name != "done"]
+    bad = [(cell, state) for cell, state in patiently(lambda: with_states(request), console) if not cell.skip and state.name != "done"]
     for cell, state in bad:
         folder = RunFolder.of(request.results, cell.spec)
         say(console, _with_file(f"{folder.path}: {state.detail}", folder), state.name, "red")

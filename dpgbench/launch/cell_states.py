@@ -18,6 +18,7 @@ def standings(folders: Sequence[RunFolder], *, settle: bool = False) -> list[Sta
 
     A cell whose job died of its own doing (out of memory, say) is failed, with SLURM's word for it. `settle` writes that down in the
     cell's folder. Costs one call of `squeue` where a cell has a job, and one of `sacct` where one of those jobs has left the queue.
+    Raises slurm.NoAnswer where SLURM does not answer.
     """
     states = [folder.state() for folder in folders]
     waiting = [index for index, state in enumerate(states) if state.name in ("missing", "interrupted", "stale")]
@@ -41,7 +42,7 @@ def _with_job(state: State, record: dict, queue: dict[str, str], ends: dict[str,
         so_far = f"{state.detail}; " if state.name != "missing" else ""
         return State("queued", f"{so_far}job {job} {queue[job].lower()}")
     end = ends.get(job, "")
-    if end and not end.startswith(slurm.NOT_ITS_FAULT) and state.name != "missing":
+    if end.startswith(slurm.ITS_OWN_FAULT) and state.name != "missing":
         return State("failed", f"job {job} ended {end}: {slurm.last_words(record['log'])}; its log: {record['log']}")
     said = f"job {job} {f'ended {end}' if end else 'is gone'}"
     return State(state.name, f"{state.detail}; {said}" if state.detail else said)

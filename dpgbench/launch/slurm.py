@@ -34,7 +34,8 @@ from dpgbench.store.run_folder import RunFolder
 RESOURCES = ("gpus", "cpus", "mem_gb", "time_min")
 # A job that is preempted in its first second must not die of the signal before submitit listens: ignored, until it does.
 PYTHON = f"""sh -c 'trap "" USR2 TERM; exec "$0" "$@"' {shlex.quote(sys.executable)}"""
-NOT_ITS_FAULT = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "CANCELLED", "TIMEOUT", "DEADLINE", "REQUEUED", "COMPLETED")
+# Every other end, and a state that is none (accounting lags behind the queue), says nothing against the cell.
+ITS_OWN_FAULT = ("FAILED", "OUT_OF_MEMORY")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Submitted:
     jobs: int
     cells: int
     log: Path
+
+
+class NoAnswer(UserError):
+    """SLURM's controller does not answer: it is away or busy, and may be back in a minute."""
 
 
 def check(launcher: Options) -> None:
@@ -213,10 +218,13 @@ def record_of(folder: Path) -> dict[str, Any] | None:
 
 
 def queue() -> dict[str, str]:
-    """The user's jobs that wait or run, by id: "PENDING (Resources)". Raises UserError if SLURM does not answer."""
-    done = _told(["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r"], timeout=60)
+    """The user's jobs that wait or run, by id: "PENDING (Resources)". Raises NoAnswer if SLURM does not answer."""
+    try:
+        done = _told(["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r"], timeout=60)
+    except subprocess.TimeoutExpired as error:
+        raise NoAnswer(f"squeue does not answer: nothing came in {error.timeout:.0f} s; try again later") from None
     if done.returncode:
-        raise UserError(f"squeue does not answer: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}; try again later")
+        raise NoAnswer(f"squeue does not answer: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}; try again later")
     rows = [line.strip().split("|") for line in done.stdout.splitlines() if line.count("|") == 2]
     return {job: state if state != "PENDING" else f"{state} ({reason})" for job, state, reason in rows}
 
@@ -232,17 +240,21 @@ def ends(jobs: Iterable[str]) -> dict[str, str]:
         for line in _output("sacct", "-n", "-P", "-o", "JobID,State,NodeList", "-j", arrays).splitlines():
             job, _, state = line.partition("|")
             found[job] = state.partition("|")[0].partition(" ")[0]
-    for job in wanted - set(found):
-        shown = dict(re.findall(r"(\w+)=(\S*)", _output("scontrol", "show", "job", "-o", job)))
-        if "JobState" in shown:
-            found[job] = shown["JobState"]
-    return {job: found[job] for job in wanted if job in found}
+    for array in sorted({job.partition("_")[0] for job in wanted - set(found)}):
+        for line in _output("scontrol", "show", "job", "-o", array).splitlines():
+            shown = dict(re.findall(r"(\w+)=(\S*)", line))
+            job = f"{array}_{shown['ArrayTaskId']}" if "ArrayTaskId" in shown else shown.get("JobId", "")
+            found.setdefault(job, shown.get("JobState", ""))
+    return {job: found[job] for job in wanted if found.get(job)}
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """scancel these jobs and no others. Raises UserError with its words if it refuses."""
+    """scancel these jobs and no others. Raises UserError with its words if it refuses, NoAnswer if SLURM does not answer."""
     for start in range(0, len(jobs), 200):
-        done = _told(["scancel", *jobs[start : start + 200]], timeout=120)
+        try:
+            done = _told(["scancel", *jobs[start : start + 200]], timeout=120)
+        except subprocess.TimeoutExpired as error:
+            raise NoAnswer(f"scancel does not end: nothing came in {error.timeout:.0f} s; try again later") from None
         if done.returncode:
             raise UserError(f"scancel: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
 

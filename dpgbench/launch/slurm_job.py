@@ -71,6 +71,7 @@ class Job:
         from submitit.helpers import DelayedSubmission
 
         self._pass_on()
+        _remove_half_written_pickle()
         deadline = time.monotonic() + 0.8 * self.warning_seconds
         while self._running is not None and not self._running.done() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -87,3 +88,11 @@ class Job:
         here = PACKAGE.parent
         if here != Path(self.code):
             raise RuntimeError(f"this job runs the code in {here} and not what was pinned in {self.code}; is PYTHONPATH set on the node?")
+
+
+def _remove_half_written_pickle() -> None:
+    """What an earlier start of this job was writing when it was killed: submitit would refuse to write the job down again, and fail it."""
+    from submitit import JobEnvironment
+
+    pickle = JobEnvironment().paths.submitted_pickle
+    pickle.with_suffix(f"{pickle.suffix}.save_tmp").unlink(missing_ok=True)

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # A one-node SLURM for the tests: munge, slurmctld and slurmd, without systemd and without cgroups. Root, Debian or Ubuntu. Started twice,
-# it changes nothing. SLURM_TEST_DIR holds configuration, state and logs; stop.sh stops what is started here and nothing else.
+# it changes nothing. SLURM_TEST_DIR holds configuration, state and logs, SLURM_TEST_CPUS is how many CPUs the node says it has; stop.sh stops
+# what is started here and nothing else.
 set -euo pipefail
 dir=${SLURM_TEST_DIR:-/tmp/dpgbench-test-slurm}
 host=$(hostname -s)
+cpus=${SLURM_TEST_CPUS:-4}
 [ "$(id -u)" = 0 ] || { echo "starting slurmctld, slurmd and munged takes root" >&2; exit 1; }
 command -v apt-get >/dev/null || { echo "this script installs SLURM with apt-get, and there is none" >&2; exit 1; }
 
@@ -74,7 +76,7 @@ JobAcctGatherFrequency=task=1
 JobAcctGatherParams=OverMemoryKill
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
-NodeName=$host NodeAddr=127.0.0.1 CPUs=4 RealMemory=8000 State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$cpus RealMemory=$((2000 * cpus)) State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 PartitionName=urgent Nodes=ALL Default=NO MaxTime=INFINITE DefaultTime=10 State=UP PriorityTier=10 PreemptMode=OFF
 CONF

@@ -3,7 +3,8 @@
 set -u
 dir=${SLURM_TEST_DIR:-/tmp/dpgbench-test-slurm}
 export SLURM_CONF=$dir/slurm.conf
-scancel --state=PENDING,RUNNING,SUSPENDED --me 2>/dev/null
+for state in PENDING RUNNING SUSPENDED; do scancel --state=$state --me 2>/dev/null; done  # one state at a time is what scancel takes
+for _ in $(seq 60); do [ -n "$(squeue -h --me 2>/dev/null)" ] || break; sleep 0.5; done  # they outlive slurmd
 for daemon in slurmd slurmctld; do
   [ -s "$dir/$daemon.pid" ] || continue
   pid=$(cat "$dir/$daemon.pid")
