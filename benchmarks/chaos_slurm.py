@@ -40,7 +40,7 @@ DRAIN_SECONDS = 300
 
 def start_cluster() -> None:
     """Start what of the cluster does not run, and let SLURM's commands find it."""
-    done = subprocess.run(["bash", SCRIPTS / "start.sh"], capture_output=True, text=True)
+    done = subprocess.run(["bash", SCRIPTS / "start.sh"], capture_output=True, encoding="utf-8")
     if done.returncode:
         raise RuntimeError(f"SLURM does not start: {done.stderr.strip() or done.stdout.strip()}")
     os.environ["SLURM_CONF"] = done.stdout.strip().rpartition("=")[2]
@@ -48,7 +48,7 @@ def start_cluster() -> None:
 
 def slurm(*command: str) -> list[str]:
     """The lines that one of SLURM's commands prints."""
-    return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return subprocess.run(command, capture_output=True, encoding="utf-8").stdout.splitlines()
 
 
 def jobs(state: str, form: str = "%i") -> list[str]:
@@ -150,7 +150,7 @@ class Disturbances:
     def _restart(self, daemon: str, also: Callable[[], object] = lambda: None) -> bool:
         """SIGKILL, some seconds without it, and start it again."""
         try:
-            pid = int((DAEMONS / f"{daemon}.pid").read_text())
+            pid = int((DAEMONS / f"{daemon}.pid").read_text(encoding="ascii"))
         except (OSError, ValueError):
             return False
         if daemon.encode() not in chaos.command_line(pid):
@@ -267,8 +267,8 @@ def main() -> int:
         finally:
             told["looks"] += watch.looks
             told["seconds disturbed"] += round(time.monotonic() - start)
-            (place / "counts.json").write_text(json.dumps({**told, "problems": [*seen, *watch.problems]}))
-            (place / "results.json").write_text(json.dumps(watch.results))
+            (place / "counts.json").write_text(json.dumps({**told, "problems": [*seen, *watch.problems]}), encoding="utf-8")
+            (place / "results.json").write_text(json.dumps(watch.results), encoding="utf-8")
             subprocess.run(["bash", SCRIPTS / "stop.sh"], check=True)
         watch.over.set()
         watch.join()
