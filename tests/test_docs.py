@@ -68,7 +68,8 @@ def test_make_targets_are_the_readmes_commands():
 
 @pytest.mark.slow
 def test_a_wheel_works_outside_the_clone(tmp_path):
-    """Plug-ins, configs, page template, weights and the checks of plug-ins travel in it; all work from the wheel alone."""
+    """Plug-ins, configs, page template, weights and the checks of plug-ins travel in it; all work from the wheel alone, and give a cell the
+    bytes that the clone gives it."""
     pytest.importorskip("hatchling", reason="building a wheel needs hatchling (in requirements.lock)")
     pytest.importorskip("build", reason="building a wheel needs build (in requirements.lock)")
     subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, ROOT], check=True, capture_output=True)
@@ -88,3 +89,9 @@ def test_a_wheel_works_outside_the_clone(tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "r" / "sweep" / "index.html").exists()
+    here = [*words[:-1], f"results={tmp_path / 'clone'}"]
+    subprocess.run([sys.executable, "-m", "dpgbench", *here], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    names = ("metrics.jsonl", "deployment.jsonl", "spec.yaml")
+    (installed,), (cloned,) = ([path.parent for path in (tmp_path / place).glob("runs/*/result.json")] for place in ("r", "clone"))
+    assert installed.name == cloned.name
+    assert all((installed / name).read_bytes() == (cloned / name).read_bytes() for name in names)
