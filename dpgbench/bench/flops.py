@@ -202,7 +202,7 @@ class _Counter:
     """torch's counter, stopped where what is computed has a known cost: it goes through Python at every operation."""
 
     def __init__(self):
-        self._so_far, self._known = 0, {}
+        self._counter, self._so_far, self._known = None, 0, {}
 
     def __enter__(self) -> None:
         import torch

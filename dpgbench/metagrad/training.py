@@ -228,7 +228,7 @@ def _start(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Params,
 def _looked_at(model: nn.Module, params: Params, signal: Signal) -> Params:
     """The parameters that the signal looks at: those with a gradient, if its value stays when all others have other values; else all.
 
-    Cost: the signal's forward and backward, and its forward again."""
+    Cost: the signal's forward and backward, and its forward again where some have no gradient."""
     leaves = {name: theta.detach().requires_grad_() for name, theta in params.items()}
     with torch.enable_grad(), loaded(model, leaves):
         value = check_scalar(signal(model))
@@ -238,6 +238,8 @@ def _looked_at(model: nn.Module, params: Params, signal: Signal) -> Params:
     read = {name: theta for (name, theta), slope in zip(params.items(), slopes, strict=True) if slope is not None}
     # A signal may also look without a gradient: at the likeliest token, through detach().
     others = {name: -1 - theta for name, theta in params.items() if name not in read}
+    if not others:
+        return params
     with torch.no_grad(), loaded(model, others):
         return read if torch.equal(signal(model), value) else params
 
