@@ -6,11 +6,10 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 
-import pytest
 from conftest import ROOT
 
-tomllib = pytest.importorskip("tomllib", reason="from Python 3.11 on")
 PACKAGE = ROOT / "dpgbench"
 # Where users import from, beside the rooms: re-exports, and the program itself.
 DOORS = {"__init__", "__main__", "api", "score_task", "training"}

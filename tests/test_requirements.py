@@ -8,6 +8,7 @@ import itertools
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -53,7 +54,6 @@ def test_a_line_without_a_checksum_is_seen():
 
 def pyproject() -> list:
     """What pyproject.toml asks for: dependencies, the extras that the lock serves, and what builds dpgbench."""
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
     asked = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = asked["project"]["optional-dependencies"]
     assert set(extras) == {"dev", "smollm2", "vllm", "slurm"}  # vllm brings CUDA and pins torch: not in the lock
