@@ -9,7 +9,8 @@ on that text alone (`dpgbench.bench.best_of`). n sets the amount of compute, and
 2, 4, ... and n of the same completions, drawn and scored once, each charged its own full cost as if there were no other. n=budget: the
 largest n whose whole cost the budget pays for. rounds > 1 (ours: the paper's generator and
 its student in one, round after round) fine-tunes the generator between rounds on its own best of n for `round_prompts` training prompts,
-by likelihood; a later round's deployment texts are best of n of that generator. rounds=budget: rounds until the next one would not fit. A
+by likelihood; a later round's deployment texts are best of n of that generator. rounds=budget: rounds until the next one would not fit.
+Scoring an answer takes longer than a round; scored=doublings leaves out all but a few of the curve's points. A
 snapshot's step counts the completions drawn for a prompt, over all rounds: with n=budget the last one's is the n it came to.
 Where ours differs from the authors': one generator, the scale's, writes all n texts, where they also pick among those of several models;
 the student is the scale's target, trained as every method's is; and the one-step utility is ours, for tasks whose texts have no score.
@@ -21,6 +22,7 @@ score: the generator inherits that too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
@@ -34,9 +36,14 @@ if TYPE_CHECKING:
     from dpgbench.bench.workbench import Workbench
 
 
+SCORED = ("every", "doublings")
+"""Which rounds are answers: every one, or those at which twice as much is spent as at the one before, and the last."""
+
+
 class ActiveInheritance(Method):
     version = 2
     budget_options: ClassVar = ("n", "rounds")
+    defaults: ClassVar = {"scored": "every"}
 
     def __init__(self, options: Options):
         super().__init__(options)
@@ -44,6 +51,8 @@ class ActiveInheritance(Method):
             raise UserError(f"method.n={options.n}: best of n needs at least one completion per prompt; write n=4")
         if options.criterion not in CRITERIA:
             raise UserError(f"method.criterion={options.criterion}: no such criterion; {did_you_mean(options.criterion, CRITERIA)}")
+        if options.scored not in SCORED:
+            raise UserError(f"method.scored={options.scored}: no such choice of rounds; {did_you_mean(options.scored, SCORED)}")
         for name in ("rounds", "round_prompts", "epochs", "batch"):
             if options[name] != BUDGET and options[name] < 1:
                 raise UserError(f"method.{name}={options[name]}: must be 1 or more; write {name}=1, and rounds=1 for no fine-tuning")
@@ -68,10 +77,14 @@ class ActiveInheritance(Method):
         prices.last = drawn
         if options.rounds == BUDGET:
             whole = prices.all_spent(another, options.n * options.round_prompts * written)
-            prices.earlier = drawn * max(0.0, (whole - drawn) / another)
+            prices.earlier = drawn * self._answers(max(0.0, (whole - drawn) / another))
             return max(drawn, whole)
-        prices.earlier = drawn * (options.rounds - 1)
+        prices.earlier = drawn * self._answers(options.rounds - 1)
         return drawn + (options.rounds - 1) * another
+
+    def _answers(self, rounds: float) -> float:
+        """How many of so many rounds are answers."""
+        return rounds if self.options.scored == "every" else math.log2(1 + rounds)
 
     def run(self, bench: Workbench) -> Iterator[Snapshot]:
         candidates = Candidates(bench, self.options.criterion, "deployment")
@@ -93,25 +106,37 @@ class ActiveInheritance(Method):
         """The curve, and then best of n of a generator that was fine-tuned once more before each."""
         from dpgbench.bench.training_state import restore_weights, weights_of
 
-        n, completed, model, spending = self.options.n, 1, bench.generator.model, Spending()
+        n, completed, model = self.options.n, 1, bench.generator.model
+        spending, seen = Spending(), 0.0  # seen: FLOPs at the last round that was an answer
         bench.generator.adapt(self.options.get("lora"), bench.seed("lora"))
         if bench.saved is None:
             yield from self._curve(bench, candidates)
         else:
             restore_weights(model, bench.saved.tensors)
-            completed = bench.saved.step // n
-            spending = Spending(*bench.saved.numbers.get("spending", ()))  # a checkpoint made before there was a choice has none
-            yield self._answer(bench, candidates, completed * n, n)
-        while self._is_another(bench, completed, spending):
+            completed, numbers = bench.saved.step // n, bench.saved.numbers
+            spending, seen = Spending(*numbers.get("spending", ())), numbers.get("seen", 0.0)  # older checkpoints lack one or the other
+        waiting = bench.saved is not None  # whether the last round is an answer that nobody has seen
+        while True:
+            if waiting and self._is_due(bench, seen):
+                seen, waiting = bench.meter.total_flops, False
+                yield self._answer(bench, candidates, completed * n, n)
+            if not self._is_another(bench, completed, spending):
+                break
             before = {name: weight.clone() for name, weight in weights_of(model).items()} if self.options.rounds == BUDGET else {}
             self._inherit(bench, completed)
             answer = self._answer(bench, candidates, (completed + 1) * n, n)
-            if before and bench.share_with(answer) > 1:  # the round before it is the last that fits, and its generator the result
-                restore_weights(model, before)
-                return
-            completed += 1
-            bench.checkpoint(completed * n, lambda: weights_of(model), lambda: {"spending": [spending.spent, spending.dearest]})
-            yield answer
+            # Asking for its price draws it: only where one that is twice as dear as the last would not fit.
+            if before and bench.spent_share(answers=2) > 1 and bench.share_with(answer) > 1:
+                restore_weights(model, before)  # the round before it is the last that fits, and its generator the result
+                break
+            completed, waiting = completed + 1, True
+            numbers = {"spending": [spending.spent, spending.dearest], "seen": seen}
+            bench.checkpoint(completed * n, lambda: weights_of(model), lambda numbers=numbers: numbers)
+        if waiting:
+            yield self._answer(bench, candidates, completed * n, n)
+
+    def _is_due(self, bench: Workbench, seen: float) -> bool:
+        return self.options.scored == "every" or bench.meter.total_flops >= 2 * seen
 
     def _is_another(self, bench: Workbench, completed: int, spending: Spending) -> bool:
         if self.options.rounds == BUDGET:

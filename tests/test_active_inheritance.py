@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from dpgbench import config
 from dpgbench.bench.flops import forward_flops
 from dpgbench.bench.sft import finetune, pairs
+from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import CellError, UserError
 from dpgbench.plugins.registry import Registry
 
@@ -21,6 +24,7 @@ def method(work):
     [
         ("rounds=0", "method.rounds=0: must be 1 or more; write rounds=1, and rounds=1 for no fine-tuning"),
         ("epochs=0", "method.epochs=0: must be 1 or more; write epochs=1, and rounds=1 for no fine-tuning"),
+        ("scored=doubling", "method.scored=doubling: no such choice of rounds; did you mean 'doublings'? choose from: doublings, every"),
         ("method.lr=0", "method.lr=0.0: a learning rate is positive; write method.lr=1e-3"),
     ],
 )
@@ -64,6 +68,15 @@ def test_without_a_score_the_utility_decides(bench):
 
 
 # ---- rounds
+
+
+def test_scoring_every_round_is_the_cell_that_there_was():
+    """Stored cells were made before there was a choice, and keep their names."""
+    words = ["task=language", "method=active_inheritance_rounds", "rounds=3"]
+    spec, few = (config.read([*words, *more], sweep=False).cells[0].spec for more in ([], ["scored=doublings"]))
+    before = json.loads(json.dumps(spec.config))
+    assert before["method"].pop("scored") == "every"
+    assert RunSpec(before).hash == spec.hash != few.hash
 
 
 @pytest.mark.slow

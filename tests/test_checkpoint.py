@@ -28,6 +28,7 @@ METHODS = {
     "optimsyn": ["method=optimsyn", "texts=1"],
     "adapted rounds": ["method=active_inheritance_rounds", "n=2", "rounds=4", "round_prompts=16", "policy.lora.rank=4"],
     "rounds": ["method=active_inheritance_rounds", "n=2", "rounds=4", "round_prompts=16"],
+    "few rounds": ["method=active_inheritance_rounds", "n=2", "rounds=6", "round_prompts=16", "scored=doublings"],
     "search": ["method=prompt_only", "search=5", "search_texts=8"],
 }
 

@@ -144,6 +144,23 @@ def test_rounds_go_on_until_the_next_would_not_fit(tmp_path):
         assert budget - dearest < found[-1]["flops"] <= budget
 
 
+def test_of_many_rounds_those_are_answers_where_the_spending_has_doubled(tmp_path):
+    """Against the rule by hand over a cell that scores every round: the same rows, the last one among them, with a count and a budget."""
+    whole = snapshots(tmp_path, "task=language", *ROUNDS, "rounds=7")
+    wanted, seen = whole[:2], 0.0  # best of 1 and of 2, before the first round
+    for line in whole[2:]:
+        spent = line["flops"] - line["flops_by_phase"]["deployment"]
+        if spent >= 2 * seen:
+            wanted, seen = [*wanted, line], spent
+    assert wanted[-1] != whole[-1] and len(wanted) <= 5
+    assert snapshots(tmp_path, "task=language", *ROUNDS, "rounds=7", "scored=doublings") == [*wanted, whole[-1]]
+    budget = whole[5]["flops"]
+    few = snapshots(tmp_path, "task=language", *ROUNDS, "rounds=budget", f"budget.flops={budget!r}", "scored=doublings")
+    assert few[:-1] == wanted[: len(few) - 1] and few[-1] in whole
+    dearest = max(later["flops"] - earlier["flops"] for earlier, later in itertools.pairwise(whole[1:]))
+    assert budget - 2 * dearest < few[-1]["flops"] <= budget, "the last dataset's price stands for the next one's"
+
+
 def test_a_round_that_does_not_fit_leaves_the_generator_as_it_was(bench):
     """What the first round costs is known when it is done: it is undone then, and the texts are those of before."""
     work = bench("task=language", *ROUNDS, "rounds=budget", "budget.flops=1e12")

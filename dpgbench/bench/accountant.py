@@ -32,9 +32,11 @@ class Accountant:
         self._metagradient_flops: dict[tuple, float] = {}  # of one call, by the batches' shapes
         self._signal_flops: float | None = None
 
-    def spent_share(self) -> float:
-        """The share of the budget that an answer drawn now would have cost: 0 without a budget, above 1 if it is too much."""
-        return self.budget.share(self.meter + self.reserve)
+    def spent_share(self, answers: int = 1) -> float:
+        """The share of the budget that an answer drawn now would have cost: 0 without a budget, above 1 if it is too much.
+
+        Of a deployment dataset it takes the price of the last one, `answers` times."""
+        return self.budget.share(sum([self.reserve] * answers, start=self.meter))
 
     # ---- the generator's work
 

@@ -32,6 +32,7 @@ ADDED_SETTINGS = {
         **{"damping": 0.1, "influence_texts": 512, "warmup_steps": 8},
         **{"over_references": "max", "edit_distance": "relative", "language_score": "identified"},
         "target_lr": None,
+        "scored": "every",
     },
     "policy": {"rollout": "transformers", "lora": None, "rollout_batch": None, "best_of": 1},
 }
