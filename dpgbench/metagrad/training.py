@@ -251,17 +251,23 @@ def _gradients_of_one(model: nn.Module, params: Params, to: Params, ids_L: Tenso
 
 def _text_by_text(function: Callable[[Tensor, Tensor], Tensor], texts: Batch, chunk: int, caller: str) -> Tensor:
     """A scalar function of one text's input_ids and labels, on all texts, `chunk` at a time through vmap if that works: (N,)."""
-    values: list[Tensor] = []
+    # Values go into one tensor: kept one by one, each would pin the heap above the blocks that its computation gave back.
+    values_N: Tensor | None = None
     vectorised = torch.func.vmap(function)
     with torch.no_grad():  # torch.func.grad is not affected; nothing else needs a tape
-        for ids_BL, labels_BL in zip(texts.input_ids.split(chunk), texts.labels.split(chunk), strict=True):
+        for rows in micro_batches(len(texts.input_ids), chunk):
+            ids_BL, labels_BL = texts.input_ids[rows], texts.labels[rows]
+            values_B = None
             if vectorised is not None:
                 try:
-                    values.append(vectorised(ids_BL, labels_BL))
-                    continue
+                    values_B = vectorised(ids_BL, labels_BL)
                 except RuntimeError as error:
                     vectorised = None
                     reason = str(error).strip().split("\n")[0]
                     warnings.warn(f"{caller}: vmap failed, going on text by text, slower but the same: {reason}", stacklevel=3)
-            values.append(torch.stack([function(*text) for text in zip(ids_BL, labels_BL, strict=True)]))
-    return torch.cat(values)
+            if values_B is None:
+                values_B = torch.stack([function(*text) for text in zip(ids_BL, labels_BL, strict=True)])
+            if values_N is None:
+                values_N = values_B.new_empty(len(texts.input_ids))
+            values_N[rows] = values_B
+    return values_N
