@@ -7,7 +7,7 @@
 #
 # engine   benchmarks/gpu_engine.py: metagradients against training, T = 1, 4, 16, fp32, TF32, bf16
 # profile  benchmarks/step_profile.py: where a DPG step's time goes at scale `small`
-# suite    the cells of suite=small, into results/runs
+# suite    the cells of suite=small and suite=small_language, into results/runs
 #
 # With no SmolLM2 on the machine (`make smollm2`, or the model hub's cache) `profile` takes a randomly initialised model of the same shape,
 # which says as much about speed, and `suite` is left out. A part that fails leaves its log beside the results, and the next one runs.
@@ -50,7 +50,9 @@ if has profile; then
 fi
 if has suite; then
     if [ "$real" = yes ] && [ -z "$smoke" ]; then
-        $PYTHON -m dpgbench sweep suite=small launcher=local launcher.workers="$WORKERS" 2>&1 | tee "$OUT/suite.log"
+        for name in small small_language; do
+            $PYTHON -m dpgbench sweep suite=$name launcher=local launcher.workers="$WORKERS" 2>&1 | tee -a "$OUT/suite.log"
+        done
     else
         echo "suite: left out (--smoke, or SmolLM2's weights are not here)"
     fi
