@@ -564,9 +564,9 @@ def test_a_method_that_hangs_fails_and_the_sweep_goes_on(dpgbench, walk, tmp_pat
             time.sleep(0.05)
 
     rest = ["seed=0,1", f"results={tmp_path / 'r'}"]
-    done = dpgbench(*walk(at), *rest, "launcher.cell_seconds=4")
+    done = dpgbench(*walk(at), *rest, "launcher.cell_seconds=10")
     assert done.code == 1 and done.out.count("done ") == 1 and "Traceback" not in done.out + done.err, done
-    said = r"launcher.cell_seconds=4: the cell took longer and was stopped \(step 2\); give more time, as in launcher.cell_seconds=40 "
+    said = r"launcher.cell_seconds=10: the cell took longer and was stopped \(step 2\); give more time, as in launcher.cell_seconds=100 "
     assert re.search(said, done.out)
     assert dpgbench(*walk(nothing), *rest, "retry=failed").code == 0
     assert dpgbench(*walk(nothing), "seed=0,1", f"results={tmp_path / 'quiet'}").code == 0
