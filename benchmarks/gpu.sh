@@ -51,8 +51,8 @@ fi
 if has suite; then
     if [ "$real" = yes ] && [ -z "$smoke" ]; then
         for name in small small_language; do
-            $PYTHON -m dpgbench sweep suite=$name launcher=local launcher.workers="$WORKERS" 2>&1 | tee -a "$OUT/suite.log"
-        done
+            $PYTHON -m dpgbench sweep suite=$name launcher=local launcher.workers="$WORKERS"
+        done 2>&1 | tee "$OUT/suite.log"
     else
         echo "suite: left out (--smoke, or SmolLM2's weights are not here)"
     fi

@@ -7,11 +7,11 @@ For every prompt of the deployment dataset, n completions are drawn and the best
 s is the task's own score (`Task.score`) or, where a task has none, the one-step utility: Phi of a fresh target after one optimizer step
 on that text alone (`dpgbench.bench.best_of`). n sets the amount of compute, and one run gives the whole curve: snapshots for the first 1,
 2, 4, ... and n of the same completions, drawn and scored once, each charged its own full cost as if there were no other. n=budget: the
-largest n whose whole cost the budget pays for. rounds > 1 (ours: the paper's generator and
-its student in one, round after round) fine-tunes the generator between rounds on its own best of n for `round_prompts` training prompts,
-by likelihood; a later round's deployment texts are best of n of that generator. rounds=budget: rounds until the next one would not fit.
-Scoring an answer takes longer than a round; scored=doublings leaves out all but a few of the curve's points. A
-snapshot's step counts the completions drawn for a prompt, over all rounds: with n=budget the last one's is the n it came to.
+largest n whose whole cost the budget pays for. rounds > 1 (ours: the paper's generator and its student in one, round after round)
+fine-tunes the generator between rounds on its own best of n for `round_prompts` training prompts, by likelihood; a later round's
+deployment texts are best of n of that generator. rounds=budget: rounds until the next one would not fit. Every round is an answer, or with
+scored=doublings those at which the spending has doubled, and the last: scoring an answer may take longer than a round. A snapshot's step
+counts the completions drawn for a prompt, over all rounds: with n=budget the last one's is the n it came to.
 Where ours differs from the authors': one generator, the scale's, writes all n texts, where they also pick among those of several models;
 the student is the scale's target, trained as every method's is; and the one-step utility is ours, for tasks whose texts have no score.
 Cost: n times the deployment dataset's sampling, and for the utility 3F per text (F = one forward pass of the target on it) and one Phi. A
@@ -130,8 +130,8 @@ class ActiveInheritance(Method):
                 restore_weights(model, before)  # the round before it is the last that fits, and its generator the result
                 break
             completed, waiting = completed + 1, True
-            numbers = {"spending": [spending.spent, spending.dearest], "seen": seen}
-            bench.checkpoint(completed * n, lambda: weights_of(model), lambda numbers=numbers: numbers)
+            saved = {"spending": [spending.spent, spending.dearest], "seen": seen}
+            bench.checkpoint(completed * n, lambda: weights_of(model), lambda saved=saved: saved)
         if waiting:
             yield self._answer(bench, candidates, completed * n, n)
 

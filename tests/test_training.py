@@ -451,7 +451,7 @@ def test_first_step_dots_equal_a_finite_difference(optimizer):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_values_pin_no_memory():
-    """Under workers' settings of malloc, of a model whose head weighs 17 MB: 40 texts take hardly more than 4. They took ten heads more."""
+    """Under workers' settings of malloc, of a model whose head weighs 17 MB: 40 texts take hardly more than 4. They took 400 MB more."""
     told = """
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel

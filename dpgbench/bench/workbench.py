@@ -111,8 +111,8 @@ class Workbench:
         """For methods with a state worth keeping, between a step's record and its snapshot: save it, if it is time to.
 
         `tensors` and `numbers` (whatever JSON can hold) are called only then, and come back as `bench.saved` in the run that goes on,
-        which must yield the snapshot of `saved.step` first and then draw what it would have drawn. A method without a state of its
-        own never calls this and starts again. Raises Interrupted where the process was asked to stop.
+        which must first yield the snapshot of `saved.step`, if it is one that it yields, and then draw what it would have drawn. A method
+        without a state of its own never calls this and starts again. Raises Interrupted where the process was asked to stop.
         """
         self.makes_checkpoints = True
         self._checkpoint(step, tensors, numbers)
