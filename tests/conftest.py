@@ -12,10 +12,13 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+pytest.register_assert_rewrite("faults")  # what fails in its checks is then shown with its values, as in a test file
 
 # A cell small enough for tests: every part of a run, two policy updates.
 SMALL = ["steps=2", "completions=16", "group_size=4", "deployment_texts=16", "deployment_steps=null", "snapshots=2"]
@@ -149,6 +152,33 @@ def advantages_used(monkeypatch):
 
     monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", spy)
     return used
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory) -> dict:
+    """All that a run of `faults.pretend` leaves when nothing disturbs it."""
+    from faults import numbers, pretend
+
+    return numbers(pretend(tmp_path_factory.mktemp("quiet")))
+
+
+@pytest.fixture
+def walk(tmp_path, monkeypatch):
+    """Words for a real cell whose method takes four steps that cost nothing; `trouble(at=...)` says what happens at each of them."""
+    from faults import WALK
+
+    own = tmp_path / "own"
+    (own / "methods").mkdir(parents=True)
+    (own / "configs" / "method").mkdir(parents=True)
+    (own / "methods" / "walk.py").write_text(WALK)
+    (own / "configs" / "method" / "walk.yaml").write_text("name: walk\n")
+
+    def trouble(at) -> list[str]:
+        monkeypatch.setitem(sys.modules, "trouble_of_tests", SimpleNamespace(at=at))
+        rest = ["deployment_texts=8", "deployment_steps=null", "launcher.checkpoint_seconds=0.0"]
+        return ["sweep", "task=l2_norm", "method=walk", f"plugins={own}", *rest]
+
+    return trouble
 
 
 METHOD_FILE = '''\
