@@ -6,7 +6,6 @@ tail, because no single place shows that all of it is checked.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from dpgbench.core.files import write_atomically
 from dpgbench.store import checkpoints, parquet
 from dpgbench.store.checkpoints import Checkpoints
 from dpgbench.store.run_folder import CHECKED, GROWING
-
 
 
 def cut(content: bytes, at: float) -> bytes:
