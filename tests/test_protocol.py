@@ -7,7 +7,7 @@ import re
 
 import pandas as pd
 import pytest
-from frames import COMMAND, row, small_frame
+from frames import COMMAND, hole, row, small_frame
 
 from dpgbench import config
 from dpgbench.core.errors import UserError
@@ -73,7 +73,10 @@ def test_two_references_are_compared_once_and_without_an_oracle_the_unit_is_the_
     contents = read_contents(small_frame(), "demo", Protocol(("dpg", "best_n4"), 0.05))
     assert len(contents.across.pooled) == 5 and ("best_n4", "dpg") not in contents.across.pooled
     assert contents.across.pooled["dpg", "best_n4"].effect.mean == pytest.approx(3.1623, abs=1e-4)
-    assert "No oracle better than base on toy" in table_files(contents)["pooled.md"]
+    assert "No oracle better than base on toy:" in table_files(contents)["pooled.md"]
+    not_begun = pd.concat([small_frame(), pd.DataFrame([hole("missing", None, task="later", method="dpg")])])
+    text = table_files(read_contents(not_begun, "demo", Protocol(("dpg", "best_n4"), 0.05)))["pooled.md"]
+    assert "No oracle better than base on toy:" in text, "a task without a cell is compared with nothing"
 
 
 def test_a_suite_that_fixed_nothing_has_no_primary_test():

@@ -153,7 +153,7 @@ def _table(
         "out."
     )
     notes = []
-    without_gap = [task.label for task in results.tasks if np.isnan(_gap(task, anchors))]
+    without_gap = [task.label for task in results.tasks if task.competing() and np.isnan(_gap(task, anchors))]
     if without_gap:
         notes.append(f"No oracle better than base on {and_more(without_gap, 8)}: the effect's unit there is the spread between seeds.")
     if protocol.meaningful is not None:
