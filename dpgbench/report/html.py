@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "template"
 TEXTS_SHOWN = 3  # of a method and seed; the parquet has them all
-SEEDS_SHOWN = 3  # texts of the first ones; pictures of the very first, because they are heavy
+SEEDS_SHOWN = 2  # texts of the first ones; pictures of the very first, because they are heavy
 COLORS_SHOWN = 16  # of a picture: plots and patterns of few colours, a third of the bytes
 VERSUS_SHOWN = 4  # methods, from the top of the ranking, whose comparisons stand on the page; the others' are a file away
 MEASURES_SHOWN = 4  # beside the headline, below a picture
