@@ -82,10 +82,9 @@ class Disk:
 
     def _watched(self, inner):
         def call(path, *rest, **named):
-            nothing_to_do = inner.__name__ == "mkdir" and os.path.isdir(
-                path
-            )  # the answer is no error to who asked for a folder to be there
-            if str(path).startswith(self.folder) and not nothing_to_do:
+            # A folder that is there already is no write, and no error to who asked for it.
+            there = inner.__name__ == "mkdir" and os.path.isdir(path)
+            if str(path).startswith(self.folder) and not there:
                 self.event(path)
             return inner(path, *rest, **named)
 
