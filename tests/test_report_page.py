@@ -8,6 +8,7 @@ import html
 import json
 import re
 from itertools import pairwise, product
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 from dpgbench.core.protocol import Protocol
 from dpgbench.report import build
 from dpgbench.report.at_budgets import answers_at, budget_of, budgets_table
-from dpgbench.report.inline_svg import steps
+from dpgbench.report.inline_svg import StyleSheet, inline_svg, steps
 from dpgbench.report.plot_style import flops_scale, spread
 from dpgbench.report.results import read_frame
 from dpgbench.report.table import escape, tex
@@ -137,6 +138,25 @@ def test_relative_lines_end_where_absolute_ones_did():
     walked = [at] + [at := at + step for step in np.array(numbers).reshape(-1, 2)]
     np.testing.assert_allclose(walked, points, atol=0.056)
     assert steps("M 0 3.5 L 0 -3.50 M 1 1 C 0 0 1 1 2 2 ") == "M0 3.5l0-7M1 1C0 0 1 1 2 2"
+
+
+def test_lines_in_one_direction_are_one_and_a_way_back_is_not():
+    assert steps("M 0 0 L 1 0 L 3 0 L 3 2 L 3 5 L 4 6 L 6 8") == "M0 0l3 0 0 5 3 3"
+    assert steps("M 0 0 L 5 0 L 2 0 L 2 0") == "M0 0l5 0-3 0 0 0"
+
+
+def test_a_plot_says_a_style_once_and_draws_in_place_what_is_used_once():
+    svg = b"""<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 9 9">
+      <defs><path id="once" d="M 1 1 L 2 2" style="stroke: #111111"/><path id="tick" d="M 0 0 L 0 3" style="stroke: #222222"/></defs>
+      <g style="fill: #333333"><use xlink:href="#once" x="0" y="4"/></g>
+      <use xlink:href="#tick" x="1" y="1" style="fill: #333333"/><use xlink:href="#tick" x="2" y="1" style="fill: #333333"/></svg>"""
+    sheet = StyleSheet()
+    root = ElementTree.fromstring(inline_svg(svg, "a-", "two ticks", sheet))
+    (defs, shape), ticks = (root.find("defs"), root.find("g/path")), root.findall("use")
+    assert shape.attrib == {"d": "M1 1l1 1", "transform": "translate(0 4)", "class": "p1"}
+    assert [tick.get("class") for tick in ticks] == ["p0", "p0"]
+    assert [path.get("style") for path in defs] == ["stroke:#222222"]  # rules that look for `.plot` do not reach a copy
+    assert sheet.css().splitlines() == [".plot .p0 {fill:#333333}", ".plot .p1 {stroke:#111111}"]
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from dpgbench.core.options import leaves_of
 from dpgbench.core.text import visible
 from dpgbench.report import task_tables
 from dpgbench.report.format import DASH, and_more, decimals_for, file_names, number, plural
-from dpgbench.report.inline_svg import inline_svg
+from dpgbench.report.inline_svg import StyleSheet, inline_svg
 from dpgbench.report.plot_style import DrawnFigure
 from dpgbench.report.pooled import shown_over_tasks
 from dpgbench.report.results import BASE, SuiteResults, TaskResults
@@ -40,7 +40,7 @@ TEMPLATES = Path(__file__).parent / "template"
 TEXTS_SHOWN = 3  # of a method and seed; the parquet has them all
 SEEDS_SHOWN = 2  # texts of the first ones; pictures of the very first, because they are heavy
 COLORS_SHOWN = 16  # of a picture: plots and patterns of few colours, a third of the bytes
-VERSUS_SHOWN = 4  # methods, from the top of the ranking, whose comparisons stand on the page; the others' are a file away
+VERSUS_SHOWN = 2  # methods, from the top of the ranking, whose comparisons stand on the page; the others' are a file away
 MEASURES_SHOWN = 4  # beside the headline, below a picture
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -60,12 +60,18 @@ def render_page(contents: Contents, overall: list[DrawnFigure], figures: dict[st
     script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
     stems = file_names([*(task.file_name for task in results.tasks), *(f"versus_{label}" for label in contents.versus)])
     names = stems | {label: stems[f"versus_{label}"] for label in contents.versus}
+    sheet = StyleSheet()
+    overall_plots = {figure.file_name.removeprefix("summary_"): _inline(figure, f"s{at}-", sheet) for at, figure in enumerate(overall)}
+    tasks = [
+        _task(task, contents, figures[task.label], names[task.file_name], position, sheet) | {"specs": specs}
+        for position, (task, specs) in enumerate(zip(results.tasks, _specs(results.tasks, results.styles), strict=True))
+    ]
     page = environment.get_template("page.html").render(
         title=title,
         suite=results.name,
         command=command,
         policy=policy(script),
-        css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
+        css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")) + sheet.css(),
         script=Markup(script),
         explanation=_explanation(results),
         shown=shown_over_tasks(contents.across.pooled),
@@ -79,11 +85,8 @@ def render_page(contents: Contents, overall: list[DrawnFigure], figures: dict[st
         phi=contents.phi,
         versus=_versus(contents)[:VERSUS_SHOWN],
         versus_files=[(item["label"], f"tables/{names[item['label']]}.md") for item in _versus(contents)[VERSUS_SHOWN:]],
-        overall={figure.file_name.removeprefix("summary_"): _inline(figure, f"s{at}-") for at, figure in enumerate(overall)},
-        tasks=[
-            _task(task, contents, figures[task.label], names[task.file_name], position) | {"specs": specs}
-            for position, (task, specs) in enumerate(zip(results.tasks, _specs(results.tasks, results.styles), strict=True))
-        ],
+        overall=overall_plots,
+        tasks=tasks,
         versions=_versions(results),
     )
     return re.sub(r"\n\s+(?=<)", "\n", page)  # the template's indentation: a tenth of the page
@@ -132,7 +135,7 @@ def _versus(contents: Contents) -> list[dict]:
     return shown
 
 
-def _task(task: TaskResults, contents: Contents, figures: list[DrawnFigure], file_name: str, position: int) -> dict:
+def _task(task: TaskResults, contents: Contents, figures: list[DrawnFigure], file_name: str, position: int, sheet: StyleSheet) -> dict:
     results, rows = contents.results, contents.across.rows[task.label]
     present = [label for label in results.styles if (task.finals["method_label"] == label).any()]
     # What a method's texts are compared with stands first.
@@ -144,7 +147,7 @@ def _task(task: TaskResults, contents: Contents, figures: list[DrawnFigure], fil
         "anchor": f"task-{position}", "task": task, "notes": task_tables.notes_on(task, rows), "file": f"tables/{file_name}.md",
         "answer": contents.budgets.rows[position].cells[-1],
         "tables": [_led_by(table, rows[0].label if rows else None) for table in contents.by_task[task.label]],
-        "figures": [_inline(figure, f"f{position}{kind}-") for kind, figure in zip(string.ascii_lowercase, figures, strict=False)],
+        "figures": [_inline(figure, f"f{position}{kind}-", sheet) for kind, figure in zip(string.ascii_lowercase, figures, strict=False)],
         "metrics": _all_metrics(task, present), "phases": _phases(task, present), "seeds": seeds, "more_seeds": more,
         "gallery": [_samples(task, label, results, seeds) for label in before_first],
         "has_pictures": task.finals["picture"].map(_is_png).any(), "has_texts": task.finals["texts"].map(lambda t: bool(_texts(t))).any(),
@@ -163,8 +166,8 @@ def _led_by(table: Table, best: str | None) -> dict:
     return {"table": replace(table, rows=kept), "left_out": len(table.rows) - len(kept), "of": best}
 
 
-def _inline(figure: DrawnFigure, prefix: str) -> dict:
-    return {"svg": inline_svg(figure.svg, prefix, figure.alt), "caption": figure.caption, "wide": figure.wide}
+def _inline(figure: DrawnFigure, prefix: str, sheet: StyleSheet) -> dict:
+    return {"svg": inline_svg(figure.svg, prefix, figure.alt, sheet), "caption": figure.caption, "wide": figure.wide}
 
 
 def _samples(task: TaskResults, label: str, results: SuiteResults, seeds: list[int]) -> dict:

@@ -1,12 +1,13 @@
 """A figure as an element of the page: a third of the bytes of matplotlib's SVG, colours left to the page, methods marked for the filter.
 
-Same picture: what goes is white space, wrappers, names that nothing refers to, styles said once for each of many markers, and digits of
-coordinates beyond a tenth of a point; lines are written as steps from point to point.
+Same picture: what goes is white space, wrappers, names that nothing or one place refers to, and digits of coordinates beyond a tenth of a
+point. Lines are written as steps from point to point. A style is said once, in a sheet for all plots of the page.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from itertools import pairwise
 from xml.etree import ElementTree
 
@@ -20,13 +21,30 @@ COORDINATES = ("x", "y", "transform", "points", "width", "height", "viewBox")
 SAID_BY_THE_PAGE = ("font-family", "stroke-linejoin")  # page.css, for all of `.plot`
 
 
-def inline_svg(svg: bytes, prefix: str, alt: str) -> Markup:
-    """The <svg> element with `alt` as its label; `prefix` makes its ids unique on the page."""
+class StyleSheet:
+    """The styles of all plots of a page, each a class."""
+
+    def __init__(self):
+        self._names: dict[str, str] = {}
+
+    def name(self, style: str) -> str:
+        """The class that has this style."""
+        return self._names.setdefault(style, f"p{len(self._names)}")
+
+    def css(self) -> Markup:
+        """One rule a class, stronger than those of page.css for the texts of plots."""
+        return Markup("\n".join(f".plot .{name} {{{style}}}" for style, name in self._names.items()))
+
+
+def inline_svg(svg: bytes, prefix: str, alt: str, sheet: StyleSheet) -> Markup:
+    """The <svg> element with `alt` as its label; `prefix` makes its ids unique on the page, and its styles go into `sheet`."""
     root = ElementTree.fromstring(svg)
     referred = dict.fromkeys(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", svg.decode("utf-8")))
     named = {name: f"{prefix}{at}" for at, name in enumerate(referred)}
     outlined = {element.get("id") for element in root.iter() if "stroke:" in element.get("style", "")} & set(named)
     _clean(root, named, {f"#{named[name]}" for name in outlined})
+    _draw_in_place(root)
+    _styles_into(sheet, root)
     view_box = root.get("viewBox")
     root.attrib.clear()
     label = {"class": "plot", "viewBox": view_box, "role": "img", "aria-label": visible(alt)}
@@ -58,6 +76,32 @@ def _clean(element: ElementTree.Element, named: dict[str, str], outlined: set[st
         element.set("style", ";".join(said))  # inherited by the marker
         for child in children:
             child.attrib.pop("style", None)
+
+
+def _draw_in_place(root: ElementTree.Element) -> None:
+    """Shapes that are used once stand where they are used."""
+    uses = Counter(element.get("href") for element in root.iter("use"))
+    shapes = {f"#{shape.get('id')}": (defs, shape) for defs in root.iter("defs") for shape in defs if shape.tag == "path"}
+    for use in list(root.iter("use")):
+        if uses[use.get("href")] == 1 and use.get("href") in shapes:
+            defs, shape = shapes[use.attrib.pop("href")]
+            defs.remove(shape)
+            x, y = use.attrib.pop("x", "0"), use.attrib.pop("y", "0")
+            use.tag = "path"
+            use.attrib.update({name: value for name, value in shape.attrib.items() if name != "id" and name not in use.attrib})
+            if (x, y) != ("0", "0"):
+                use.set("transform", f"translate({x} {y})")
+    for parent in list(root.iter()):
+        parent[:] = [child for child in parent if child.tag != "defs" or len(child)]
+
+
+def _styles_into(sheet: StyleSheet, element: ElementTree.Element) -> None:
+    for child in element:
+        if child.tag == "defs":  # copies of what is inside stand outside of the plot for a style sheet
+            continue
+        if style := child.attrib.pop("style", None):
+            child.set("class", sheet.name(style))
+        _styles_into(sheet, child)
 
 
 def _attributes(element: ElementTree.Element, named: dict[str, str]) -> None:
@@ -102,20 +146,29 @@ def _short(value: str) -> str:
 
 
 def steps(path: str) -> str:
-    """The path with each straight line relative to its start. Rounded before the steps are taken, so that errors do not add up."""
+    """The path with each straight line relative to its start, and lines that go on in the same direction as one.
+
+    Rounded before the steps are taken, so that errors do not add up.
+    """
     parts = re.findall(r"([MLCQzZ])([^MLCQzZ]*)", path)
     absolute = [(command, [round(10 * float(number)) for number in numbers.split()]) for command, numbers in parts]
-    written, before = [], ""
+    taken: list[tuple[str, list[int]]] = []
     for (_, start), (command, numbers) in pairwise([("", []), *absolute]):
         if command == "L" and len(start) >= 2:
-            tenths, command = [numbers[0] - start[-2], numbers[1] - start[-1]], "l"
-        else:
-            tenths = numbers
-        text = "".join(_tenth(number) for number in tenths)
-        repeated = command == before == "l"
-        written.append(text if repeated else command + text.lstrip(" "))
+            command, numbers = "l", [numbers[0] - start[-2], numbers[1] - start[-1]]
+            if taken[-1][0] == "l" and _same_direction(taken[-1][1], numbers):
+                numbers = [before + more for before, more in zip(taken.pop()[1], numbers, strict=True)]
+        taken.append((command, numbers))
+    written, before = [], ""
+    for command, numbers in taken:
+        text = "".join(_tenth(number) for number in numbers)
+        written.append(text if command == before == "l" else command + text.lstrip(" "))
         before = command
     return "".join(written)
+
+
+def _same_direction(first: list[int], second: list[int]) -> bool:
+    return first[0] * second[1] == first[1] * second[0] and first[0] * second[0] + first[1] * second[1] > 0
 
 
 def _tenth(tenths: int) -> str:
