@@ -110,12 +110,15 @@ def _said(found: dict[str, Winner], adjusted: dict[str, float], adjusted_t: dict
         else:
             ps = " ".join(filter(None, [f"p {probability(adjusted[task])}", task_tables.t_words(adjusted_t[task])]))
             undecided.append(f"{task} ({winner.label} leads, {ps})")
-    said = [f"Better than every other (adjusted p < 0.05): {label} on {and_more(tasks, 20)}." for label, tasks in sorted(won.items())]
+
+    def listed(tasks_by_label: dict[str, list[str]]) -> str:
+        return "; ".join(f"{label} on {and_more(tasks, 20)}" for label, tasks in sorted(tasks_by_label.items()))
+
+    said = [f"Better than every other (adjusted p < 0.05): {listed(won)}."] if won else []
     if won_by_t:
-        listed = "; ".join(f"{label} on {and_more(tasks, 20)}" for label, tasks in sorted(won_by_t.items()))
         said.append(
             f"Better than every other by the paired t test (adjusted p < 0.05), which takes the differences to be Gaussian, but not by "
-            f"sign flips: {listed}."
+            f"sign flips: {listed(won_by_t)}."
         )
     return said + ([f"No method is shown to be better than every other on {and_more(undecided, 20)}."] if undecided else [])
 
