@@ -21,7 +21,7 @@ def load(name: str | Path, *, snapshots: bool = False, results: str | Path | Non
     | column | what |
     |---|---|
     | task, method | labels, as on the report's page |
-    | role | "method"; "base", the untouched generator; "oracle", the ceiling that does not compete |
+    | role | "method"; "base", the untouched generator; "oracle", the 1 of the normalised scale, which does not compete |
     | seed | methods pair by it |
     | score, headline, higher_is_better | the task's headline at that snapshot, its name and direction |
     | normalised | (score - mean of base) / (mean of the oracle, or the best final mean - mean of base); NaN where that is undefined |
