@@ -104,7 +104,7 @@ class ActiveInheritance(Method):
 
     def _rounds(self, bench: Workbench, candidates: Candidates) -> Iterator[Snapshot]:
         """The curve, and then best of n of a generator that was fine-tuned once more before each."""
-        from dpgbench.bench.training_state import restore_weights, weights_of
+        from dpgbench.bench.training_state import WayBack, restore_weights, weights_of
 
         n, completed, model = self.options.n, 1, bench.generator.model
         spending, seen = Spending(), 0.0  # seen: FLOPs at the last round that was an answer
@@ -122,12 +122,12 @@ class ActiveInheritance(Method):
                 yield self._answer(bench, candidates, completed * n, n)
             if not self._is_another(bench, completed, spending):
                 break
-            before = {name: weight.clone() for name, weight in weights_of(model).items()} if self.options.rounds == BUDGET else {}
+            way_back = WayBack(bench, model) if self.options.rounds == BUDGET else None
             self._inherit(bench, completed)
             answer = self._answer(bench, candidates, (completed + 1) * n, n)
             # Asking for its price draws it: only where one that is twice as dear as the last would not fit.
-            if before and bench.spent_share(answers=2) > 1 and bench.share_with(answer) > 1:
-                restore_weights(model, before)  # the round before it is the last that fits, and its generator the result
+            if way_back and bench.spent_share(answers=2) > 1 and bench.share_with(answer) > 1:
+                way_back.take()  # the round before it is the last that fits, and its generator the result
                 break
             completed, waiting = completed + 1, True
             saved = {"spending": [spending.spent, spending.dearest], "seen": seen}

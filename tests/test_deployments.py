@@ -16,6 +16,7 @@ from dpgbench.config import match_budget
 from dpgbench.core.errors import UserError
 from dpgbench.plugins.registry import Registry
 from dpgbench.report import build, machine_readable
+from dpgbench.report.deployment_size import size_tables
 from dpgbench.report.results import read_frame
 from dpgbench.run import estimate
 from dpgbench.run.cell import RunContext, _Cell, run_cell
@@ -227,3 +228,16 @@ def test_a_report_has_the_second_axis_and_its_curves_stay_as_they_were(tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert "over the number of deployment texts" in page and "By the number of deployment texts" in page
     assert "1024 texts" in (tmp_path / "tables" / "toy.md").read_text()
+
+
+def test_sizes_are_compared_over_the_same_seeds():
+    """Of five seeds three were deployed at one size alone: means over two seeds at every size, and a note about the others."""
+    rows = []
+    for seed in range(5):
+        for size in (None, 64, 256) if seed < 2 else (None, 256):
+            rows.append({**row(method="dpg", seed=seed, value=0.9 - 0.2 * seed), "deployment_texts": size})
+    results = read_frame(pd.DataFrame(rows), "demo")
+    (table,) = size_tables(results.tasks[0], results)
+    (dpg,) = table.rows
+    assert [dpg.cells[place].value for place in (1, 3)] == pytest.approx([0.8, 0.8])
+    assert table.notes == ("dpg, seed 2, 3, 4: not deployed at every size and left out (result.json says why).",)

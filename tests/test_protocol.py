@@ -43,6 +43,17 @@ def framed(oracle=1.2, **more):
     return pd.concat([small_frame(), rows], ignore_index=True).assign(**more)
 
 
+def test_whole_seeds_are_all_that_any_task_has():
+    """Nine on one task and two on the other, which makes eleven pairs: nine seeds have a sign of their own."""
+    values = [(task, seed, 0.2 + 0.1 * seed) for task, seeds in (("toy", 9), ("other", 2)) for seed in range(seeds)]
+    rows = [row(task=task, method="dpg", seed=seed, value=value) for task, seed, value in values]
+    rows += [row(task=task, seed=seed, value=0.1) for task, seed, _ in values]
+    text = table_files(read_contents(pd.DataFrame(rows), "demo", Protocol(("dpg",))))["pooled.md"]
+    (cells,) = [line.split("|") for line in text.splitlines() if line.startswith("| base ") and "p " in line]
+    assert "p 0.0039" in cells[3], "2 / 2^9"
+    assert "whatever the data" not in text, "which is said where the least p is 0.05 or more"
+
+
 def squeezed(text):
     return re.sub(r" +", " ", text)
 

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from notebook import NOTEBOOK, execute
 
 import dpgbench
+from dpgbench import config
 from dpgbench.core.errors import UserError
-from dpgbench.store.parquet import write_parquet
+from dpgbench.store.parquet import frame_of, write_parquet
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,19 @@ def stored(tmp_path_factory):
     frame = pd.concat([small_frame(), oracle], ignore_index=True)
     write_parquet(frame, folder / "demo.parquet", suite="demo", title="", command="")
     return folder
+
+
+def test_a_sweep_over_budgets_is_as_many_methods_and_a_matched_budget_is_none(tmp_path):
+    """One seed with two budgets has two labels; budgets that differ from seed to seed have one."""
+    words = ["task=l2_norm", "method=base", "deployment_texts=8"]
+
+    def labels(*lines):
+        cells = [cell for line in lines for cell in config.read([*words, *line.split()], sweep=True).cells]
+        return sorted(set(frame_of(cells, tmp_path, {})["method_label"]))
+
+    assert labels("seed=0,1 budget.flops=1e10,4e10") == ["base flops=1e+10", "base flops=4e+10"]
+    assert labels("seed=0 budget.flops=1e10", "seed=1 budget.flops=4e10") == ["base"]
+    assert labels("seed=0,1 budget.flops=1e10") == ["base"]
 
 
 def test_a_row_per_finished_cell_and_the_normalised_score_by_hand(stored):

@@ -169,9 +169,40 @@ def test_a_round_that_does_not_fit_leaves_the_generator_as_it_was(bench):
     before = [next(steps), next(steps)]
     work.account.budget = Budget(flops=1.01 * work.account.reserve.total_flops)
     assert list(steps) == [] and [step for step, _ in before] == [1, 2]
-    assert len(work.lines) == 1 and work.meter.flops["policy_update"] > 0, "a round was made, in vain"
+    assert len(work.lines) == 1, "a round was made, in vain"
+    assert work.meter.flops["policy_update"] == 0, "and nobody pays for it"
     for name, weight in work.generator.model.state_dict().items():
         assert torch.equal(weight, untouched[name]), name
+
+
+# ---- policy steps
+
+
+def test_a_step_that_is_dearer_than_any_before_is_undone(bench, monkeypatch, tmp_path):
+    """The third of three steps costs a budget: the answer is that of a cell of two steps, its price and its texts too, scored or not before."""
+    import dpgbench.bench.workbench as workbench
+
+    words = ["task=l2_norm", "method=dpg", "averaging=0.5", "more_deployments=[8]"]
+    judged, real = [], workbench.Workbench.metagradients
+
+    def dear(work, *args, **kwargs):
+        judged.append(work.meter.total_flops)
+        if len(judged) == 3 and work.spec.budget:
+            work.meter.charge("scoring", work.spec.budget["flops"] / 3)
+        return real(work, *args, **kwargs)
+
+    monkeypatch.setattr(workbench.Workbench, "metagradients", dear)
+    two = snapshots(tmp_path, *words, "steps=2", "policy.lr_schedule=constant", "snapshots=3")
+    assert [line["snapshot"] for line in two] == [0, 1, 2]
+    for count, scored in (("snapshots=2", [0, 2]), ("snapshots=12", [0, 1, 2])):
+        judged.clear()
+        budget = 1.3 * two[-1]["flops"] + (two[-1]["flops"] - two[-2]["flops"])
+        more = [*words, "steps=null", "policy.lr_schedule=constant", count, f"budget.flops={budget!r}"]
+        found = snapshots(tmp_path, *more)
+        assert len(judged) == 3 and [line["snapshot"] for line in found] == scored
+        assert found[-1] == two[-1]
+        result = RunFolder.of(tmp_path, spec_of(*more)).result()
+        assert [line["deployment_texts"] for line in result["deployments"]] == [8, 16]
 
 
 # ---- search

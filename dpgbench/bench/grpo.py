@@ -36,9 +36,9 @@ from dpgbench.bench import flops, tracking
 from dpgbench.bench.best_of import Candidates
 from dpgbench.bench.distributed import SINGLE_PROCESS, SingleProcess
 from dpgbench.bench.likelihood import completion_log_probs
-from dpgbench.bench.spending import Spending
+from dpgbench.bench.spending import OVERRUN, Spending
 from dpgbench.bench.token_credit import Baseline, alive, returns_to_go, token_advantages
-from dpgbench.bench.training_state import numbers_of, restore_optimizer, restore_weights, tensors_of
+from dpgbench.bench.training_state import WayBack, numbers_of, restore_optimizer, restore_weights, tensors_of
 from dpgbench.bench.weight_average import WeightAverage
 from dpgbench.bench.workbench import Workbench
 from dpgbench.core.errors import CellError, UserError
@@ -92,7 +92,8 @@ def train_policy(
     the trained generator's (`best_of.Candidates`), charged as such. Any other one is `generator`, a copy of the bench's, trained
     on the same prompts with `instruction` after each; `sample` says how a snapshot writes texts, and is called with the averaged weights
     in that copy.
-    Ends after `policy.steps`, or before the step that would go over the cell's budget. Learning rate and entropy bonus follow the nearer
+    Ends after `policy.steps`, or before the step that would go over the cell's budget; one that is dearer than any before and does go over
+    is undone, and the snapshot before it yielded again. Learning rate and entropy bonus follow the nearer
     of the two ends, so that a run which a budget ends has had its whole schedule.
     Cost per step: sampling, whatever `reward` spends, and 3F of the generator on prompts and completions, less the LM head where there is
     nothing to predict; with low-rank adapters (`policy.lora`) little more than 2F; with vLLM's rollouts (`policy.rollout`), and with
@@ -146,8 +147,14 @@ def train_policy(
         trainer.remove_callback(PrinterCallback)
         loop.trainer, trainer.rollout_batch, trainer.generator = trainer, policy.get("rollout_batch"), generator
         trainer.group, trainer.rollout_seed = bench.group, bench.seed("rollouts")
+        way_back = None
         for step in loop.steps():
             average.update(step)
+            # Asking for its price draws it: only where one that is twice as dear as the last would not fit.
+            if way_back and bench.spent_share(answers=2) > 1 and bench.share_with(snapshot(step)) > 1 + OVERRUN:
+                way_back.take()
+                yield snapshot(step - 1)
+                return
             bench.checkpoint(
                 step,
                 lambda: tensors_of(generator.model, average.mean, trainer.optimizer) | expected.tensors(),
@@ -156,6 +163,7 @@ def train_policy(
             yield snapshot(step)
             if not spending.leaves_a_step(step, bench.spent_share()):
                 return
+            way_back = WayBack(bench, generator.model, average.mean) if spending.spent + 3 * spending.dearest > 1 else None
 
 
 def advantages(rewards: torch.Tensor, group_size: int, scaling: str) -> torch.Tensor:

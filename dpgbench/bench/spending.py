@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+OVERRUN = 0.01  # of the budget that an answer may cost more; a step's price is known when it is paid
 BUDGET = "budget"  # the word for an option that is to be as large as the budget allows (`Method.budget_options`)
 
 

@@ -7,12 +7,15 @@ rates and the scheduler's counters. No pickle is used, so loading a checkpoint f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dpgbench.worlds.adapters import trained
+
+if TYPE_CHECKING:
+    from dpgbench.bench.workbench import Workbench
 
 SCHEDULE = ("last_epoch", "_step_count", "_last_lr")
 
@@ -41,6 +44,20 @@ def numbers_of(optimizer: torch.optim.Optimizer, schedule: Any) -> dict[str, Any
         "learning_rates": [float(group["lr"]) for group in optimizer.param_groups],
         "schedule": {name: state[name] for name in SCHEDULE if name in state},
     }
+
+
+class WayBack:
+    """Back to here from a step whose answer turns out to be over the budget: the weights, and what was spent. Costs a copy of the weights."""
+
+    def __init__(self, bench: Workbench, model: nn.Module, mean: Mapping[str, Tensor] | None = None):
+        self._bench, self._model, self._mean = bench, model, mean
+        tensors = weights_of(model) | {f"mean.{name}": weight for name, weight in (mean or {}).items()}
+        self._tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self._spent = bench.spent()
+
+    def take(self) -> None:
+        restore_weights(self._model, self._tensors, self._mean)
+        self._bench.take_back(self._spent)
 
 
 @torch.no_grad()

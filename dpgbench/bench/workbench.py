@@ -90,6 +90,14 @@ class Workbench:
         """
         return self._share_with(snapshot)
 
+    def spent(self) -> Meter:
+        """What was spent up to here, to be given to `take_back`."""
+        return Meter() + self.meter
+
+    def take_back(self, spent: Meter) -> None:
+        """For a step that was undone because its answer would be over the budget: no answer has anything of it, so none is charged for it."""
+        self.meter.restore((Meter() + spent).state())
+
     # ---- telling
 
     def note(self, **values: Any) -> None:

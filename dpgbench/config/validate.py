@@ -181,14 +181,11 @@ def _check_training(training: _Section) -> None:
     training.require_one_of("optimizer", "adamw", "sgd")
     training.require_one_of("reduction", "length", "tokens")
     training.require("lr", training["lr"] > 0, "a learning rate is positive; write training.lr=1e-3")
-    betas = training["betas"]
-    good = isinstance(betas, list) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
-    training.require("betas", good, "two decay rates, each at least 0 and below 1; write training.betas=[0.9,0.95]")
     training.require("inner_steps", training["inner_steps"] >= 1, "the target needs at least one optimizer step; write inner_steps=1")
     training.require("max_length", training["max_length"] >= 2, "an example needs two tokens or more; write max_length=24")
     betas = training["betas"]
     good = isinstance(betas, list | tuple) and len(betas) == 2 and all(type(beta) in (int, float) and 0 <= beta < 1 for beta in betas)
-    training.require("betas", good, "two numbers from 0 up and below 1; write training.betas=[0.9,0.95]")
+    training.require("betas", good, "two decay rates, numbers from 0 up and below 1; write training.betas=[0.9,0.95]")
     batch = training["micro_batch"]
     training.require("micro_batch", batch is None or batch >= 1, "an example or more at once; write training.micro_batch=null for all")
     for key in ("eps", "eps_root", "weight_decay"):
@@ -291,6 +288,9 @@ def _check_policy(policy: _Section, inner_steps: int, budget: bool) -> None:
         policy.require("vllm_memory", good, "a share of the GPU's memory between 0 and 1; write policy.vllm_memory=0.3")
     policy.require("lr", policy["lr"] > 0, "a learning rate is positive; write policy.lr=1e-3")
     policy.require("entropy_bonus", policy["entropy_bonus"] >= 0, "a bonus is 0 or more; write entropy_bonus=0 for none")
+    final = policy["entropy_bonus_final"]
+    good = not final or (final > 0 and policy["entropy_bonus"] > 0)
+    policy.require("entropy_bonus_final", good, "a bonus may fall or rise from one above 0; write entropy_bonus_final=null for no change")
     policy.require("averaging", 0 <= policy["averaging"] < 1, "a decay is at least 0 and below 1; write averaging=0.9, or 0 for none")
     policy.require_one_of("scale_advantages", "group", "batch", "none")
     if "best_of" in policy.values:  # cells stored before there was a choice have none

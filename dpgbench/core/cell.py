@@ -12,7 +12,8 @@ from typing import Any
 from dpgbench.core.options import Options
 from dpgbench.core.settings import Scale, Training
 
-# What a cell's hash leaves out: settings that cost time and memory, or say who watches, and change no number.
+# What a cell's hash leaves out: settings that cost time and memory, or say who watches, and change no number. But one: where T > 1, a step
+# that is recomputed for want of memory is charged for it, and so a budget in FLOPs may end a step earlier (docs/reliability.md).
 SETTINGS_WITHOUT_EFFECT = {
     "training": ("memory_budget", "checkpoint", "offload"),
     "scale": ("keep_generator",),

@@ -20,7 +20,7 @@ from dpgbench.stats.multiple_testing import BetterThanAll, better_than_all, holm
 from dpgbench.stats.over_seeds import PairedDifference, paired_difference
 
 SHARES = ((0.1, "a tenth"), (1 / 3, "a third"), (1.0, "all"))
-SLACK = 1.01  # the last round of a method may end a hair above its budget
+SLACK = 1.01  # of any of the three: an answer may end a hair above its budget, as a run's own may
 SIGNIFICANT = 0.05
 # In a stored configuration. Read as text: a YAML parser takes longer for five hundred of them than all the rest of this table.
 DECLARED = re.compile(r"(?m)^budget:\n(?:[ ]+[^\n]*\n)*?[ ]+flops: ([0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?)[ ]*$")
@@ -117,7 +117,7 @@ def budgets_table(results: SuiteResults, rows: Mapping[str, list[MethodRow]]) ->
     caption = (
         "The method with the best mean answer at each budget, its lead over the next best with 95% t interval (positive: better), and "
         "whether it is shown to be better than every other, base included: the largest of its paired sign-flip p's, Holm-adjusted over the "
-        f"tasks of a column, below {SIGNIFICANT}. An answer at a budget is the last snapshot that it pays for; a method that ends early "
+        f"tasks of a column, below {SIGNIFICANT}. An answer at a budget is the last snapshot that it pays for, to within 1%; a method that ends early "
         "keeps its last one, and one without a snapshot on every seed by then does not take part."
     )
     pairs = {share: [best.verdict.n for (_, at), best in found.items() if at == share] for share, _ in SHARES}

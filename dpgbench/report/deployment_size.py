@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from dpgbench.report.format import amount, decimals_for
+from dpgbench.report.format import amount, and_more, decimals_for
 from dpgbench.report.results import SuiteResults, TaskResults
 from dpgbench.report.table import Cell, Column, Row, Table, text_cell
 from dpgbench.report.task_tables import score_cell
@@ -19,7 +19,10 @@ SIZE = "deployment_texts"
 
 
 def points_of(task: TaskResults, results: SuiteResults) -> dict[str, pd.DataFrame]:
-    """Each method's points on a task by its label, in the order shown: cell, seed, deployment_texts, flops and the headline as `value`."""
+    """Each method's points on a task by its label, in the order shown: cell, seed, deployment_texts, flops and the headline as `value`.
+
+    Only of cells that have every size of their method: means of different seeds would be compared otherwise.
+    """
     rows = results.deployments
     if rows.empty or task.finals.empty:
         return {}
@@ -27,7 +30,22 @@ def points_of(task: TaskResults, results: SuiteResults) -> dict[str, pd.DataFram
     column = task.headline if task.headline == "phi" else f"metric:{task.headline}"
     rows = rows.assign(value=rows[column] if column in rows.columns else np.nan).sort_values([SIZE, "seed"], kind="stable")
     kept = ["cell", "seed", SIZE, "flops", "value"]
-    return {label: found[kept] for label in results.styles if len(found := rows[rows["method_label"] == label])}
+    return {label: found[kept] for label in results.styles if len(found := _whole(rows[rows["method_label"] == label]))}
+
+
+def _whole(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[rows.groupby("cell")[SIZE].transform("nunique") == rows[SIZE].nunique()]
+
+
+def _incomplete(task: TaskResults, results: SuiteResults, points: dict[str, pd.DataFrame]) -> tuple[str, ...]:
+    """What was left out for want of a size, a note a method."""
+    rows = results.deployments[results.deployments["cell"].isin(set(task.finals["cell"]))]
+    known = {cell for found in points.values() for cell in found["cell"]}
+    missing = rows[~rows["cell"].isin(known)].drop_duplicates("cell")
+    return tuple(
+        f"{label}, seed {and_more(sorted(found['seed']))}: not deployed at every size and left out (result.json says why)."
+        for label, found in missing.groupby("method_label")
+    )
 
 
 def size_tables(task: TaskResults, results: SuiteResults) -> list[Table]:
@@ -53,7 +71,7 @@ def size_tables(task: TaskResults, results: SuiteResults) -> list[Table]:
         f"{task.headline}, {task.direction}, of a target trained on so many texts of each method's last answer; means and 95% t intervals. "
         "FLOPs: what the method had spent before, once, and these texts. Sizes beyond the suite's own may cost more than its budget."
     )
-    return [Table(f"{task.file_name}-sizes", f"{task.label}: by the number of deployment texts", caption, tuple(columns), tuple(body))]
+    return [Table(f"{task.file_name}-sizes", f"{task.label}: by the number of deployment texts", caption, tuple(columns), tuple(body), _incomplete(task, results, points))]
 
 
 def score_of(rows: pd.DataFrame, size: int) -> Interval:

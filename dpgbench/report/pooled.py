@@ -193,7 +193,7 @@ def _sensitivity_table(reference: str, found: dict[str, PooledComparison], famil
         "mean square (then tasks with large differences weigh more); tasks of one family weighing as one, where some share a plug-in; by "
         "other measures. Adjusted p < 0.05 in bold."
     )
-    seeds = max((comparison.test.n // max(len(comparison.test.tasks), 1) for comparison in found.values()), default=0)
+    seeds = max((comparison.seeds for comparison in found.values()), default=0)
     least = smallest_sign_flip_p(seeds)
     adjusted = min(1.0, least * len(family))
     notes = ()

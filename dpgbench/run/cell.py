@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dpgbench.api import Task
 from dpgbench.bench.distributed import SINGLE_PROCESS, SingleProcess
 from dpgbench.bench.meter import Meter
+from dpgbench.bench.spending import OVERRUN
 from dpgbench.config import optional_packages
 from dpgbench.core.cell import RunSpec
 from dpgbench.core.errors import Busy, CellError, Gone, Interrupted, Lost, UserError
@@ -26,7 +27,7 @@ from dpgbench.plugins.registry import Registry
 from dpgbench.run.environment import environment
 from dpgbench.run.export import keep
 from dpgbench.run.open_cell import open_cell
-from dpgbench.run.schedule import _schedule
+from dpgbench.run.schedule import schedule_of
 from dpgbench.store import code_snapshot
 from dpgbench.store.checkpoints import Checkpoints
 from dpgbench.store.run_folder import TRACKERS, RunFolder
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 Watch = Callable[[dict[str, Any]], None]
 SAMPLE_TEXTS = 12  # deployment texts kept for the report
 MORE_MEMORY = "give the process more, or lower scale.sampling_batch, policy.micro_batch, training.micro_batch or launcher.workers"
-OVERRUN = 0.01  # of the budget; a step's price is known when it is paid
 
 
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)  # no fault of the cell
@@ -148,7 +148,7 @@ class _Cell:
         identity = {"hash": self.folder.hash, "code": code_snapshot.digest(context.plugins)}
         self.checkpoints = Checkpoints(self.folder.path, identity, context.checkpoint_seconds, context.stop)
         self.started = self._clock = time.perf_counter()
-        self.schedule = _schedule(spec)
+        self.schedule = schedule_of(spec)
         self.lines: list[dict[str, Any]] = []  # of the scored snapshots
         self.texts: list[str] = []  # of the last of them, and the target trained on them
         self.params: dict[str, Tensor] | None = None
@@ -239,8 +239,11 @@ class _Cell:
 
         An answer over the budget is none: the method is stopped and the last one within it counts.
         """
-        snapshot = waiting = None  # waiting: the newest snapshot, if it was not due
+        snapshot = waiting = scored = None  # waiting: the newest snapshot, if it was not due; scored: the step of the last answer
         for snapshot in self._timed(contract.snapshots(self.files["method"], self.method, self.bench)):
+            if snapshot.step == scored and self.schedule.skips:  # a policy has gone back to it
+                waiting = None
+                continue
             waiting = snapshot
             if self.schedule.is_due(snapshot.step, self.bench.spent_share()):
                 waiting = None
@@ -248,6 +251,7 @@ class _Cell:
                 self._agree_on_the_account()
                 if not accepted:
                     break
+                scored = snapshot.step
         self.group.broadcast("the method has come to its end in all processes")
         if self.group.first:
             self._finish(snapshot, waiting)
@@ -288,16 +292,21 @@ class _Cell:
         """The last answer's own deployment dataset and those of `scale.more_deployments`, by size; nothing where none is asked for.
 
         Each is charged what the method had spent before its answer, once, and its own texts; it may cost more than the budget. Left out,
-        with the reason, where a policy went on to an answer that was none and the weights of the one before are gone.
+        with the reason, where the generator of that answer is gone.
         """
         scale = self.spec.scale
         if not scale.get("more_deployments"):
             return {}
         own = {"deployment_texts": scale.deployment_texts, **self.lines[-1]}
         answer = self.answer
-        trains = self.spec.method.get("policy") is not None or (answer is not None and answer.snapshot.weights is not None)
-        if answer is None or (trains and answer.snapshot is not newest):
-            return {"deployments": [own], "deployments_left_out": "the generator was trained beyond the last answer within the budget"}
+        trains = answer is not None and (self.spec.method.get("policy") is not None or answer.snapshot.weights is not None)
+        left_out = None
+        if answer is None:
+            left_out = "the last answer within the budget was given before an interruption"
+        elif trains and answer.snapshot.step != newest.step:
+            left_out = "the generator was trained beyond the last answer within the budget"
+        if left_out:
+            return {"deployments": [own], "deployments_left_out": left_out}
         found = [own]
         for count in scale.more_deployments:
             prompts = self.world.prompts("test", count, stream(self.spec.seed, "deployment prompts"))

@@ -15,6 +15,7 @@ class _Schedule:
         """At these steps, or else the first at or past each of these shares of the budget, and the very first. With neither, all."""
         self.steps, self.shares = steps, shares
         self.passed = -1
+        self.skips = steps is not None or shares is not None
 
     def is_due(self, step: int, share: float) -> bool:
         if self.steps is not None:
@@ -27,7 +28,7 @@ class _Schedule:
         return due
 
 
-def _schedule(spec: RunSpec) -> _Schedule:
+def schedule_of(spec: RunSpec) -> _Schedule:
     """A method that counts policy steps is scored at log-spaced ones, or at halvings of its budget; any other at all its snapshots."""
     policy = spec.method.get("policy")
     if policy is None:

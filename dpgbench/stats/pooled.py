@@ -201,7 +201,7 @@ class PooledComparison:
     """The answer to one question of a family. `holm_p` adjusts for all questions of the family; so do those of `without` and `sensitivity`.
 
     `without` has each task left out, by task. `sensitivity` has the same question asked in another way, by what is different:
-    (S, Holm's p).
+    (S, Holm's p). `seeds` counts those that any of its tasks has a pair of.
     """
 
     test: PooledTest
@@ -211,6 +211,7 @@ class PooledComparison:
     alpha: float
     without: dict[str, LeftOut] = field(default_factory=dict)
     sensitivity: dict[str, tuple[float, float]] = field(default_factory=dict)
+    seeds: int = 0
 
     @property
     def direction(self) -> int:
@@ -283,6 +284,7 @@ def pooled_family(
             test, pooled_effect(questions[key], units[key], level=level), adjusted[key], meaningful, alpha,
             {task: left[key] for task, left in without.items() if task in test.tasks and len(test.tasks) > 1},
             {name: (found[key].statistic, adjusted_ways[name][key]) for name, found in ways.items() if key in found},
+            ways["whole seeds flipped"][key].flipped,
         )
         for key, test in tests.items()
     }  # fmt: skip

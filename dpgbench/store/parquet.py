@@ -214,12 +214,19 @@ def finished(frame: pandas.DataFrame | None) -> set[str]:
 
 
 def _labels(cells: Sequence[Cell]) -> dict[str, tuple[str, str]]:
-    """What to call each cell's task and method. Settings that vary within one label (a sweep over policy.lr, say) are spelled out."""
-    by_label: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
+    """What to call each cell's task and method. Settings that vary within one label (a sweep over policy.lr, say) are spelled out.
+
+    So are budgets, but only where one seed has several: those of `budget=match:METHOD` differ from seed to seed.
+    """
+    by_label: dict[tuple[str, str], list[Cell]] = defaultdict(list)
     for cell in cells:
-        by_label[cell.spec.task.label, cell.spec.method.label][cell.spec.folder] = _flat(cell.spec.config)
+        by_label[cell.spec.task.label, cell.spec.method.label].append(cell)
     labels = {}
-    for (task_label, method_label), settings in by_label.items():
+    for (task_label, method_label), alike in by_label.items():
+        settings = {cell.spec.folder: _flat(cell.spec.config) for cell in alike}
+        if len({(repr(settings[cell.spec.folder]), cell.spec.seed) for cell in alike}) < len(settings):
+            for cell in alike:
+                settings[cell.spec.folder] |= {f"budget.{name}": f"{limit:g}" for name, limit in cell.spec.budget.items()}
         keys = sorted({key for values in settings.values() for key in values})
         varying = [key for key in keys if len({repr(values.get(key)) for values in settings.values()}) > 1 and not key.endswith("_sha256")]
         for folder, values in settings.items():

@@ -138,7 +138,7 @@ class Generator:
     def sample(self, prompts: Sequence[Prompt], seed: int) -> tuple[list[str], list[tuple[int, int, int]]]:
         """One completion per prompt, and the (batch, prompt length, new tokens) of each call, for the accounts.
 
-        Each call of `batch` prompts has a seed of its own, so neither the count of prompts nor the calls before change a text.
+        Each call of `batch` prompts has a seed of its own, so a text hangs on no prompts but those of its call.
         """
         texts, shapes = [], []
         for start in range(0, len(prompts), self.batch):
