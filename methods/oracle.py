@@ -1,4 +1,4 @@
-"""The 1 of the score scale, not a competing method, which others may pass: the wanted texts where a task has them, else gradient ascent on Phi (ours).
+"""The score scale's 1, not a competing method: the wanted texts where a task has them, else gradient ascent on Phi (ours).
 
 A task with `references` (texts that show what is wanted, known to every method) gets them as its deployment dataset, over and over. For any
 other task there are no right texts to be had, and the target takes the T steps of a deployment, with its own optimizer and learning rate,

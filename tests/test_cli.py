@@ -307,10 +307,30 @@ def test_a_failing_cell_does_not_stop_the_others(dpgbench, plugins, tmp_path):
     words = ["task=l2_norm", "method=bad,base", "deployment_texts=8", f"plugins={plugins}", f"results={tmp_path / 'r'}"]
     done = dpgbench("sweep", *words)
     assert done.code == 1
-    assert re.search(r"failed \S+: ZeroDivisionError: .* \(\S+/error.txt has all of it\)", done.out) and "done   l2_norm base" in done.out
+    why = r"UserError: bad.py, line 7: run raised ZeroDivisionError: division by zero"
+    assert re.search(rf"failed \S+: {why} \(\S+/error.txt has all of it\)", done.out) and "done   l2_norm base" in done.out
     assert "started l2_norm base seed 0" in done.out and "running l2_norm base seed 0  snapshot 0" in done.out
     status = dpgbench("status", f"results={tmp_path / 'r'}").out
-    assert re.search(r"l2_norm\.bad\.\S+\s+failed\s+ZeroDivisionError", status)
+    assert re.search(r"l2_norm\.bad\.\S+\s+failed\s+UserError: bad.py", status)
+    (error,) = (tmp_path / "r" / "runs").glob("l2_norm.bad.*/error.txt")
+    assert error.read_text().startswith("Traceback") and "yield 1 / 0" in error.read_text() and re.search(rf"\n{why}\n$", error.read_text())
+
+
+def test_a_sweep_is_known_by_its_name_with_plugins_beside_it_and_another_is_not(dpgbench, plugins, tmp_path):
+    """`plugins=` says where they are, and nothing about which cells; a name that was never run is refused, with the nearest that was."""
+    where = [f"plugins={plugins}", f"results={tmp_path / 'r'}"]
+    assert dpgbench("sweep", "task=l2_norm", "method=base", "deployment_texts=8", "name=trial", *where).code == 0
+    for command in ("status", "report"):
+        told = dpgbench(command, "name=trial", *where)
+        assert told.code == 0 and ("l2_norm.base" in told.out or "index.html" in told.out), told
+    for command in ("status", "cancel"):
+        told = dpgbench(command, "name=trail", *where)
+        assert told.code == 2 and told.err.count("\n") == 1
+        assert "name=trail: no sweep of this name was run with results=" in told.err and "did you mean 'trial'?" in told.err
+    assert "name=trail: nothing to report" in dpgbench("report", "name=trail", *where).err
+    spec = next((tmp_path / "r" / "runs").glob("l2_norm.*/spec.yaml"))
+    spec.write_text(spec.read_text().replace("name: l2_norm", "name: mine"))
+    assert "plug-in of your own, say where with plugins=DIR" in dpgbench("run", f"spec={spec}", where[1]).err
 
 
 def test_an_interrupted_sweep_keeps_what_is_done(dpgbench, plugins, tmp_path):

@@ -406,6 +406,10 @@ RUNS = {
     "return None": "`run` returns nothing; it must yield Snapshot(step, sample)",
     "return Snapshot(0, print)": "line 9: `run` returns a Snapshot; it must yield it",
     "x = [Snapshot(0, print)]; return x": "parrot.py: run returned the list",
+    "yield 1 / 0": "parrot.py, line 10: run raised ZeroDivisionError: division by zero",
+    "yield self.options.rounds": "run reads the option 'rounds', which there is not; choose from: label, name, version; a new one",
+    "import random; yield random.random()": "run draws from Python's `random`; draw from random.Random(bench.seed('a name'))",
+    "import torch; yield torch.rand(1)": "run draws from torch's global generator",
     "yield None": "parrot.py: run yielded None; it must yield Snapshot(step, sample), of dpgbench.api",
     "yield ['a text']": "parrot.py: run yielded the list ['a text']",
     "yield Snapshot('0', print)": "parrot.py: run yielded a Snapshot with step=the str '0'",
@@ -437,6 +441,21 @@ def test_sample_returns_a_text_for_each_prompt(tmp_path, found, says):
 
     with pytest.raises(CellError, match=f"parrot.py: snapshot 3: {says}"):
         contract.texts_of(tmp_path / "parrot.py", Snapshot(3, print), found, 2)
+
+
+def test_sample_draws_by_name_and_says_where_it_fails(tmp_path):
+    """But for a policy's method, whose trainer draws in its own way."""
+    from dpgbench.api import Snapshot
+
+    file = tmp_path / "methods" / "parrot.py"
+    written(tmp_path, "method", "parrot", METHOD.format(init="version = 1", run="yield Snapshot(0, print)"))
+    method = Registry(tmp_path).make("method", "parrot", spec_of(tmp_path, "method=parrot").method)
+    with pytest.raises(UserError, match=r"parrot\.py: sample draws from numpy's global generator"):
+        contract.sampled(file, method, Snapshot(0, lambda prompts: [str(numpy.random.rand()) for _ in prompts]), ["a"])
+    with pytest.raises(UserError, match=r"parrot\.py: sample raised KeyError: 'b'"):
+        contract.sampled(file, method, Snapshot(0, lambda prompts: {}["b"]), ["a"])
+    trained = Registry().make("method", "dpg", spec_of(tmp_path, "method=dpg").method)
+    assert contract.sampled(file, trained, Snapshot(0, lambda prompts: [numpy.random.rand()]), ["a"])
 
 
 INITS = {

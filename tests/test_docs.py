@@ -31,6 +31,8 @@ def test_every_command_in_the_readme_is_understood(dpgbench, command, plugins, t
     done = dpgbench(*words)
     if words[0] == "report":
         assert done.code == 2 and re.search("nothing to report|--compare .*: git has no", done.err)
+    elif words[0] in ("status", "cancel") and any(word.startswith("name=") for word in words):
+        assert done.code == 2 and "no sweep of this name was run" in done.err
     elif words[0] == "export":
         assert done.code == 2 and "not a run folder" in done.err
     else:
@@ -57,6 +59,28 @@ def test_the_readme_names_every_plugin():
     for kind in ("method", "task"):
         for file in Registry().files(kind):
             assert re.search(rf"^\| `{file.name}`", README, re.MULTILINE), f"{kind} {file.name} is not in the README's table"
+
+
+OWN_METHOD = (ROOT / "docs" / "your_method.md").read_text()
+
+
+def test_the_method_in_the_docs_runs(dpgbench, tmp_path):
+    """Its two files as they stand there, and the command below them."""
+    for path, text in re.findall(r"```\w+\n# mine/(\S+)\n(.*?)```", OWN_METHOD, re.DOTALL):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    (command,) = [line for line in OWN_METHOD.splitlines() if line.startswith("python -m dpgbench run")]
+    words = [word.replace("plugins=mine", f"plugins={tmp_path}") for word in command.split()[3:]]
+    done = dpgbench(*words, "deployment_texts=64", f"results={tmp_path / 'results'}")
+    assert done.code == 0 and "done   language_de brief" in done.out, done
+
+
+def test_the_table_of_the_bench_has_all_of_it(bench):
+    """And nothing that is not there."""
+    work = bench("task=l2_norm", "method=base")
+    named = set(re.findall(r"`bench\.(\w+)", OWN_METHOD))
+    there = {name for name in dir(work) if not name.startswith("_")} - {"lines"}
+    assert named == there
 
 
 def test_make_targets_are_the_readmes_commands():

@@ -179,7 +179,7 @@ def test_a_round_that_does_not_fit_leaves_the_generator_as_it_was(bench):
 
 
 def test_a_step_that_is_dearer_than_any_before_is_undone(bench, monkeypatch, tmp_path):
-    """The third of three steps costs a budget: the answer is that of a cell of two steps, its price and its texts too, scored or not before."""
+    """The third step costs a third of the budget more: the answer is that of a cell of two steps, its price and texts too."""
     import dpgbench.bench.workbench as workbench
 
     words = ["task=l2_norm", "method=dpg", "averaging=0.5", "more_deployments=[8]"]

@@ -47,7 +47,7 @@ def numbers_of(optimizer: torch.optim.Optimizer, schedule: Any) -> dict[str, Any
 
 
 class WayBack:
-    """Back to here from a step whose answer turns out to be over the budget: the weights, and what was spent. Costs a copy of the weights."""
+    """Back to here from a step whose answer turns out to be over the budget: the weights, and what was spent. Memory: the weights."""
 
     def __init__(self, bench: Workbench, model: nn.Module, mean: Mapping[str, Tensor] | None = None):
         self._bench, self._model, self._mean = bench, model, mean

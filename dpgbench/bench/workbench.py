@@ -95,7 +95,7 @@ class Workbench:
         return Meter() + self.meter
 
     def take_back(self, spent: Meter) -> None:
-        """For a step that was undone because its answer would be over the budget: no answer has anything of it, so none is charged for it."""
+        """For a step that was undone because its answer would be over the budget: no answer has anything of it, so none pays for it."""
         self.meter.restore((Meter() + spent).state())
 
     # ---- telling

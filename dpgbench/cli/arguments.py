@@ -60,10 +60,10 @@ class Command:
 
 
 def place_of(words: list[str]) -> tuple[Path, str, bool]:
-    """The results folder, the sweep's name, and whether the words say nothing but these two."""
+    """The results folder, the sweep's name, and whether the words say nothing but these two and where plug-ins are."""
     given = config.parse(words)
     results, name = one(given, "results", "results"), one(given, "suite") or one(given, "name", "sweep")
-    return Path(results), config.checked_name(name), set(given) <= {"results", "suite", "name"}
+    return Path(results), config.checked_name(name), set(given) <= {"results", "suite", "name", "plugins"}
 
 
 def full_words(words: list[str]) -> list[str]:
@@ -76,6 +76,7 @@ def full_words(words: list[str]) -> list[str]:
     saved = results / "runs" / f"{name}.sweep.json"
     if not nothing_else or not saved.exists():
         return words
+    here = one(config.parse(words), "plugins")
     try:
         said = json_of(text_of(saved))
     except Unreadable as reason:
@@ -83,9 +84,21 @@ def full_words(words: list[str]) -> list[str]:
     if not isinstance(said, list) or not all(isinstance(word, str) for word in said):
         raise UserError(f"{saved}: not the words of a sweep; delete it, and say again which cells are meant")
     plugins = one(config.parse(said), "plugins")
-    if plugins is not None and Path(plugins).resolve().is_relative_to(results.resolve()):
+    if here is not None:
+        said = [word for word in said if not word.startswith("plugins=")] + [quoted("plugins", str(here))]
+    elif plugins is not None and Path(plugins).resolve().is_relative_to(results.resolve()):
         raise UserError(f"{saved}: its plug-ins came with the results; to run them write it yourself: {for_shell('plugins', plugins)}")
     return [*said, quoted("results", str(results))]
+
+
+def known_words(words: list[str]) -> list[str]:
+    """`full_words`. Raises UserError for the name of a sweep that was never run there."""
+    results, name, nothing_else = place_of(words)
+    full = full_words(words)
+    if full == words and nothing_else and "name" in config.parse(words) and name not in config.suites(Registry()):
+        there = [path.name.removesuffix(".sweep.json") for path in (results / "runs").glob("*.sweep.json")]
+        raise UserError(f"name={name}: no sweep of this name was run with results={results}; {did_you_mean(name, there)}")
+    return full
 
 
 def selector(name: str) -> str:

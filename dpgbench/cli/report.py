@@ -30,7 +30,7 @@ def write_report(words: list[str]) -> int:
     has_runs = request is not None and any((results / "runs" / cell.spec.folder).exists() for cell in request.cells)
     if not has_runs and not parquet.exists():
         raise UserError(
-            f"suite={name}: nothing to report: no run folders of it under {results / 'runs'} and no {parquet}; run `sweep` first"
+            f"{selector(name)}={name}: nothing to report: no run folders of it under {results / 'runs'} and no {parquet}; run `sweep` first"
         )
     from dpgbench.report import build, machine_readable
     from dpgbench.store import parquet as collect

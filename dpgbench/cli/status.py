@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpgbench import config
-from dpgbench.cli.arguments import full_words, inert, place_of, say, show_rows, terminal, without
+from dpgbench.cli.arguments import inert, known_words, place_of, say, show_rows, terminal, without
 from dpgbench.config.request import Request
 from dpgbench.core.cell import Cell
 from dpgbench.launch import slurm
@@ -34,7 +34,7 @@ def show_status(words: list[str]) -> int:
             folders = [RunFolder(path) for path in sorted((results / "runs").glob("*")) if path.is_dir()]
             return [(f.path.name, (s.name, s.detail)) for f, s in zip(folders, standings(folders), strict=True)]
     else:
-        request = config.read(full_words(words), sweep=True)
+        request = config.read(known_words(words), sweep=True)
 
         def rows() -> list[tuple[str, tuple[str, str]]]:
             return [(cell.spec.folder, described(cell, state)) for cell, state in with_states(request)]

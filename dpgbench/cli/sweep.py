@@ -10,7 +10,7 @@ from rich.console import Console
 
 from dpgbench import config
 from dpgbench.bench import distributed
-from dpgbench.cli.arguments import full_words, inert, place_of, say, selector, show_rows, terminal, warn_of_threads, without
+from dpgbench.cli.arguments import inert, known_words, place_of, say, selector, show_rows, terminal, warn_of_threads, without
 from dpgbench.cli.status import described, patiently, watch_rows, with_states
 from dpgbench.config import optional_packages, validate
 from dpgbench.config.overrides import for_shell, one
@@ -188,7 +188,7 @@ def cancel_sweep(words: list[str]) -> int:
     """Stop what a sweep started."""
     from dpgbench.launch import local_sweeps, slurm
 
-    request = config.read(full_words(words), sweep=True)
+    request = config.read(known_words(words), sweep=True)
     folders = [RunFolder.of(request.results, cell.spec) for cell in request.cells]
     asked, elsewhere = local_sweeps.stop(request.results, request.suite)
     jobs = jobs_of(folders, request.suite)
@@ -305,7 +305,11 @@ def replayed(words: list[str]) -> Request:
         raise UserError(f"{unknown[0]}: a replay runs the stored settings; only results= and plugins= go with spec=")
     plugins = one(given, "plugins")
     registry = Registry(None if plugins is None else Path(plugins))
-    cell = config.replay(Path(one(given, "spec")), registry)
+    try:
+        cell = config.replay(Path(one(given, "spec")), registry)
+    except UserError as error:
+        own = "; where it is a plug-in of your own, say where with plugins=DIR" if plugins is None and ": no such" in str(error) else ""
+        raise UserError(f"{error}{own}") from None
     return Request([cell], "replay", "", place_of(words)[0], registry, Options({"name": "inline", "workers": 1}))
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
+
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 class UserError(ValueError):
@@ -27,6 +30,17 @@ class Interrupted(RuntimeError):
 
 class CellError(RuntimeError):
     """A cell cannot go on (a reward that is not finite, say). The message becomes the cell's `error.txt`; other cells go on."""
+
+
+def for_want_of_memory(error: BaseException) -> bool:
+    """Python's, torch's for a device, and torch's for the processor, which is a RuntimeError like any other."""
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "std::bad_alloc"))
+    return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def for_want_of_storage(error: BaseException) -> bool:
+    """What is wrong with the file system: no fault of the cell."""
+    return isinstance(error, OSError) and error.errno in STORAGE
 
 
 def did_you_mean(value: str, choices: Iterable[str]) -> str:

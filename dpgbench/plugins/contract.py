@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpgbench.api import Method, Task
-from dpgbench.core.errors import CellError, UserError, did_you_mean
+from dpgbench.core.errors import CellError, Interrupted, Lost, UserError, did_you_mean, for_want_of_memory, for_want_of_storage
 from dpgbench.core.options import Options
 from dpgbench.core.plugin_types import Prompt, Snapshot, TaskInfo
 from dpgbench.plugins.source import PluginFile, set_where
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dpgbench.bench.workbench import Workbench
 
 TEXTS = 4  # that stand for deployment texts
+END = object()
 
 
 # ---- what a hook raises
@@ -39,10 +40,10 @@ def called(file: Path, hook: str, function: Callable[..., Any], *arguments: Any)
     """What a hook returns. Raises UserError naming file, line and hook for anything that the plug-in did not mean to raise."""
     try:
         return function(*arguments)
-    except (UserError, CellError, MemoryError):
+    except (UserError, CellError, Interrupted, Lost):
         raise
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; the device's fault
+        if for_want_of_memory(error) or for_want_of_storage(error):
             raise
         raise UserError(_why(file, hook, error)) from error
 
@@ -51,7 +52,8 @@ def _why(file: Path, hook: str, error: Exception) -> str:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
     where = f"{file.name}, line {lines[-1]}: " if lines else f"{file.name}: "
     if isinstance(error, AttributeError) and isinstance(error.obj, Options):
-        return f"{where}{hook} reads the option {error.name!r}, which there is not; {did_you_mean(error.name, error.obj)}"
+        there = did_you_mean(error.name, error.obj)
+        return f"{where}{hook} reads the option {error.name!r}, which there is not; {there}; a new one belongs in its YAML in configs/"
     if isinstance(error, AttributeError) and isinstance(error.obj, Task | Method):
         base = "Task" if isinstance(error.obj, Task) else "Method"
         return f"{where}{hook} uses self.{error.name}, which {set_where(base, error.name)}"
@@ -246,7 +248,7 @@ def snapshots(file: Path, method: Method, bench: Workbench) -> Iterator[Snapshot
     found = called(file, "run", method.run, bench)
     if not isinstance(found, Iterator):
         raise UserError(f"{file.name}: run returned {shown(found)}; it must yield: write `yield Snapshot(step, sample)` in it")
-    for snapshot in found:
+    while (snapshot := _drawing_by_name(file, "run", method.options, next, found, END)) is not END:
         if not isinstance(snapshot, Snapshot):
             raise UserError(f"{file.name}: run yielded {shown(snapshot)}; it must yield Snapshot(step, sample), of dpgbench.api")
         if type(snapshot.step) is not int or snapshot.step < 0:
@@ -255,6 +257,26 @@ def snapshots(file: Path, method: Method, bench: Workbench) -> Iterator[Snapshot
             fix = "a function of prompts, such as `lambda prompts: bench.sample(prompts, 'deployment')`"
             raise UserError(f"{file.name}: run yielded a Snapshot whose sample is {shown(snapshot.sample)}; it must be {fix}")
         yield snapshot
+
+
+def sampled(file: Path, method: Method, snapshot: Snapshot, prompts: Sequence[Prompt]) -> Any:
+    """What a snapshot's `sample` returns for these prompts."""
+    return _drawing_by_name(file, "sample", method.options, snapshot.sample, prompts)
+
+
+def _drawing_by_name(file: Path, hook: str, options: Options, function: Callable[..., Any], *arguments: Any) -> Any:
+    """`called`, and global random numbers are refused: a run that goes on, or is replayed, would draw others.
+
+    A policy's trainer seeds and draws from them in its own way, so there nothing can be told.
+    """
+    before = _random_states() if options.get("policy") is None else {}
+    value = called(file, hook, function, *arguments)
+    after = _random_states() if before else {}
+    drawn = [name for name, state in before.items() if state != after[name]]
+    if drawn:
+        fix = "draw from random.Random(bench.seed('a name')), which is the same in every run"
+        raise UserError(f"{file.name}: {hook} draws from {drawn[0]}; {fix}")
+    return value
 
 
 def texts_of(file: Path, snapshot: Snapshot, found: Any, wanted: int) -> list[str]:

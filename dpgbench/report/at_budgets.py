@@ -117,8 +117,8 @@ def budgets_table(results: SuiteResults, rows: Mapping[str, list[MethodRow]]) ->
     caption = (
         "The method with the best mean answer at each budget, its lead over the next best with 95% t interval (positive: better), and "
         "whether it is shown to be better than every other, base included: the largest of its paired sign-flip p's, Holm-adjusted over the "
-        f"tasks of a column, below {SIGNIFICANT}. An answer at a budget is the last snapshot that it pays for, to within 1%; a method that ends early "
-        "keeps its last one, and one without a snapshot on every seed by then does not take part."
+        f"tasks of a column, below {SIGNIFICANT}. An answer at a budget is the last snapshot that it pays for, to within 1%; a "
+        "method that ends early keeps its last one, and one without a snapshot on every seed by then does not take part."
     )
     pairs = {share: [best.verdict.n for (_, at), best in found.items() if at == share] for share, _ in SHARES}
     most = max(pairs.values(), key=len, default=[])

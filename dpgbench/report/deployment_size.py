@@ -71,7 +71,8 @@ def size_tables(task: TaskResults, results: SuiteResults) -> list[Table]:
         f"{task.headline}, {task.direction}, of a target trained on so many texts of each method's last answer; means and 95% t intervals. "
         "FLOPs: what the method had spent before, once, and these texts. Sizes beyond the suite's own may cost more than its budget."
     )
-    return [Table(f"{task.file_name}-sizes", f"{task.label}: by the number of deployment texts", caption, tuple(columns), tuple(body), _incomplete(task, results, points))]
+    title, notes = f"{task.label}: by the number of deployment texts", _incomplete(task, results, points)
+    return [Table(f"{task.file_name}-sizes", title, caption, tuple(columns), tuple(body), notes)]
 
 
 def score_of(rows: pd.DataFrame, size: int) -> Interval:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import time
 import traceback
@@ -18,7 +17,7 @@ from dpgbench.bench.meter import Meter
 from dpgbench.bench.spending import OVERRUN
 from dpgbench.config import optional_packages
 from dpgbench.core.cell import RunSpec
-from dpgbench.core.errors import Busy, CellError, Gone, Interrupted, Lost, UserError
+from dpgbench.core.errors import Busy, CellError, Gone, Interrupted, Lost, UserError, for_want_of_memory, for_want_of_storage
 from dpgbench.core.interrupts import Stop, time_limit
 from dpgbench.core.plugin_types import Prompt, Snapshot, TaskView
 from dpgbench.core.seeds import stream
@@ -41,9 +40,6 @@ SAMPLE_TEXTS = 12  # deployment texts kept for the report
 MORE_MEMORY = "give the process more, or lower scale.sampling_batch, policy.micro_batch, training.micro_batch or launcher.workers"
 
 
-STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)  # no fault of the cell
-
-
 def run_cell(
     spec: RunSpec,
     results: Path,
@@ -60,7 +56,7 @@ def run_cell(
     Returns "done", "failed" (its `error.txt` says why), "busy" (another process has it), "gone" (its folder was deleted or replaced
     meanwhile) or "interrupted" (asked to stop by SIGTERM or SIGUSR2). `watch` is told about every step, for a progress display. A cell that
     takes longer than `cell_seconds` fails (`interrupts.time_limit`). `let_errors_out` lets the exception of a failing cell through as well.
-    An interrupt (Ctrl-C) and what is wrong with the file system (STORAGE) pass through and leave the cell interrupted.
+    An interrupt (Ctrl-C) and what is wrong with the file system (`for_want_of_storage`) pass through and leave the cell interrupted.
     """
     folder = RunFolder.of(results, spec)
     try:
@@ -100,25 +96,26 @@ def _run_owned(spec: RunSpec, context: RunContext, let_errors_out: bool) -> str:
     except (Interrupted, Lost):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in STORAGE:
+        if for_want_of_storage(error):
             raise
-        expected = isinstance(error, UserError | CellError)
-        reason = group.why(error) or (f"{type(error).__name__}: {error}" if expected else traceback.format_exc())
-        if _is_for_want_of_memory(error):
+        reason = group.why(error) or _told(error)
+        if for_want_of_memory(error):
             reason += f"\nout of memory ({str(error).splitlines()[0] if str(error) else 'MemoryError'}); {MORE_MEMORY}"
         if group.first:
             folder.fail(reason)
         group.fail(reason)
         if let_errors_out:
-            raise
+            raise error.__cause__ or error
         return "failed"
     return "done"
 
 
-def _is_for_want_of_memory(error: Exception) -> bool:
-    """Python's, torch's for a device, and torch's for the processor, which is a RuntimeError like any other."""
-    told = isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "std::bad_alloc"))
-    return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+def _told(error: Exception) -> str:
+    """What `error.txt` says; lists show the last line. Where a plug-in did not mean to raise, where that was."""
+    if not isinstance(error, UserError | CellError):
+        return traceback.format_exc()
+    line = f"{type(error).__name__}: {error}"
+    return line if error.__cause__ is None else "".join([*traceback.format_exception(error.__cause__), line])
 
 
 class _Scored(NamedTuple):
@@ -223,7 +220,7 @@ class _Cell:
         """A deployment dataset, as the method gives it, and what it costs."""
         clock = time.perf_counter()
         with self.meter.deployment() as price:
-            texts = snapshot.sample(prompts)
+            texts = contract.sampled(self.files["method"], self.method, snapshot, prompts)
             price.seconds += time.perf_counter() - clock
         return texts, price
 
@@ -263,9 +260,11 @@ class _Cell:
             self._answer(waiting)
         if not self.lines:
             limits = ", ".join(f"budget.{name}={limit:g}" for name, limit in self.spec.budget.items())
+            whole, without = self.bench.spent_share(), self.bench.spent_share(answers=0)
+            texts = f"lower scale.deployment_texts={self.spec.scale.deployment_texts}"
+            fix = f"give more, or {texts if whole > 2 * without else 'let the method do less before it'}"
             raise CellError(
-                f"{limits}: the first answer costs {self.bench.spent_share():.3g} times that; "
-                f"give more, or lower scale.deployment_texts={self.spec.scale.deployment_texts}"
+                f"{limits}: the first answer costs {whole:.3g} times that, its deployment dataset {whole - without:.3g} times; {fix}"
             )
         result = {
             "headline": self.task.headline,

@@ -61,7 +61,8 @@ def check_room(scale: Scale, corpus: Corpus, room: Room, instructions: Sequence[
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:
-    """Texts as training examples of the target: the text alone, EOS appended, cut and padded to `max_length`.
+    """Texts as training examples of the target: the tokenizer's tokens of the text alone (with a start, if it adds one), EOS appended, cut
+    and padded to `max_length`.
 
     The tokenizer is one that adds no end by itself, as `models.load_target` gives it.
     Returns {"input_ids": (N, L) long, "labels": (N, L) long}. Pad positions carry `IGNORED_LABEL`; the EOS is a real label, also where a
