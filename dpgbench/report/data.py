@@ -10,8 +10,8 @@ import pandas as pd
 
 from dpgbench.core.errors import UserError, did_you_mean
 from dpgbench.core.paths import home
-from dpgbench.report.results import BASE, ORACLE, SuiteResults, natural, read_frame
-from dpgbench.stats.aggregates import Anchors, normalise
+from dpgbench.report.final_scores import final_scores, on_one_scale
+from dpgbench.report.results import BASE, ORACLE, SuiteResults, read_frame
 from dpgbench.store.parquet import read_parquet
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def read_suite(name: str | Path, results: str | Path | None = None) -> SuiteResu
 def tidy(name: str | Path, snapshots: bool, results: str | Path | None) -> pd.DataFrame:
     """As documented at `dpgbench.load`."""
     found = read_suite(name, results)
-    anchors = _anchors(found)
+    anchors = on_one_scale(final_scores(found), found).anchors
     frames = []
     for task in found.tasks:
         last = set(zip(task.finals["cell"], task.finals["step"], strict=True))
@@ -61,20 +61,6 @@ def tidy(name: str | Path, snapshots: bool, results: str | Path | None) -> pd.Da
     frame = pd.concat(frames, ignore_index=True)
     measures = sorted(column for column in frame.columns if column.startswith("metric:"))
     return frame[[*COLUMNS, *measures]].astype({"final": bool, "higher_is_better": bool, "step": int})
-
-
-def _anchors(found: SuiteResults) -> dict[str, Anchors]:
-    """What 0 and 1 are on each task, as in the report: of several controls or oracles the one that it takes differences to."""
-    frames = []
-    for task in found.tasks:
-        rows = task.finals
-        oracles = sorted(rows.loc[rows["method"] == ORACLE, "method_label"].unique(), key=natural)
-        rows = rows[((rows["method"] != BASE) | (rows["method_label"] == task.base_label)) & ~rows["method_label"].isin(oracles[1:])]
-        role = rows["method"].where(rows["method"].isin((BASE, ORACLE)), rows["method_label"])
-        frames.append(pd.DataFrame({"task_label": task.label, "method_label": role, "seed": rows["seed"], "value": rows["value"]}))
-    if not frames:
-        return {}
-    return normalise(pd.concat(frames, ignore_index=True), {task.label: task.higher_is_better for task in found.tasks}).anchors
 
 
 def draw(name: str | Path, kind: str, task: str | None, results: str | Path | None) -> Figure:

@@ -6,19 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from dpgbench.core.protocol import NOTHING_FIXED, Protocol
+from dpgbench.report.final_scores import COLUMNS, final_scores, on_one_scale
 from dpgbench.report.format import and_more, plural
 from dpgbench.report.pooled import Family, pooled_comparisons
-from dpgbench.report.results import BASE, ORACLE, SuiteResults, natural
+from dpgbench.report.results import BASE, ORACLE, SuiteResults
 from dpgbench.report.task_tables import MethodRow, generator_for, matched_pairs, method_rows
 from dpgbench.stats.aggregates import (
     Anchors,
     OverTasks,
     interquartile_curve,
     interquartile_mean,
-    normalise,
     performance_profile,
     probability_of_improvement,
     score_grid,
@@ -30,7 +29,6 @@ from dpgbench.stats.ranks import MeanRanks, mean_ranks
 GRID_POINTS = 48  # of the budget curves: about 12 a decade over four decades
 CURVE_DRAWS = 1000  # for bands that are only looked at; a number in a table has BOOTSTRAP_DRAWS
 THRESHOLDS = np.linspace(-0.25, 1.25, 61)
-COLUMNS = ("task_label", "method_label", "seed", "value", "method")
 
 Pairs = dict[tuple[str, str], MatchedComparison]
 
@@ -75,11 +73,8 @@ def compute_across(results: SuiteResults, protocol: Protocol = NOTHING_FIXED) ->
 
     Cost: seconds, most of them for the bands of the budget curves and the effect sizes of all pairs.
     """
-    scores = _final_scores(results)
-    directions = {task.label: task.higher_is_better for task in results.tasks}
-    # The roles' own names, which normalise knows; a row keeps its label beside.
-    roles = scores["method"].where(scores["method"].isin((BASE, ORACLE)), scores["method_label"])
-    normalised = normalise(scores.assign(method_label=roles), directions)
+    scores, directions = final_scores(results), {task.label: task.higher_is_better for task in results.tasks}
+    normalised = on_one_scale(scores, results)
     table = normalised.scores.assign(method_label=scores["method_label"])
     scaled = [task for task in normalised.anchors if task not in normalised.undefined]
     table = table[table["task_label"].isin(scaled)]
@@ -111,19 +106,6 @@ def compute_across(results: SuiteResults, protocol: Protocol = NOTHING_FIXED) ->
         pooled=pooled_comparisons(results, normalised.anchors, protocol),
         notes=_notes(normalised.anchors),
     )
-
-
-def _final_scores(results: SuiteResults) -> pd.DataFrame:
-    """One row per score; of several controls (or oracles) only the one that differences are taken to."""
-    frames = []
-    for task in results.tasks:
-        rows = task.finals
-        other_base = (rows["method"] == BASE) & (rows["method_label"] != task.base_label)
-        oracles = sorted(rows.loc[rows["method"] == ORACLE, "method_label"].unique(), key=natural)
-        rows = rows[~other_base & ~rows["method_label"].isin(oracles[1:])]
-        frames.append(rows.assign(task_label=task.label)[list(COLUMNS)])
-    empty = pd.DataFrame({name: pd.Series(dtype=float if name == "value" else object) for name in COLUMNS})
-    return pd.concat(frames, ignore_index=True) if frames else empty
 
 
 def _notes(anchors: Mapping[str, Anchors]) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ def _run_owned(spec: RunSpec, context: RunContext, let_errors_out: bool) -> str:
             folder.fail(reason)
         group.fail(reason)
         if let_errors_out:
-            raise error.__cause__ or error
+            raise (error.__cause__ or error) from None
         return "failed"
     return "done"
 
