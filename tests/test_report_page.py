@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from dpgbench.core.protocol import Protocol
 from dpgbench.report import build
 from dpgbench.report.at_budgets import answers_at, budget_of, budgets_table
-from dpgbench.report.inline_svg import StyleSheet, inline_svg, steps
+from dpgbench.report.inline_svg import StyleSheet, corners_of, inline_svg, moved, steps
 from dpgbench.report.plot_style import flops_scale, spread
 from dpgbench.report.results import read_frame
 from dpgbench.report.table import escape, tex
@@ -145,6 +145,25 @@ def test_lines_in_one_direction_are_one_and_a_way_back_is_not():
     assert steps("M 0 0 L 5 0 L 2 0 L 2 0") == "M0 0l5 0-3 0 0 0"
 
 
+def test_a_path_is_moved_by_its_start_and_its_corners_are_those_of_its_points():
+    rng = np.random.default_rng(1)
+    points = rng.uniform(-50, 50, (12, 2)).round(1)
+    path = steps("M " + " L ".join(f"{x:.1f} {y:.1f}" for x, y in points) + " z")
+    np.testing.assert_allclose(corners_of(path), [*points.min(0), *points.max(0)], atol=0.02)
+    points += [3.2, -70]
+    np.testing.assert_allclose(corners_of(moved(path, 3.2, -70.0)), [*points.min(0), *points.max(0)], atol=0.02)
+    assert moved("M0 0l-3.5 0", 0.1, 1.0) == "M.1 1l-3.5 0" and corners_of("M1 2") == (1, 2, 1, 2)
+    assert moved("M1 1C0 0 1 1 2 2", 1, 1) is None and corners_of("M1 1l1 1M5 5l1 1") is None
+
+
+def test_only_what_leaves_the_axes_is_clipped():
+    svg = b"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 99 99">
+      <defs><clipPath id="axes"><rect x="10" y="10" width="50" height="50"/></clipPath></defs><path d="M 10 20 L 60 20" clip-path="url(#axes)"/><path d="M 10 20 L 61 20" clip-path="url(#axes)"/>
+      <g clip-path="url(#axes)"><path d="M 20 20 L 30 30"/></g><g clip-path="url(#axes)"><path d="M 0 0 C 1 1 2 2 3 3"/></g></svg>"""
+    paths = list(ElementTree.fromstring(inline_svg(svg, "a-", "lines", StyleSheet())).iter("path"))
+    assert [path.get("clip-path") for path in paths] == [None, "url(#a-0)", None, "url(#a-0)"]
+
+
 def test_a_plot_says_a_style_once_and_draws_in_place_what_is_used_once():
     svg = b"""<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 9 9">
       <defs><path id="once" d="M 1 1 L 2 2" style="stroke: #111111"/><path id="tick" d="M 0 0 L 0 3" style="stroke: #222222"/></defs>
@@ -152,11 +171,10 @@ def test_a_plot_says_a_style_once_and_draws_in_place_what_is_used_once():
       <use xlink:href="#tick" x="1" y="1" style="fill: #333333"/><use xlink:href="#tick" x="2" y="1" style="fill: #333333"/></svg>"""
     sheet = StyleSheet()
     root = ElementTree.fromstring(inline_svg(svg, "a-", "two ticks", sheet))
-    (defs, shape), ticks = (root.find("defs"), root.find("g/path")), root.findall("use")
-    assert shape.attrib == {"d": "M1 1l1 1", "transform": "translate(0 4)", "class": "p1"}
-    assert [tick.get("class") for tick in ticks] == ["p0", "p0"]
+    defs, shape, ticks = root.find("defs"), root.find("path"), root.findall("use")
+    assert shape.attrib == {"d": "M1 5l1 1", "class": "p0"} and [tick.get("class") for tick in ticks] == ["p1", "p1"]
     assert [path.get("style") for path in defs] == ["stroke:#222222"]  # rules that look for `.plot` do not reach a copy
-    assert sheet.css().splitlines() == [".plot .p0 {fill:#333333}", ".plot .p1 {stroke:#111111}"]
+    assert sheet.css().splitlines() == [".plot .p0 {fill:#333333;stroke:#111111}", ".plot .p1 {fill:#333333}"]
 
 
 @pytest.fixture(scope="module")

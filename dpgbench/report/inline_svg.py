@@ -1,14 +1,14 @@
 """A figure as an element of the page: a third of the bytes of matplotlib's SVG, colours left to the page, methods marked for the filter.
 
-Same picture: what goes is white space, wrappers, names that nothing or one place refers to, and digits of coordinates beyond a tenth of a
-point. Lines are written as steps from point to point. A style is said once, in a sheet for all plots of the page.
+Same picture: what goes is white space, wrappers, names that nothing or one place refers to, clips that cut nothing, and digits of
+coordinates beyond a tenth of a point. Lines are written as steps from point to point. A style is said once, in a sheet for all plots.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from xml.etree import ElementTree
 
 from markupsafe import Markup, escape
@@ -44,6 +44,7 @@ def inline_svg(svg: bytes, prefix: str, alt: str, sheet: StyleSheet) -> Markup:
     outlined = {element.get("id") for element in root.iter() if "stroke:" in element.get("style", "")} & set(named)
     _clean(root, named, {f"#{named[name]}" for name in outlined})
     _draw_in_place(root)
+    _leave_unclipped_what_is_inside(root)
     _styles_into(sheet, root)
     view_box = root.get("viewBox")
     root.attrib.clear()
@@ -89,10 +90,36 @@ def _draw_in_place(root: ElementTree.Element) -> None:
             x, y = use.attrib.pop("x", "0"), use.attrib.pop("y", "0")
             use.tag = "path"
             use.attrib.update({name: value for name, value in shape.attrib.items() if name != "id" and name not in use.attrib})
-            if (x, y) != ("0", "0"):
+            there = moved(use.get("d", ""), float(x), float(y))
+            use.attrib.update({"d": there} if there else {})
+            if there is None:
                 use.set("transform", f"translate({x} {y})")
     for parent in list(root.iter()):
-        parent[:] = [child for child in parent if child.tag != "defs" or len(child)]
+        parent[:] = [_unwrapped(child) for child in parent if child.tag != "defs" or len(child)]
+
+
+def _unwrapped(element: ElementTree.Element) -> ElementTree.Element:
+    """A path instead of the group that it is alone in, unless it is moved inside it, or clipped or marked in another way."""
+    if element.tag != "g" or [child.tag for child in element] != ["path"]:
+        return element
+    path, style = element[0], ";".join(filter(None, (element.attrib.get("style"), element[0].attrib.get("style"))))
+    if {"transform", *(element.attrib.keys() - {"style"})} & path.attrib.keys():
+        return element
+    path.attrib.update(element.attrib | ({"style": style} if style else {}))
+    return path
+
+
+def _leave_unclipped_what_is_inside(root: ElementTree.Element) -> None:
+    """Where all points of a line are inside what it is clipped to."""
+    rooms = {}
+    for clip in root.iter("clipPath"):
+        x, y, width, height = (float(clip[0].get(name, "0")) for name in ("x", "y", "width", "height"))
+        rooms[f"url(#{clip.get('id')})"] = (x, y, x + width, y + height)
+    for path in root.iter("path"):
+        room, corners = rooms.get(path.get("clip-path")), corners_of(path.get("d", ""))
+        if room and corners and all(low >= edge - 0.1 for low, edge in zip(corners[:2], room[:2], strict=True)):
+            if all(high <= edge + 0.1 for high, edge in zip(corners[2:], room[2:], strict=True)):
+                del path.attrib["clip-path"]
 
 
 def _styles_into(sheet: StyleSheet, element: ElementTree.Element) -> None:
@@ -169,6 +196,29 @@ def steps(path: str) -> str:
 
 def _same_direction(first: list[int], second: list[int]) -> bool:
     return first[0] * second[1] == first[1] * second[0] and first[0] * second[0] + first[1] * second[1] > 0
+
+
+STEPS = re.compile(r"M(?P<start>[^A-Za-z]+)(l(?P<steps>[^A-Za-z]+))?(?P<end>[zZ]?)")
+NUMBER = re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+)")
+
+
+def moved(path: str, x: float, y: float) -> str | None:
+    """A path of one piece, as `steps` writes it, somewhere else; None for any other."""
+    found = STEPS.fullmatch(path)
+    if found is None:
+        return None
+    start = [round(10 * (float(number) + by)) for number, by in zip(NUMBER.findall(found["start"]), (x, y), strict=True)]
+    return f"M{''.join(map(_tenth, start)).lstrip(' ')}{path[found.end('start') :]}"
+
+
+def corners_of(path: str) -> tuple[float, float, float, float] | None:
+    """The least x and y and the greatest x and y of a path of one piece, as `steps` writes it; None for any other."""
+    found = STEPS.fullmatch(path)
+    if found is None:
+        return None
+    numbers = [float(number) for part in (found["start"], found["steps"] or "") for number in NUMBER.findall(part)]
+    xs, ys = (list(accumulate(numbers[first::2])) for first in (0, 1))
+    return min(xs), min(ys), max(xs), max(ys)
 
 
 def _tenth(tenths: int) -> str:
