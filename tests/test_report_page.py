@@ -158,7 +158,8 @@ def test_a_path_is_moved_by_its_start_and_its_corners_are_those_of_its_points():
 
 def test_only_what_leaves_the_axes_is_clipped():
     svg = b"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 99 99">
-      <defs><clipPath id="axes"><rect x="10" y="10" width="50" height="50"/></clipPath></defs><path d="M 10 20 L 60 20" clip-path="url(#axes)"/><path d="M 10 20 L 61 20" clip-path="url(#axes)"/>
+      <defs><clipPath id="axes"><rect x="10" y="10" width="50" height="50"/></clipPath></defs>
+      <path d="M 10 20 L 60 20" clip-path="url(#axes)"/><path d="M 10 20 L 61 20" clip-path="url(#axes)"/>
       <g clip-path="url(#axes)"><path d="M 20 20 L 30 30"/></g><g clip-path="url(#axes)"><path d="M 0 0 C 1 1 2 2 3 3"/></g></svg>"""
     paths = list(ElementTree.fromstring(inline_svg(svg, "a-", "lines", StyleSheet())).iter("path"))
     assert [path.get("clip-path") for path in paths] == [None, "url(#a-0)", None, "url(#a-0)"]
