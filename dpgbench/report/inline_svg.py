@@ -117,8 +117,10 @@ def _leave_unclipped_what_is_inside(root: ElementTree.Element) -> None:
         rooms[f"url(#{clip.get('id')})"] = (x, y, x + width, y + height)
     for path in root.iter("path"):
         room, corners = rooms.get(path.get("clip-path")), corners_of(path.get("d", ""))
-        if room and corners and all(low >= edge - 0.1 for low, edge in zip(corners[:2], room[:2], strict=True)):
-            if all(high <= edge + 0.1 for high, edge in zip(corners[2:], room[2:], strict=True)):
+        if room and corners:
+            beyond = [edge - at for at, edge in zip(corners[:2], room[:2], strict=True)]
+            beyond += [at - edge for at, edge in zip(corners[2:], room[2:], strict=True)]
+            if max(beyond) <= 0.1:
                 del path.attrib["clip-path"]
 
 
