@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -100,6 +101,18 @@ def imports_of():
         return set(done.stderr.split())
 
     return run
+
+
+def stop_at(step: int, counter: str = "step"):
+    """A watcher that sends SIGTERM once, when the line of `step` is recorded: the next checkpoint is the last thing that happens."""
+    sent = []
+
+    def watch(line: dict) -> None:
+        if line.get(counter) == step and not sent:
+            sent.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return watch
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import shutil
 import signal
 
 import pytest
-from conftest import SMALL
+from conftest import SMALL, stop_at
 
 from dpgbench import config
 from dpgbench.run.cell import run_cell
@@ -35,18 +35,6 @@ METHODS = {
 
 def cell(*words: str):
     return config.read(["task=language", *WORDS, *words], sweep=False).cells[0].spec
-
-
-def stop_at(step: int, counter: str = "step"):
-    """A watcher that sends SIGTERM once, when the line of `step` is recorded: the next checkpoint is the last thing that happens."""
-    sent = []
-
-    def watch(line: dict) -> None:
-        if line.get(counter) == step and not sent:
-            sent.append(step)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return watch
 
 
 def without_seconds(result: dict) -> dict:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, stop_at
 
 from dpgbench import config
 from dpgbench.bench.best_of import Candidates
@@ -203,6 +203,12 @@ def test_a_step_that_is_dearer_than_any_before_is_undone(bench, monkeypatch, tmp
         assert found[-1] == two[-1]
         result = RunFolder.of(tmp_path, spec_of(*more)).result()
         assert [line["deployment_texts"] for line in result["deployments"]] == [8, 16]
+    judged.clear()
+    stopped = spec_of(*more)
+    assert run_cell(stopped, tmp_path / "again", watch=stop_at(2)) == "interrupted" and len(judged) == 2
+    assert run_cell(stopped, tmp_path / "again") == "done" and len(judged) == 3
+    lines = RunFolder.of(tmp_path / "again", stopped).result()["snapshots"]
+    assert [{key: value for key, value in line.items() if key != "seconds"} for line in lines] == found
 
 
 # ---- search

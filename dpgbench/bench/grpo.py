@@ -123,6 +123,10 @@ def train_policy(
 
         return Snapshot(step, write, weights=average.weights if sample is None else None)
 
+    def way_back_where_dear() -> WayBack | None:
+        """From the next step, where one three times as dear as any before would not fit."""
+        return WayBack(bench, generator.model, average.mean) if spending.spent + 3 * spending.dearest > 1 else None
+
     first = saved.step if saved else 0
     spending = Spending(*(saved.numbers["spending"] if saved else ()))
     yield snapshot(first)
@@ -147,7 +151,7 @@ def train_policy(
         trainer.remove_callback(PrinterCallback)
         loop.trainer, trainer.rollout_batch, trainer.generator = trainer, policy.get("rollout_batch"), generator
         trainer.group, trainer.rollout_seed = bench.group, bench.seed("rollouts")
-        way_back = None
+        way_back = way_back_where_dear()
         for step in loop.steps():
             average.update(step)
             # Asking for its price draws it: only where one that is twice as dear as the last would not fit.
@@ -163,7 +167,7 @@ def train_policy(
             yield snapshot(step)
             if not spending.leaves_a_step(step, bench.spent_share()):
                 return
-            way_back = WayBack(bench, generator.model, average.mean) if spending.spent + 3 * spending.dearest > 1 else None
+            way_back = way_back_where_dear()
 
 
 def advantages(rewards: torch.Tensor, group_size: int, scaling: str) -> torch.Tensor:
