@@ -227,7 +227,8 @@ class _Loop(TrainerCallback):
         rewards = group.broadcast(rewards)  # processes' sums may differ in the last bits
         if rewards.shape not in ((len(texts),), (len(texts), max(map(len, completion_ids)))):
             raise CellError(
-                f"the reward function returned shape {tuple(rewards.shape)} for {len(texts)} completions; it must return one reward each"
+                f"{self.bench.spec.method.name}: its rewards have shape {tuple(rewards.shape)} for {len(texts)} completions; "
+                "it must give one reward each, or one for each token"
             )
         if not rewards.isfinite().all():
             bad = int((~rewards.isfinite()).view(len(texts), -1).any(1).sum())

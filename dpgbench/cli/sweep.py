@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
@@ -207,7 +208,8 @@ def show_plan(request: Request, *, sweep: bool = False) -> int:
     folders = [RunFolder.of(request.results, cell.spec) for cell in request.cells]
     states = [described(cell, state) for cell, state in zip(request.cells, standings(folders), strict=True)]
     measured, estimates = _measured_seconds(request, folders, states), _Estimates(request.registry)
-    rows, planned, to_run, here, unknown = [], [], 0.0, 0.0, 0
+    rows, planned, to_run, here = [], [], 0.0, 0.0
+    unknown: Counter[str] = Counter()  # by the reason
     for cell, folder, (name, detail) in zip(request.cells, folders, states, strict=True):
         costs = []
         if name not in ("done", "skipped"):
@@ -221,7 +223,8 @@ def show_plan(request: Request, *, sweep: bool = False) -> int:
             if found:
                 planned.append(found)
                 costs.append(f"about {found.flops:.1e} FLOPs and {found.memory / 1e9:.2g} GB")
-            unknown += not costs
+            if not costs:
+                unknown[estimate.why_none(cell.spec)] += 1
         waiting = name not in ("done", "skipped")
         rows.append((folder.path.name, f"{name}{': ' + detail if detail else ''}", ", ".join(costs) or "no estimate" * waiting))
     show_rows(console, ("cell", "state", "cost"), rows)
@@ -236,8 +239,8 @@ def show_plan(request: Request, *, sweep: bool = False) -> int:
             f"about {lasting(here)} of processor time here, if FLOPs take as long as in the matrix products just timed, {rates} GFLOPs a "
             "second; starting up and Phi come on top, and may be most of a short cell",
         )
-    if unknown:
-        say(console, f"no estimate for {unknown} cells: their models are not here yet, or the method cannot tell")
+    for reason, count in unknown.items():
+        say(console, f"no estimate for {count} cells: {reason}")
     if planned:
         flops, hours, memory = (sum(p.flops for p in planned), sum(p.gpu_hours for p in planned), max(p.memory for p in planned))
         gpu = f"{hours:.2g} GPU-hours if a GPU sustains {estimate.SUSTAINED:.0e} FLOPs a second (not measured), "

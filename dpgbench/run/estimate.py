@@ -114,8 +114,7 @@ def shape_of(config: Mapping[str, Any], lora: Options | None = None) -> Shape | 
 
 def estimate(spec: RunSpec, registry: Registry) -> Estimate | None:
     """A cell's cost; None where a model's configuration is not at hand, or the method cannot tell."""
-    lora = adapters.settings(spec.method)
-    generator, target = _shape(spec.scale, "generator", lora), _shape(spec.scale, "target")
+    generator, target = _shapes(spec)
     if generator is None or target is None:
         return None
     file = registry.find("task", spec.task.name)
@@ -130,6 +129,18 @@ def estimate(spec: RunSpec, registry: Registry) -> Estimate | None:
     evaluation += 3 * prices.read(scored * scale.deployment_texts + more)
     memory = _memory(spec, generator, target, prices.prompt + prices.written, prices.at_once, prices.updated)
     return Estimate(min(flops, limit), memory, evaluation, generator.width)
+
+
+def why_none(spec: RunSpec) -> str:
+    """What `estimate` lacked where it gave None."""
+    if None in _shapes(spec):
+        return "their models are not here yet"
+    return f"{spec.method.name} has no planned_flops, or it cannot tell (docs/your_method.md)"
+
+
+def _shapes(spec: RunSpec) -> tuple[Shape | None, Shape | None]:
+    """The generator's and the target's."""
+    return _shape(spec.scale, "generator", adapters.settings(spec.method)), _shape(spec.scale, "target")
 
 
 @lru_cache
