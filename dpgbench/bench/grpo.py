@@ -93,8 +93,8 @@ def train_policy(
     on the same prompts with `instruction` after each; `sample` says how a snapshot writes texts, and is called with the averaged weights
     in that copy.
     Ends after `policy.steps`, or before the step that would go over the cell's budget; one that is dearer than any before and does go over
-    is undone, and the snapshot before it yielded again. Learning rate and entropy bonus follow the nearer
-    of the two ends, so that a run which a budget ends has had its whole schedule.
+    is undone, and the snapshot before it yielded again. Learning rate and entropy bonus follow the nearer of the two ends, so that a run
+    which a budget ends has had its whole schedule.
     Cost per step: sampling, whatever `reward` spends, and 3F of the generator on prompts and completions, less the LM head where there is
     nothing to predict; with low-rank adapters (`policy.lora`) little more than 2F; with vLLM's rollouts (`policy.rollout`), and with
     mini-batches, another F.
@@ -154,8 +154,8 @@ def train_policy(
         way_back = way_back_where_dear()
         for step in loop.steps():
             average.update(step)
-            # Asking for its price draws it: only where one that is twice as dear as the last would not fit.
-            if way_back and bench.spent_share(answers=2) > 1 and bench.share_with(snapshot(step)) > 1 + OVERRUN:
+            # Asking for its price draws it: only where one that is twice as dear as the last would not fit, by the first process's clock.
+            if way_back and bench.group.broadcast(bench.spent_share(answers=2) > 1) and bench.share_with(snapshot(step)) > 1 + OVERRUN:
                 way_back.take()
                 yield snapshot(step - 1)
                 return
