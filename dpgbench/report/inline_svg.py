@@ -120,7 +120,7 @@ def _leave_unclipped_what_is_inside(root: ElementTree.Element) -> None:
         if room and corners:
             beyond = [edge - at for at, edge in zip(corners[:2], room[:2], strict=True)]
             beyond += [at - edge for at, edge in zip(corners[2:], room[2:], strict=True)]
-            if max(beyond) <= 0.1:
+            if max(beyond) < 0.15:  # coordinates are tenths
                 del path.attrib["clip-path"]
 
 
