@@ -327,6 +327,9 @@ def test_a_sweep_is_known_by_its_name_with_plugins_beside_it_and_another_is_not(
         told = dpgbench(command, "name=trail", *where)
         assert told.code == 2 and told.err.count("\n") == 1
         assert "name=trail: no sweep of this name was run with results=" in told.err and "did you mean 'trial'?" in told.err
+    saved = tmp_path / "r" / "runs" / "trial.sweep.json"
+    saved.write_text('["name=trial"]')  # as after a sweep of nothing but a name, whose words are then those of `status`
+    assert dpgbench("status", "name=trial", where[1]).code == 0
     assert "name=trail: nothing to report" in dpgbench("report", "name=trail", *where).err
     spec = next((tmp_path / "r" / "runs").glob("l2_norm.*/spec.yaml"))
     spec.write_text(spec.read_text().replace("name: l2_norm", "name: mine"))

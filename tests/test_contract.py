@@ -443,6 +443,25 @@ def test_sample_returns_a_text_for_each_prompt(tmp_path, found, says):
         contract.texts_of(tmp_path / "parrot.py", Snapshot(3, print), found, 2)
 
 
+def test_a_faulty_task_is_not_held_against_a_method(tmp_path, monkeypatch):
+    """But a fault of its own is, on that task as on ours."""
+    from dpgbench.run import plugin_check
+
+    written(tmp_path, "task", "words", task_file())
+    written(tmp_path, "method", "parrot", METHOD.format(init="version = 1", run="yield Snapshot(0, print)"))
+    found = {}
+    for file in ("words.py", "parrot.py"):
+
+        def breaks(spec, plugins, file=file):
+            raise plugin_check.Broken(f"{file}: signal is nan")
+
+        monkeypatch.setattr(plugin_check, "runs", breaks)
+        answers = plugin_check.answers(Registry(tmp_path), "method", "parrot", [f"plugins={tmp_path}"])
+        found[file] = {answer.check: (answer.good, answer.words) for answer in answers if answer.check.startswith("runs with")}
+    assert found["words.py"]["runs with words"] == (None, "words.py is at fault: words.py: signal is nan")
+    assert len(found["parrot.py"]) > 1 and {good for good, _ in found["parrot.py"].values()} == {False}
+
+
 def test_sample_draws_by_name_and_says_where_it_fails(tmp_path):
     """But for a policy's method, whose trainer draws in its own way."""
     from dpgbench.api import Snapshot

@@ -209,7 +209,7 @@ def _insist_on_utf8() -> None:
 
 def _command(words: list[str]) -> int:
     if words[:1] == ["help"]:
-        words = [*" ".join(words[1:]).split(), "--help"]
+        words = [*" ".join(words[1:]).split(), "--help"]  # a command of two words may come in quotes
     if words[:1] in ([], ["-h"], ["--help"]):
         width = max(map(len, COMMANDS))
         print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {command.says}" for name, command in COMMANDS.items())), end="")

@@ -94,11 +94,10 @@ def full_words(words: list[str]) -> list[str]:
 def known_words(words: list[str]) -> list[str]:
     """`full_words`. Raises UserError for the name of a sweep that was never run there."""
     results, name, nothing_else = place_of(words)
-    full = full_words(words)
-    if full == words and nothing_else and "name" in config.parse(words) and name not in config.suites(Registry()):
-        there = [path.name.removesuffix(".sweep.json") for path in (results / "runs").glob("*.sweep.json")]
+    there = {path.name.removesuffix(".sweep.json") for path in (results / "runs").glob("*.sweep.json")}
+    if nothing_else and name not in there and "name" in config.parse(words) and name not in config.suites(Registry()):
         raise UserError(f"name={name}: no sweep of this name was run with results={results}; {did_you_mean(name, there)}")
-    return full
+    return full_words(words)
 
 
 def selector(name: str) -> str:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dpgbench.bench.workbench import Workbench
 
 TEXTS = 4  # that stand for deployment texts
-END = object()
+END = object()  # in the place of a snapshot after the last one
 
 
 # ---- what a hook raises

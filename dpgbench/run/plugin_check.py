@@ -279,7 +279,7 @@ def answers(registry: Registry, kind: Kind, name: str, words: Sequence[str] = ()
             yield Answer(name, f"runs with {partner}", None, cell.skip)
         else:
             answer = asked(f"runs with {partner}", lambda cell=cell: runs(cell.spec, registry.plugins))
-            other = registry.find("method" if kind == "task" else "task", cell.spec.method.name if kind == "task" else cell.spec.task.name)
+            other = registry.find("method", cell.spec.method.name) if kind == "task" else registry.find("task", cell.spec.task.name)
             if not answer.good and not is_ours(other) and other.path.name in answer.words:
                 answer.good, answer.words = None, f"{other.path.name} is at fault: {answer.words}"
             yield answer

@@ -15,7 +15,11 @@ class _Schedule:
         """At these steps, or else the first at or past each of these shares of the budget, and the very first. With neither, all."""
         self.steps, self.shares = steps, shares
         self.passed = -1
-        self.skips = steps is not None or shares is not None
+
+    @property
+    def skips(self) -> bool:
+        """Whether some snapshots are not scored."""
+        return self.steps is not None or self.shares is not None
 
     def is_due(self, step: int, share: float) -> bool:
         if self.steps is not None:
